@@ -2,44 +2,32 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "torch==2.13.0",
-#     "numpy==2.4.6",
-#     "numba==0.68.1",
-#     "gymnasium==1.4.0",
-#     "shimmy==2.0.1",
-#     "dm-control==1.0.50",
-#     "mujoco==3.17.0",
-#     "scipy==1.17.1",
-#     "tyro==1.0.17",
-#     "tqdm==4.70.1",
-#     "filelock==3.20.0",
-#     "matplotlib==3.11.2",
-#     "imageio==2.38.1",
-#     "imageio-ffmpeg==0.8.1",
-#     "tensorboard==2.21.0",
+#     "torch==2.13.0", "numpy==2.4.6", "numba==0.68.1", "scipy==1.17.1", "tyro==1.0.17", "tqdm==4.70.1",
+#     "gymnasium==1.4.0", "shimmy==2.0.1", "dm-control==1.0.50", "mujoco==3.17.0", "filelock==4.2.11",
+#     "matplotlib==3.11.2", "pandas==3.1.1", "imageio==2.38.1", "imageio-ffmpeg==0.8.1", "tensorboard==2.21.0",
 #     "wandb==0.31.0",
 # ]
 # ///
 """Soft Actor-Critic with SimBa networks and static sparsity.
 
-Before training, a random set of weights is removed once; the survivors are trained as usual. SAC learns a
-stochastic policy and one Q-function from replayed transitions and maximises return plus entropy, whose price
-(the temperature) is learned as well. Actor and critic are SimBa networks: pre-LayerNorm residual blocks with
-a 4x inverted bottleneck, a last LayerNorm, and running observation statistics in front.
+Before training, a random set of weights is removed once; the survivors are trained as usual. SAC learns a stochastic
+policy and a Q-function from replayed transitions, and maximises return plus entropy, whose price (the temperature) is
+learned too. Actor and critic are SimBa networks: pre-LayerNorm residual blocks with a 4x inverted bottleneck, a last
+LayerNorm, and running observation statistics in front.
 
-Papers: Network Sparsity Unlocks the Scaling Potential of Deep RL (Ma, Li et al., ICML 2025);
-SimBa (Lee et al., 2024), arXiv:2410.09754; Soft Actor-Critic (Haarnoja et al., 2018), arXiv:1812.05905.
+Papers: Network Sparsity Unlocks the Scaling Potential of Deep RL (Ma, Li et al., ICML 2025); SimBa (Lee et al., 2024),
+arXiv:2410.09754; Soft Actor-Critic (Haarnoja et al., 2018), arXiv:1812.05905.
 
 Differences from the official (JAX) code:
- 1. A pruned weight is not stored. Values, gradients, AdamW moments and target network are vectors over the
-    active weights, elementwise equal to training a masked dense network.
+ 1. A pruned weight is not stored: values, gradients, AdamW moments and the target network are vectors over the active
+    weights, elementwise equal to training a masked dense network.
  2. Every layer keeps an exact number of weights (a random permutation); there, one Bernoulli draw a weight.
- 3. Biases and LayerNorm parameters are always dense; there, Erdos-Renyi prunes them in very small networks.
+ 3. Biases and LayerNorm parameters are always dense; there, very small networks lose some.
  4. --actor-sparsity and --critic-sparsity are independent; there, a dense actor makes the critic dense.
- 5. Actor and critic masks come from independent generators; there, both start from the run seed.
- 6. The training environment is seeded anew at every reset from (seed, episode number), so that a resumed run
-    repeats the uninterrupted one in any environment; there, one generator runs on.
- 7. The replay buffer is no larger than the run needs.
+ 5. The masks of actor and critic come from independent generators; there, both start from the run seed.
+ 6. The training environment is seeded anew at every reset from (seed, episode), so that a resumed run repeats the
+    uninterrupted one in any environment; there, one generator runs on.
+ 7. Evaluations draw their initial states from (seed, decision), so that they leave training untouched.
 """
 
 import copy
@@ -50,6 +38,7 @@ import math
 import os
 import platform
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -61,12 +50,16 @@ from typing import Literal, NamedTuple, NoReturn
 import gymnasium as gym
 import numba
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
 from filelock import FileLock, Timeout
+from gymnasium.wrappers.utils import RunningMeanStd
+from matplotlib.figure import Figure
 from scipy.stats import trim_mean
+from torch.nn.utils import get_total_norm
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -75,7 +68,7 @@ from tqdm import tqdm
 class Args:
     # Experiment
     exp_name: str = "sac_simba_sparse"
-    """first part of the run's name after the environment"""
+    """part of the run's name"""
     seed: int = 1
     """seed of networks, exploration, replay and environments"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -87,9 +80,9 @@ class Args:
     resume: bool = True
     """go on from the run's checkpoint; --no-resume moves the old run aside and starts afresh"""
     eval_only: bool = False
-    """load this command's checkpoint, evaluate --final-eval-episodes episodes and stop"""
+    """evaluate this command's checkpoint for --final-eval-episodes episodes and stop"""
     capture_video: bool = False
-    """write an mp4 of the first episode of the last evaluation (or of --eval-only)"""
+    """film the first episode of the last evaluation (or of --eval-only) as mp4"""
 
     # Environment
     env_id: str = "dm_control/humanoid-run-v0"
@@ -109,9 +102,9 @@ class Args:
     buffer_size: int = 1_000_000
     """largest number of transitions kept for replay"""
     gamma: float | None = None
-    """discount; default: the TD-MPC2 heuristic from the episode length, 0.99 for 500 decisions"""
+    """discount (default: the TD-MPC2 heuristic from the episode length, 0.99 for 500 decisions)"""
     tau: float = 0.005
-    """target network: target <- tau * critic + (1 - tau) * target"""
+    """target <- tau * critic + (1 - tau) * target after every update"""
     learning_rate: float = 1e-4
     """of actor, critic and temperature (AdamW)"""
     weight_decay: float = 1e-2
@@ -121,7 +114,7 @@ class Args:
     clipped_double_q: bool = False
     """train two critics and use the smaller value"""
     reset_interval: int | None = None
-    """env steps between resets: fresh parameters and optimisers, replay kept (Figure 6); default: never"""
+    """env steps between resets: fresh parameters and optimisers, replay kept (Figure 6; default: never)"""
 
     # Size and sparsity
     width_scale: float = 1.0
@@ -135,7 +128,7 @@ class Args:
     critic_sparsity: float | None = None
     """of the critic alone (default: --sparsity)"""
     sparsity_distribution: Literal["erdos_renyi", "uniform"] = "erdos_renyi"
-    """how the network's sparsity is spread over its layers"""
+    """how a network's sparsity is spread over its layers"""
     mask_seed: int | None = None
     """seed of the random pruning (default: --seed)"""
     sparse_kernel: Literal["auto", "packed", "dense"] = "auto"
@@ -143,13 +136,13 @@ class Args:
 
     # Logging
     eval_interval: int = 10_000
-    """env steps between evaluations (the first at step 0)"""
+    """env steps between evaluations, the first at step 0"""
     eval_episodes: int = 10
-    """episodes of each evaluation, deterministic policy"""
+    """episodes of each evaluation (deterministic policy)"""
     final_eval_episodes: int = 100
     """episodes of the last evaluation and of --eval-only"""
     diagnostics_interval: int = 10_000
-    """env steps between measurements of rank, dormancy and norms; 0: never"""
+    """env steps between measurements of rank, dormancy and norms (0: never)"""
     track: bool = False
     """log to Weights & Biases as well (WANDB_MODE=offline needs no account)"""
     wandb_project: str = "sparse_zoo"
@@ -162,7 +155,7 @@ class Args:
     """env steps between checkpoints, each written at the next end of an episode"""
 
 
-# Flags that say where and how a run is executed, not what it computes: all others are in the run's hash.
+# Flags that say where and how a run is executed, not what it computes: the others are in the run's hash.
 EXECUTION_FLAGS = {
     *("device", "threads", "runs_dir", "resume", "eval_only", "capture_video", "sparse_kernel"),
     *("track", "wandb_project", "wandb_entity", "checkpoint_interval"),
@@ -173,10 +166,9 @@ EXECUTION_FLAGS = {
 def erdos_renyi(shapes: dict[str, tuple[int, ...]], sparsity: float) -> dict[str, float]:
     """Sparsity of each layer under the Erdos-Renyi rule: density proportional to sum(shape) / prod(shape).
 
-    The budget counts all parameters. Parameters with one dimension (biases, norms) and layers whose density
-    would pass 1 are dense, and the others pay for them. Works for linear (out, in) and convolution
-    (out, in, k_h, k_w) weights. Raises ValueError if the dense parameters alone exceed the budget.
-    Source: Mocanu et al. 2018, Evci et al. 2020 (arXiv:1911.11134); section 2.2 of the paper.
+    Shapes are (out, in) or (out, in, k_h, k_w). The budget counts all parameters; those with one dimension (biases,
+    norms) and layers whose density would pass 1 are dense, and the others pay for them. Raises ValueError if the
+    dense ones alone exceed the budget. Mocanu et al. 2018; Evci et al. 2020, arXiv:1911.11134; paper, section 2.2.
     """
     size = {name: math.prod(shape) for name, shape in shapes.items()}
     budget = (1 - sparsity) * sum(size.values())
@@ -185,7 +177,9 @@ def erdos_renyi(shapes: dict[str, tuple[int, ...]], sparsity: float) -> dict[str
         rest = [name for name in shapes if name not in dense]
         epsilon = (budget - sum(size[name] for name in dense)) / sum(sum(shapes[name]) for name in rest)
         if epsilon <= 0:
-            raise ValueError(f"sparsity {sparsity} is out of reach: biases and norms alone hold more weights")
+            raise ValueError(
+                f"sparsity {sparsity} is out of reach: the biases and norms alone are more than that leaves"
+            )
         density = {name: epsilon * sum(shapes[name]) / size[name] for name in rest}
         overfull = {name for name in rest if density[name] > 1}
         if not overfull:
@@ -201,7 +195,7 @@ def uniform(shapes: dict[str, tuple[int, ...]], sparsity: float) -> dict[str, fl
 
 @numba.njit(parallel=True, fastmath=True, cache=True)
 def packed_weight_gradient(row_ptr, col, grad_t, x_t, out):
-    """out[k] = <grad_t[row of k], x_t[col[k]]> for every active weight k, two at a time."""
+    """out[k] = <grad_t[row of k], x_t[col[k]]> for every active weight k, two weights at a time."""
     for row in numba.prange(len(row_ptr) - 1):
         grad, last = grad_t[row], row_ptr[row + 1] - 1
         for k in range(row_ptr[row], last + 1, 2):
@@ -222,7 +216,7 @@ def gather(values, index, out):
 
 
 def call_numba(kernel, *tensors: torch.Tensor) -> torch.Tensor:
-    """Calls a numba kernel on the memory of CPU tensors; returns the last one, which it fills."""
+    """Runs a numba kernel on the memory of CPU tensors; returns the last one, which it fills."""
     kernel(*(tensor.detach().numpy() for tensor in tensors))
     return tensors[-1]
 
@@ -230,20 +224,19 @@ def call_numba(kernel, *tensors: torch.Tensor) -> torch.Tensor:
 class PackedLinear(torch.autograd.Function):
     """y = x W^T + b for a W of which only the active entries exist, in time proportional to their number.
 
-    With x^T of shape (in, batch), row r of W x^T is a weighted sum of rows of x^T: the operation that
-    embedding_bag implements. The gradient of x is the same sum over the transposed pattern.
+    With x^T of shape (in, batch), row r of W x^T is a weighted sum of rows of x^T, which is what embedding_bag
+    computes. The gradient of x is the same sum over the transposed pattern.
     """
 
     @staticmethod
     def forward(ctx, x, values, bias, layer):
         x_t = x.t().contiguous()
-        y_t = F.embedding_bag(
-            layer.col, x_t, layer.row_ptr, mode="sum", per_sample_weights=values, include_last_offset=True
-        )
+        pattern = (layer.col, x_t, layer.row_ptr)
+        y_t = F.embedding_bag(*pattern, mode="sum", per_sample_weights=values, include_last_offset=True)
         y_t += bias[:, None]
         ctx.save_for_backward(x_t, values)
         ctx.layer = layer
-        return y_t.t()  # a view: relu and the next packed layer go on in this layout without a copy
+        return y_t.t()  # a view: relu and a packed layer that follow work in this layout, without a copy
 
     @staticmethod
     def backward(ctx, grad):
@@ -251,9 +244,8 @@ class PackedLinear(torch.autograd.Function):
         grad_x = grad_values = grad_bias = None
         if ctx.needs_input_grad[0]:
             by_column = call_numba(gather, values, layer.by_column, torch.empty_like(values))
-            grad_x = F.embedding_bag(
-                layer.row, grad_t, layer.col_ptr, mode="sum", per_sample_weights=by_column, include_last_offset=True
-            ).t()
+            pattern = (layer.row, grad_t, layer.col_ptr)
+            grad_x = F.embedding_bag(*pattern, mode="sum", per_sample_weights=by_column, include_last_offset=True).t()
         if ctx.needs_input_grad[1]:
             grad_values = torch.empty_like(values)
             call_numba(packed_weight_gradient, layer.row_ptr, layer.col, grad_t, x_t, grad_values)
@@ -263,10 +255,10 @@ class PackedLinear(torch.autograd.Function):
 
 
 class SparseLinear(nn.Module):
-    """A linear layer that stores its active weights only: `values` (nnz,), dense `bias` (out,).
+    """A linear layer that stores its active weights only: `values` (nnz,), with a dense `bias` (out,).
 
-    `active` (nnz,) holds their places row by row, row * in_features + column, so that the dense matrix is
-    `zeros(out * in)` with `values` written at `active`.
+    `active` (nnz,) lists their places row * in_features + column in ascending order: the dense matrix would be
+    zeros(out * in) with `values` written at `active`.
     """
 
     def __init__(self, linear: nn.Linear, active: torch.Tensor, kernel: str):
@@ -276,42 +268,36 @@ class SparseLinear(nn.Module):
         self.values = nn.Parameter(linear.weight.detach().flatten()[active])
         self.bias = linear.bias
         self.register_buffer("active", active.int())
-        if kernel == "packed":
-            row, col = active // self.in_features, active % self.in_features
-            by_column = torch.argsort(col, stable=True)
-            for name, index in (
-                ("col", col),
-                ("row_ptr", self.pointers(row, self.out_features)),
-                ("row", row[by_column]),
-                ("col_ptr", self.pointers(col, self.in_features)),
-                ("by_column", by_column),
-            ):
-                self.register_buffer(name, index.int(), persistent=False)
-        else:
+        if kernel == "dense":
             self.register_buffer("index", active, persistent=False)
-
-    @staticmethod
-    def pointers(group: torch.Tensor, groups: int) -> torch.Tensor:
-        """Where each group starts in a list sorted by group, and where the last one ends: (groups + 1,)."""
-        return torch.cat([torch.zeros(1, dtype=torch.long), torch.bincount(group, minlength=groups).cumsum(0)])
+            return
+        row, col = active // self.in_features, active % self.in_features
+        by_column = torch.argsort(col, stable=True)
+        index = {
+            "col": col,
+            "row_ptr": F.pad(torch.bincount(row, minlength=self.out_features).cumsum(0), (1, 0)),
+            "row": row[by_column],  # of the transposed pattern, as the next two
+            "col_ptr": F.pad(torch.bincount(col, minlength=self.in_features).cumsum(0), (1, 0)),
+            "by_column": by_column,
+        }
+        for name, tensor in index.items():
+            self.register_buffer(name, tensor.int(), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(batch, in) -> (batch, out)"""
         if self.kernel == "packed":
             return PackedLinear.apply(x, self.values, self.bias, self)
-        weight = self.values.new_zeros(self.out_features * self.in_features)
-        weight = weight.index_copy(0, self.index, self.values).view(self.out_features, self.in_features)
-        return F.linear(x, weight, self.bias)
+        weight = self.values.new_zeros(self.out_features * self.in_features).index_copy(0, self.index, self.values)
+        return F.linear(x, weight.view(self.out_features, self.in_features), self.bias)
 
 
 def sparsify(
     network: nn.Module, sparsity: float, distribution: str, mask_seed: int, kernel: str, device: torch.device
 ) -> list[dict]:
-    """Prunes a network once, at random: every nn.Linear that loses weights becomes a SparseLinear.
+    """Prunes a network once, at random, and moves it: each nn.Linear that loses weights becomes a SparseLinear.
 
-    The surviving weights keep their initial values (no rescaling). `kernel` is auto, packed or dense.
-    Returns the layer table, one row a layer: name, shape, density, active, total.
-    Raises ValueError if the sparsity cannot be reached. Source: section 2.2 of the paper.
+    The survivors keep their initial values (no rescaling). `kernel` is auto, packed or dense. Returns the layer
+    table: name, shape, active and total weights of each layer. Raises ValueError if the sparsity is out of reach.
     """
     shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
     layer_sparsity = {"erdos_renyi": erdos_renyi, "uniform": uniform}[distribution](shapes, sparsity)
@@ -323,15 +309,12 @@ def sparsify(
         total = linear.weight.numel()
         count = max(1, round((1 - layer_sparsity[name + ".weight"]) * total))
         table.append({"layer": name, "shape": list(linear.weight.shape), "active": count, "total": total})
-        if count == total:
-            continue
-        active = torch.randperm(total, generator=generator)[:count].sort().values
-        layer_kernel = kernel
-        if kernel == "auto":
-            layer_kernel = "packed" if device.type == "cpu" and count <= 0.25 * total else "dense"
-        network.set_submodule(name, SparseLinear(linear, active, layer_kernel))
-    linear_weights = sum(row["total"] for row in table)
-    other = sum(math.prod(shape) for shape in shapes.values()) - linear_weights
+        if count < total:
+            active = torch.randperm(total, generator=generator)[:count].sort().values
+            packed = device.type == "cpu" and count <= 0.25 * total
+            chosen = kernel if kernel != "auto" else "packed" if packed else "dense"
+            network.set_submodule(name, SparseLinear(linear, active, chosen))
+    other = sum(math.prod(shape) for shape in shapes.values()) - sum(row["total"] for row in table)
     table.append({"layer": "biases and norms", "shape": [other], "active": other, "total": other})
     network.to(device)
     return table
@@ -341,25 +324,26 @@ def sparsify(
 
 
 # === DIAGNOSTICS (identical in every file) ===
-def layer_outputs(encoder: nn.Module, *inputs: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Runs an encoder; returns its features (batch, hidden) and the output of each of its linear layers."""
-    outputs, handles = {}, []
-    for name, module in encoder.named_modules():
-        if isinstance(module, (nn.Linear, SparseLinear)):
-            handles.append(module.register_forward_hook(lambda _, __, y, name=name: outputs.update({name: y})))
+def run_and_record(encoder: nn.Module, inputs: torch.Tensor) -> tuple[torch.Tensor, list, list]:
+    """The features of an encoder (batch, hidden), and the outputs of its linear and of its ReLU layers."""
+    linear, relu, handles = [], [], []
+    for module in encoder.modules():
+        for kinds, outputs in (((nn.Linear, SparseLinear), linear), (nn.ReLU, relu)):
+            if isinstance(module, kinds):
+                handles.append(module.register_forward_hook(lambda _, __, y, outputs=outputs: outputs.append(y)))
     with torch.no_grad():
-        features = encoder(*inputs)
+        features = encoder(inputs)
     for handle in handles:
         handle.remove()
-    return features, outputs
+    return features, linear, relu
 
 
 def stable_rank(features: torch.Tensor, mass: float = 0.99, threshold: float = 0.01) -> tuple[int, int]:
-    """Two effective ranks of features (batch, hidden).
+    """Two effective ranks of features (batch, hidden), both between 1 and the smaller side.
 
-    First: how many leading singular values hold `mass` of their sum (Kumar et al. 2021; official code).
-    Second: how many singular values of features / sqrt(batch) exceed `threshold` (section 4.1 of the paper,
-    which gives no threshold; this one and the scaling are those of Lyle et al. 2022, arXiv:2204.09560).
+    First: how many leading singular values hold `mass` of their sum (Kumar et al. 2021; the official code). Second:
+    how many singular values of features / sqrt(batch) exceed `threshold` (section 4.1, which gives no threshold; this
+    one and the scaling are those of Lyle et al. 2022, arXiv:2204.09560).
     """
     singular = torch.linalg.svdvals(features.float())
     cumulative = singular.cumsum(0) / singular.sum()
@@ -367,7 +351,7 @@ def stable_rank(features: torch.Tensor, mass: float = 0.99, threshold: float = 0
 
 
 def dormant_ratio(outputs: list[torch.Tensor], tau: float = 0.1) -> float:
-    """Percentage of units, over all layers (batch, units), whose mean |output| is at most tau of the layer's.
+    """Percentage of units in some layers' outputs (batch, units) whose mean |output| is at most tau of their layer's.
 
     Equation 1 of the paper; Sokar et al. 2023, arXiv:2302.12902.
     """
@@ -376,24 +360,18 @@ def dormant_ratio(outputs: list[torch.Tensor], tau: float = 0.1) -> float:
     return 100 * dormant / sum(len(score) for score in scores)
 
 
-def l2_norm(tensors) -> float:
-    """L2 norm over all entries of some tensors."""
-    return math.sqrt(sum(float(tensor.detach().double().square().sum()) for tensor in tensors))
-
-
-def diagnose(encoder: nn.Module, inputs: torch.Tensor, parameters: list, gradients: list) -> dict[str, float]:
-    """The plasticity measurements of section 4 for one network, on one batch of inputs to its encoder."""
-    features, outputs = layer_outputs(encoder, inputs)
-    hidden = [F.relu(y) for name, y in outputs.items() if name.endswith("up")]
+def measure_plasticity(encoder: nn.Module, inputs: torch.Tensor, parameters: list, gradients: list) -> dict[str, float]:
+    """The measurements of section 4 for one network, on a batch of inputs to its encoder."""
+    features, linear, relu = run_and_record(encoder, inputs)
     rank_99, rank_threshold = stable_rank(features)
     return {
         "srank_99": rank_99,
         "srank_threshold": rank_threshold,
-        "dormant_ratio": dormant_ratio(list(outputs.values())),
-        "dormant_ratio_relu": dormant_ratio(hidden),
-        "active_units": sum(float((h > 0).float().mean(0).sum()) for h in hidden) / sum(h.shape[1] for h in hidden),
-        "grad_norm": l2_norm(gradients),
-        "param_norm": l2_norm(parameters),
+        "dormant_ratio": dormant_ratio(linear),
+        "dormant_ratio_relu": dormant_ratio(relu),
+        "active_units": float(torch.cat([(y > 0).float().mean(0) for y in relu]).mean()),
+        "grad_norm": float(get_total_norm(gradients)),
+        "param_norm": float(get_total_norm(parameters)),
         "feature_norm": float(features.norm(dim=1).mean()),
     }
 
@@ -408,146 +386,111 @@ def fail(message: str) -> NoReturn:
     sys.exit(2)
 
 
-def run_directory(args: "Args") -> Path:
-    """runs/<env>__<exp_name>__<hash>__s<seed>; the hash covers the flags that change results."""
+def open_run(args) -> tuple[Path, dict | None]:
+    """Finds or creates the run of these flags, locks it, and returns its folder and its checkpoint (or None).
+
+    The folder is runs/<env>__<exp_name>__<hash>__s<seed>; the hash covers the flags that change results. Exits with
+    code 2 if the folder cannot be written, another process works in it, or the checkpoint is damaged or of other flags.
+    """
     flags = {name: value for name, value in asdict(args).items() if name not in EXECUTION_FLAGS}
     digest = hashlib.sha256(json.dumps(flags, sort_keys=True).encode()).hexdigest()[:8]
-    return Path(args.runs_dir) / f"{args.env_id.replace('/', '-')}__{args.exp_name}__{digest}__s{args.seed}"
-
-
-def open_run(args: "Args") -> tuple[Path, dict | None]:
-    """Creates or finds the run of these flags, locks it, and returns its folder and checkpoint (or None).
-
-    Exits with code 2 if the folder cannot be written, another process works in it, or the checkpoint is
-    damaged or of other flags. The lock lasts as long as the process.
-    """
-    run_dir = run_directory(args)
+    run_dir = Path(args.runs_dir) / f"{args.env_id.replace('/', '-')}__{args.exp_name}__{digest}__s{args.seed}"
     if args.eval_only and not run_dir.exists():
-        fail(f"there is no run of these flags to evaluate: {run_dir} does not exist")
+        fail(f"nothing to evaluate: {run_dir} does not exist; train first, with the same flags")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        open_run.lock = FileLock(run_dir / ".lock")
+        open_run.lock = FileLock(run_dir / ".lock")  # held until the process ends
         open_run.lock.acquire(timeout=0)
         if not args.resume and not args.eval_only and (run_dir / "args.json").exists():
             old = next(path for n in range(1, 10**6) if not (path := Path(f"{run_dir}.old{n}")).exists())
             old.mkdir()
-            for path in run_dir.iterdir():
-                if path.name != ".lock":
-                    path.rename(old / path.name)
+            for path in run_dir.glob("[!.]*"):
+                path.rename(old / path.name)
             print(f"the previous run of these flags is now in {old}")
     except Timeout:
-        fail(f"another process is working on this run ({run_dir}); stop it, or change --seed or --exp-name")
+        fail(f"another process is working in {run_dir}; wait for it, or change --seed or --exp-name")
     except OSError as error:
         fail(f"cannot write to {run_dir} ({error.strerror}); choose another folder with --runs-dir")
     path = run_dir / "checkpoint.pt"
     if not path.exists():  # killed between the two renames of save_checkpoint
         path = run_dir / "checkpoint.previous.pt"
     if not path.exists():
-        if args.eval_only:
-            fail(f"there is no checkpoint yet in {run_dir}; train first with the same command")
-        return run_dir, None
+        return (run_dir, None) if not args.eval_only else fail(f"nothing to evaluate: no checkpoint in {run_dir} yet")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        made_with = checkpoint["args"]
     except Exception as error:
-        fail(
-            f"{path} is damaged ({type(error).__name__}) and was left as it is; move it away to go on from "
-            "checkpoint.previous.pt, or start afresh with --no-resume"
-        )
-    for name, value in asdict(args).items():
-        if name not in EXECUTION_FLAGS and checkpoint["args"].get(name) != value:
-            flag = "--" + name.replace("_", "-")
-            fail(f"{path} was made with {flag} {checkpoint['args'].get(name)}, not {value}; nothing was changed")
+        fail(f"{path} is damaged ({type(error).__name__}); delete it to go on from checkpoint.previous.pt")
+    for name, value in flags.items():
+        if made_with.get(name) != value:
+            fail(f"{path} was made with --{name.replace('_', '-')} {made_with.get(name)}, not {value}; move it away")
     return run_dir, checkpoint
 
 
-def write_atomically(path: Path, write) -> None:
-    """Calls write(file) on a temporary file, syncs it to disk, then renames it to `path`."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def save_checkpoint(run_dir: Path, args: "Args", state: dict) -> None:
-    """Writes checkpoint.pt so that a kill at any moment leaves a whole one; the last one is kept beside it."""
-    state = {**state, "args": asdict(args), "generators": generator_states()}
-    path = run_dir / "checkpoint.pt"
-    new = run_dir / "checkpoint.new.pt"
-    write_atomically(new, lambda file: torch.save(state, file))
-    if path.exists():
-        os.replace(path, run_dir / "checkpoint.previous.pt")
-    os.replace(new, path)
-
-
-def generator_states() -> dict:
-    """The state of every global random generator, in types that torch.load reads with weights_only."""
+def save_checkpoint(run_dir: Path, args, state: dict) -> None:
+    """Writes checkpoint.pt so that a kill at any moment leaves a whole one, and keeps the one before it."""
     kind, keys, *position = np.random.get_state()
-    return {
+    generators = {
         "python": random.getstate(),
         "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), *position],
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
+    path, temporary = run_dir / "checkpoint.pt", run_dir / "checkpoint.tmp"
+    with open(temporary, "wb") as file:
+        torch.save({**state, "args": asdict(args), "generators": generators}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    if path.exists():
+        os.replace(path, run_dir / "checkpoint.previous.pt")
+    os.replace(temporary, path)
 
 
-def restore_generators(states: dict) -> None:
-    kind, keys, *position = states["numpy"]
-    random.setstate(states["python"])
+def restore_generators(generators: dict) -> None:
+    """Sets every global random generator to the state saved by save_checkpoint."""
+    kind, keys, *position = generators["numpy"]
+    random.setstate(generators["python"])
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *position))
-    torch.set_rng_state(states["torch"])
-    if torch.cuda.is_available() and states["cuda"]:
-        torch.cuda.set_rng_state_all(states["cuda"])
+    torch.set_rng_state(generators["torch"])
+    if torch.cuda.is_available() and generators["cuda"]:
+        torch.cuda.set_rng_state_all(generators["cuda"])
 
 
-def write_args(run_dir: Path, args: "Args", layers: dict[str, list[dict]]) -> None:
-    """args.json: flags, versions, git revision and layer tables of a run."""
-    packages = ("torch", "numpy", "numba", "gymnasium", "shimmy", "dm-control", "mujoco")
-    git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty"]
-    try:
-        revision = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
-    except OSError:
-        revision = None
-    record = {
-        "args": asdict(args),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
-        "git_revision": revision,
-        "layers": layers,
-    }
-    write_atomically(run_dir / "args.json", lambda file: file.write(json.dumps(record, indent=1).encode()))
-
-
-def print_layers(layers: dict[str, list[dict]]) -> None:
-    """The layer table of each network: shape, density, active / total weights."""
+def describe_run(run_dir: Path, args, layers: dict[str, list[dict]]) -> None:
+    """Prints the layer table of each network; writes args.json: flags, versions, git revision, layer tables."""
     for network, rows in layers.items():
         active, total = sum(row["active"] for row in rows), sum(row["total"] for row in rows)
         print(f"{network:<26}{'shape':>14}{'density':>9}{'active':>13} /{'total':>12}")
-        for row in rows:
-            shape = " x ".join(str(size) for size in row["shape"])
-            density = row["active"] / row["total"]
+        for row in [*rows, {"layer": "all", "shape": [], "active": active, "total": total}]:
+            shape, density = " x ".join(map(str, row["shape"])), row["active"] / row["total"]
             print(f"  {row['layer']:<24}{shape:>14}{density:>9.4f}{row['active']:>13,} /{row['total']:>12,}")
-        print(f"  {'all':<24}{'':>14}{active / total:>9.4f}{active:>13,} /{total:>12,}")
+    git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty"]
+    try:
+        revision = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    except OSError:  # git is not installed
+        revision = None
+    packages = ("torch", "numpy", "numba", "gymnasium", "shimmy", "dm-control", "mujoco")
+    versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
+    record = {"args": asdict(args), "versions": versions, "git_revision": revision, "layers": layers}
+    (run_dir / "args.json").write_text(json.dumps(record, indent=1))
 
 
 class Metrics:
-    """Writes metrics to metrics.csv (one row each, flushed), TensorBoard and, with --track, W&B."""
+    """Writes to metrics.csv (one flushed row a value), TensorBoard and, with --track, Weights & Biases."""
 
-    def __init__(self, run_dir: Path, args: "Args", resume_at: int, env_step: int):
-        self.file = open(run_dir / "metrics.csv", "a+", newline="")
-        self.file.truncate(resume_at)  # rows after the checkpoint will be written again
+    def __init__(self, run_dir: Path, args, csv_bytes: int, env_step: int):
+        self.file = open(run_dir / "metrics.csv", "a", newline="")  # noqa: SIM115
+        self.file.truncate(csv_bytes)  # what came after the checkpoint will be written again
         self.rows = csv.writer(self.file)
-        if resume_at == 0:
+        if csv_bytes == 0:
             self.rows.writerow(["env_step", "agent_step", "update_step", "metric", "value"])
-        self.tensorboard = SummaryWriter(run_dir, purge_step=env_step if resume_at else None)
+        self.tensorboard = SummaryWriter(run_dir, purge_step=env_step if csv_bytes else None)
         self.wandb = None
         if args.track:
             import wandb
 
-            entity, name = args.wandb_entity, run_dir.name
-            self.wandb = wandb.init(
-                project=args.wandb_project, entity=entity, id=name, config=asdict(args), dir=run_dir, resume="allow"
-            )
+            where = {"project": args.wandb_project, "entity": args.wandb_entity, "id": run_dir.name, "dir": run_dir}
+            self.wandb = wandb.init(**where, config=asdict(args), resume="allow")
 
     def log(self, env_step: int, agent_step: int, update_step: int, values: dict[str, float]) -> None:
         for metric, value in values.items():
@@ -557,11 +500,10 @@ class Metrics:
         if self.wandb:
             self.wandb.log({**values, "env_step": env_step})
 
-    def position(self) -> int:
-        """Bytes of metrics.csv so far, safely on disk."""
-        self.file.flush()
+    def csv_bytes(self) -> int:
+        """Length of metrics.csv, which is on disk when this returns."""
         os.fsync(self.file.fileno())
-        return self.file.seek(0, os.SEEK_END)
+        return os.fstat(self.file.fileno()).st_size
 
     def close(self) -> None:
         self.file.close()
@@ -571,21 +513,14 @@ class Metrics:
 
 
 def draw_learning_curve(run_dir: Path, title: str) -> None:
-    """learning_curve.png from metrics.csv: return of training episodes and of evaluations (mean, std)."""
-    import matplotlib.figure
-
-    points: dict[str, list] = {}
-    with open(run_dir / "metrics.csv", newline="") as file:
-        for row in csv.DictReader(file):
-            points.setdefault(row["metric"], []).append((int(row["env_step"]), float(row["value"])))
-    axes = (figure := matplotlib.figure.Figure((6, 4), layout="constrained")).subplots()
-    if "episode/return" in points:
-        axes.plot(*zip(*points["episode/return"]), color="0.75", lw=0.8, label="training episodes")
-    if "eval/return_mean" in points:
-        steps, mean = (np.array(column) for column in zip(*points["eval/return_mean"]))
-        std = np.array([value for _, value in points["eval/return_std"]])
-        axes.plot(steps, mean, marker="o", ms=3, label="evaluation, mean and std over episodes")
-        axes.fill_between(steps, mean - std, mean + std, alpha=0.2)
+    """learning_curve.png from metrics.csv: returns of training episodes and of evaluations (mean and std)."""
+    metrics = pd.read_csv(run_dir / "metrics.csv").pivot(index="env_step", columns="metric", values="value")
+    axes = (figure := Figure((6, 4), layout="constrained")).subplots()
+    if "episode/return" in metrics:
+        axes.plot(metrics["episode/return"].dropna(), color="0.75", lw=0.8, label="training episodes")
+    mean, std = (metrics[f"eval/return_{name}"].dropna() for name in ("mean", "std"))
+    axes.plot(mean, marker="o", ms=3, label="evaluation (mean, std over episodes)")
+    axes.fill_between(mean.index, mean - std, mean + std, alpha=0.2)
     axes.set(xlabel="env steps", ylabel="return", title=title)
     axes.legend(frameon=False)
     figure.savefig(run_dir / "learning_curve.png", dpi=150)
@@ -595,7 +530,7 @@ def draw_learning_curve(run_dir: Path, title: str) -> None:
 
 
 class ActionRepeat(gym.Wrapper):
-    """Repeats each action, sums the rewards and stops at the end of the episode."""
+    """Repeats each action, sums the rewards, stops at the end of the episode."""
 
     def __init__(self, env: gym.Env, repeat: int):
         super().__init__(env)
@@ -611,89 +546,86 @@ class ActionRepeat(gym.Wrapper):
         return obs, total, terminated, truncated, info
 
 
-def make_env(env_id: str, action_repeat: int, render_mode: str | None = None) -> tuple[gym.Env, int | None]:
-    """One environment with flat observations and actions in [-1, 1], and its episode length in decisions."""
-    if env_id.startswith("dm_control/"):
+def make_env(args: Args, render_mode: str | None = None) -> tuple[gym.Env, float]:
+    """An environment with flat observations and actions in [-1, 1], and the discount that suits its episode length.
+
+    TD-MPC2's heuristic: (T/5 - 1) / (T/5) within [0.95, 0.995] for episodes of T decisions.
+    """
+    if dm_control := args.env_id.startswith("dm_control/"):
         import shimmy
 
         gym.register_envs(shimmy)
     try:
-        env = gym.make(env_id, render_mode=render_mode, disable_env_checker=True)
+        env = gym.make(args.env_id, render_mode=render_mode, disable_env_checker=True)
     except gym.error.Error as error:
-        fail(f"--env-id {env_id}: {error}")
-    if not isinstance(env.action_space, gym.spaces.Box) or not np.isfinite(env.action_space.low).all():
-        fail(f"--env-id {env_id} has actions {env.action_space}; this agent needs bounded Box actions")
-    boxes = getattr(env.observation_space, "spaces", {"": env.observation_space}).values()
-    if not all(isinstance(space, gym.spaces.Box) for space in boxes):
-        fail(f"--env-id {env_id} has observations {env.observation_space}; this agent needs Box or Dict of Box")
-    length = env.spec.max_episode_steps or (1000 if env_id.startswith("dm_control/") else None)
-    env = gym.wrappers.RescaleAction(gym.wrappers.FlattenObservation(env), np.float32(-1), np.float32(1))
-    return ActionRepeat(env, action_repeat), length and math.ceil(length / action_repeat)
+        fail(f"--env-id {args.env_id}: {error}")
+    if not isinstance(env.action_space, gym.spaces.Box) or not env.action_space.is_bounded():
+        fail(f"--env-id {args.env_id} has actions {env.action_space}; this agent needs bounded Box actions")
+    for space in getattr(env.observation_space, "spaces", {"": env.observation_space}).values():
+        if not isinstance(space, gym.spaces.Box):
+            fail(f"--env-id {args.env_id} has observations {space}; this agent needs Box or a Dict of Box")
+    frames = env.spec.max_episode_steps or (1000 if dm_control else math.inf)
+    env = gym.wrappers.RescaleAction(gym.wrappers.FlattenObservation(env), -1.0, 1.0)
+    return ActionRepeat(env, args.action_repeat), min(max(1 - 5 * args.action_repeat / frames, 0.95), 0.995)
 
 
-def env_seed(*key: int) -> int:
-    """An independent environment seed for each key."""
+def derive_seed(*key: int) -> int:
+    """An independent seed for each key."""
     return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
-def heuristic_gamma(length: int | None) -> float:
-    """TD-MPC2: (length / 5 - 1) / (length / 5) for episodes of `length` decisions, within [0.95, 0.995]."""
-    return 0.995 if length is None else min(max((length / 5 - 1) / (length / 5), 0.95), 0.995)
+class ObservationNorm:
+    """Running mean and variance of the observations seen in training, applied without clipping, as in SimBa."""
 
+    def __init__(self, obs_dim: int, device: torch.device):
+        self.statistics, self.device = RunningMeanStd(shape=(obs_dim,)), device
 
-class ObservationNorm(nn.Module):
-    """Running mean and variance of all observations seen in training (SimBa; float64, no clipping)."""
-
-    def __init__(self, obs_dim: int):
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(obs_dim, dtype=torch.float64))
-        self.register_buffer("var", torch.ones(obs_dim, dtype=torch.float64))
-        self.register_buffer("count", torch.tensor(1e-4, dtype=torch.float64))
-
-    def update(self, obs: torch.Tensor) -> None:
+    def update(self, obs: np.ndarray) -> None:
         """Takes one observation (obs_dim,) into the statistics."""
-        delta, new_count = obs - self.mean, self.count + 1
-        self.mean += delta / new_count
-        self.var.copy_((self.var * self.count + delta.square() * self.count / new_count) / new_count)
-        self.count.copy_(new_count)
+        self.statistics.update(obs[None])
 
-    def forward(self, obs: torch.Tensor) -> torch.Tensor:
-        return (obs - self.mean.float()) / (self.var + 1e-8).sqrt().float()
+    def __call__(self, obs: torch.Tensor) -> torch.Tensor:
+        """Raw observations (batch, obs_dim) -> normalised ones on the agent's device."""
+        mean, std = self.statistics.mean, np.sqrt(self.statistics.var + 1e-8)
+        mean, std = (torch.as_tensor(value, dtype=torch.float32, device=self.device) for value in (mean, std))
+        return (obs.to(self.device) - mean) / std
+
+    def state_dict(self) -> dict:
+        return {name: torch.as_tensor(value) for name, value in vars(self.statistics).items()}
+
+    def load_state_dict(self, state: dict) -> None:
+        for name, value in state.items():
+            setattr(self.statistics, name, value.numpy())
 
 
-def orthogonal_linear(in_features: int, out_features: int) -> nn.Linear:
-    linear = nn.Linear(in_features, out_features)
-    nn.init.orthogonal_(linear.weight)
-    nn.init.zeros_(linear.bias)
-    return linear
-
-
-def he_linear(in_features: int, out_features: int) -> nn.Linear:
-    """He initialisation from a normal cut at 2 sigma, its variance corrected for the cut (JAX's he_normal)."""
-    linear = nn.Linear(in_features, out_features)
-    std = math.sqrt(2 / in_features) / 0.87962566103423978
-    nn.init.trunc_normal_(linear.weight, std=std, a=-2 * std, b=2 * std)
-    nn.init.zeros_(linear.bias)
-    return linear
+def linear(in_features: int, out_features: int, he_normal: bool = False) -> nn.Linear:
+    """Orthogonal weights, or He's normal cut at 2 sigma, its variance corrected for the cut (JAX's he_normal)."""
+    layer = nn.Linear(in_features, out_features)
+    nn.init.zeros_(layer.bias)
+    if he_normal:
+        std = math.sqrt(2 / in_features) / 0.87962566103423978
+        nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
+    else:
+        nn.init.orthogonal_(layer.weight)
+    return layer
 
 
 class ResidualBlock(nn.Module):
     def __init__(self, hidden: int):
         super().__init__()
         self.norm = nn.LayerNorm(hidden, eps=1e-6)
-        self.up = he_linear(hidden, 4 * hidden)
-        self.down = he_linear(4 * hidden, hidden)
+        self.up = linear(hidden, 4 * hidden, he_normal=True)
+        self.relu = nn.ReLU()
+        self.down = linear(4 * hidden, hidden, he_normal=True)
 
     def forward(self, x):
-        return x + self.down(F.relu(self.up(self.norm(x))))
+        return x + self.down(self.relu(self.up(self.norm(x))))
 
 
-class SimBa(nn.Sequential):
-    """Linear -> residual blocks -> LayerNorm: (batch, in_features) -> (batch, hidden)."""
-
-    def __init__(self, in_features: int, hidden: int, blocks: int):
-        residual = [ResidualBlock(hidden) for _ in range(blocks)]
-        super().__init__(orthogonal_linear(in_features, hidden), *residual, nn.LayerNorm(hidden, eps=1e-6))
+def simba(in_features: int, hidden: int, blocks: int) -> nn.Sequential:
+    """The SimBa encoder: (batch, in_features) -> (batch, hidden)."""
+    residual = (ResidualBlock(hidden) for _ in range(blocks))
+    return nn.Sequential(linear(in_features, hidden), *residual, nn.LayerNorm(hidden, eps=1e-6))
 
 
 class Actor(nn.Module):
@@ -701,21 +633,21 @@ class Actor(nn.Module):
 
     def __init__(self, obs_dim: int, action_dim: int, hidden: int, blocks: int):
         super().__init__()
-        self.encoder = SimBa(obs_dim, hidden, blocks)
-        self.mean = orthogonal_linear(hidden, action_dim)
-        self.log_std = orthogonal_linear(hidden, action_dim)
+        self.encoder = simba(obs_dim, hidden, blocks)
+        self.mean = linear(hidden, action_dim)
+        self.log_std = linear(hidden, action_dim)
 
     def forward(self, obs):
-        """obs (batch, obs_dim) -> mean and log std (batch, action_dim) before tanh; log std in [-10, 2]."""
+        """obs (batch, obs_dim) -> mean and log std before tanh, (batch, action_dim); log std within [-10, 2]."""
         features = self.encoder(obs)
         return self.mean(features), -10 + 6 * (1 + torch.tanh(self.log_std(features)))
 
     def sample(self, obs, noise):
-        """Action (batch, action_dim) for standard normal `noise` of that shape, and its log-probability (batch,)."""
+        """Action (batch, action_dim) for standard normal noise of that shape, and its log-probability (batch,)."""
         mean, log_std = self(obs)
         raw = mean + log_std.exp() * noise
         log_prob = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
-        log_prob = log_prob - 2 * (math.log(2) - raw - F.softplus(-2 * raw))
+        log_prob = log_prob - 2 * (math.log(2) - raw - F.softplus(-2 * raw))  # log(1 - tanh(raw)^2)
         return torch.tanh(raw), log_prob.sum(-1)
 
 
@@ -724,8 +656,8 @@ class Critic(nn.Module):
 
     def __init__(self, obs_dim: int, action_dim: int, hidden: int, blocks: int, count: int):
         super().__init__()
-        self.encoders = nn.ModuleList(SimBa(obs_dim + action_dim, hidden, blocks) for _ in range(count))
-        self.heads = nn.ModuleList(orthogonal_linear(hidden, 1) for _ in range(count))
+        self.encoders = nn.ModuleList(simba(obs_dim + action_dim, hidden, blocks) for _ in range(count))
+        self.heads = nn.ModuleList(linear(hidden, 1) for _ in range(count))
 
     def forward(self, obs, action):
         """(batch, obs_dim), (batch, action_dim) -> Q-values (count, batch)"""
@@ -733,19 +665,8 @@ class Critic(nn.Module):
         return torch.stack([head(encoder(x)).squeeze(-1) for encoder, head in zip(self.encoders, self.heads)])
 
 
-class Temperature(nn.Module):
-    """alpha = exp(log_alpha), learned."""
-
-    def __init__(self, initial: float):
-        super().__init__()
-        self.log_alpha = nn.Parameter(torch.tensor(math.log(initial)))
-
-    def forward(self):
-        return self.log_alpha.exp()
-
-
 class Batch(NamedTuple):
-    """Transitions, all float32 with the batch first; terminated is 1 where the episode ended by itself."""
+    """Transitions, float32, batch first; terminated is 1 where the episode ended by itself, not by its time limit."""
 
     obs: torch.Tensor
     action: torch.Tensor
@@ -758,42 +679,42 @@ class ReplayBuffer:
     """A ring of raw transitions on the CPU, sampled uniformly with replacement."""
 
     def __init__(self, capacity: int, obs_dim: int, action_dim: int):
-        shapes = ((obs_dim,), (action_dim,), (), (obs_dim,), ())
-        self.data = Batch(*(torch.empty(capacity, *shape) for shape in shapes))
         self.capacity, self.added = capacity, 0
+        shapes = ((obs_dim,), (action_dim,), (), (obs_dim,), ())
+        self.columns = [torch.empty(capacity, *shape) for shape in shapes]
 
     def add(self, *transition) -> None:
-        for column, value in zip(self.data, transition):
+        for column, value in zip(self.columns, transition):
             column[self.added % self.capacity] = torch.as_tensor(value)
         self.added += 1
 
     def sample(self, batch_size: int, norm: ObservationNorm, generator: torch.Generator | None = None) -> Batch:
-        """A batch on the device of `norm`, its observations normalised by today's statistics."""
+        """A batch on the device of `norm`, old observations normalised by the newest statistics."""
         index = torch.randint(min(self.added, self.capacity), (batch_size,), generator=generator)
-        batch = Batch(*(column[index].to(norm.mean.device) for column in self.data))
+        batch = Batch(*(column[index].to(norm.device) for column in self.columns))
         return batch._replace(obs=norm(batch.obs), next_obs=norm(batch.next_obs))
 
     def state_dict(self) -> dict:
-        return {"added": self.added, "data": [column[: self.added].clone() for column in self.data]}
+        return {"added": self.added, "columns": [column[: self.added].clone() for column in self.columns]}
 
     def load_state_dict(self, state: dict) -> None:
         self.added = state["added"]
-        for column, saved in zip(self.data, state["data"]):
+        for column, saved in zip(self.columns, state["columns"]):
             column[: len(saved)] = saved
 
 
 def actor_loss(actor, critic, alpha, obs, noise):
-    """mean(alpha * log pi(a|s) - Q(s, a)) for a sampled with `noise`, and the entropy mean(-log pi)."""
+    """mean(alpha * log pi(a|s) - Q(s, a)) for actions sampled with `noise`, and the entropy mean(-log pi(a|s))."""
     action, log_prob = actor.sample(obs, noise)
     return (alpha * log_prob - critic(obs, action).amin(0)).mean(), -log_prob.detach().mean()
 
 
+@torch.no_grad()
 def td_target(actor, target_critic, alpha, batch, gamma, noise):
     """r + gamma * (1 - terminated) * (Q_target(s', a') - alpha * log pi(a'|s')), (batch,)"""
-    with torch.no_grad():
-        action, log_prob = actor.sample(batch.next_obs, noise)
-        value = target_critic(batch.next_obs, action).amin(0) - alpha * log_prob
-        return batch.reward + gamma * (1 - batch.terminated) * value
+    action, log_prob = actor.sample(batch.next_obs, noise)
+    value = target_critic(batch.next_obs, action).amin(0) - alpha * log_prob
+    return batch.reward + gamma * (1 - batch.terminated) * value
 
 
 def critic_loss(critic, batch, target):
@@ -801,75 +722,50 @@ def critic_loss(critic, batch, target):
     return (critic(batch.obs, batch.action) - target).square().mean(1).sum()
 
 
-@dataclass
 class Agent:
-    actor: Actor
-    critic: Critic
-    target_critic: Critic
-    temperature: Temperature
-    actor_optimizer: torch.optim.Optimizer
-    critic_optimizer: torch.optim.Optimizer
-    temperature_optimizer: torch.optim.Optimizer
-    layers: dict[str, list[dict]]
+    """Networks drawn from torch's generator and pruned with masks from --mask-seed, and their optimisers."""
 
+    def __init__(self, args: Args, obs_dim: int, action_dim: int, device: torch.device):
+        hidden, blocks, critics = round(128 * args.width_scale), args.depth_scale, 1 + args.clipped_double_q
+        self.actor = Actor(obs_dim, action_dim, hidden, blocks)
+        self.critic = Critic(obs_dim, action_dim, 4 * hidden, 2 * blocks, critics)
+        self.layers = {}
+        for index, (name, sparsity) in enumerate((("actor", args.actor_sparsity), ("critic", args.critic_sparsity))):
+            sparsity = args.sparsity if sparsity is None else sparsity
+            mask_seed = derive_seed(args.seed if args.mask_seed is None else args.mask_seed, index)
+            how = (sparsity, args.sparsity_distribution, mask_seed, args.sparse_kernel, device)
+            self.layers[name] = sparsify(getattr(self, name), *how)
+        # The memo lets the target critic share the critic's index buffers: the pattern is stored once.
+        self.target_critic = copy.deepcopy(self.critic, {id(buffer): buffer for buffer in self.critic.buffers()})
+        self.target_critic.requires_grad_(False)
+        self.temperature = nn.ParameterDict({"log_alpha": torch.tensor(math.log(args.initial_temperature))}).to(device)
+        for name, decay in (("actor", args.weight_decay), ("critic", args.weight_decay), ("temperature", 0.0)):
+            parameters = getattr(self, name).parameters()
+            optimizer = torch.optim.AdamW(parameters, args.learning_rate, weight_decay=decay, fused=True)
+            setattr(self, f"{name}_optimizer", optimizer)
 
-def make_agent(args: Args, obs_dim: int, action_dim: int, device: torch.device) -> Agent:
-    """Draws fresh networks from torch's generator and prunes them with masks from --mask-seed."""
-    hidden, blocks = round(128 * args.width_scale), args.depth_scale
-    actor = Actor(obs_dim, action_dim, hidden, blocks)
-    critic = Critic(obs_dim, action_dim, 4 * hidden, 2 * blocks, 2 if args.clipped_double_q else 1)
-    mask_seed = args.seed if args.mask_seed is None else args.mask_seed
-    layers = {}
-    for index, (name, network, sparsity) in enumerate(
-        (("actor", actor, args.actor_sparsity), ("critic", critic, args.critic_sparsity))
-    ):
-        sparsity = args.sparsity if sparsity is None else sparsity
-        how = (args.sparsity_distribution, env_seed(mask_seed, index), args.sparse_kernel, device)
-        layers[name] = sparsify(network, sparsity, *how)
-    # The target critic shares the critic's pattern: its buffers are the same tensors.
-    target_critic = copy.deepcopy(critic, {id(buffer): buffer for buffer in critic.buffers()})
-    target_critic.requires_grad_(False)
-    temperature = Temperature(args.initial_temperature).to(device)
-
-    def adamw(parameters, weight_decay):
-        return torch.optim.AdamW(parameters, args.learning_rate, weight_decay=weight_decay, fused=True)
-
-    return Agent(
-        actor,
-        critic,
-        target_critic,
-        temperature,
-        actor_optimizer=adamw(actor.parameters(), args.weight_decay),
-        critic_optimizer=adamw(critic.parameters(), args.weight_decay),
-        temperature_optimizer=adamw(temperature.parameters(), 0.0),
-        layers=layers,
-    )
-
-
-def stateful(agent: Agent, norm: ObservationNorm, replay: ReplayBuffer) -> dict:
-    """Everything that a checkpoint stores by its state_dict."""
-    parts = {name: part for name, part in vars(agent).items() if hasattr(part, "state_dict")}
-    return {**parts, "norm": norm, "replay": replay}
+    def alpha(self) -> torch.Tensor:
+        return self.temperature["log_alpha"].exp()
 
 
 def update(agent: Agent, batch: Batch, noise, next_noise, gamma: float, tau: float) -> dict[str, torch.Tensor]:
     """One gradient update of everything on a normalised batch; noise (batch, action_dim) is standard normal."""
     # Actor, against the critic of the last update, whose weights need no gradient here
     agent.critic.requires_grad_(False)
-    loss_actor, entropy = actor_loss(agent.actor, agent.critic, agent.temperature().detach(), batch.obs, noise)
+    loss_actor, entropy = actor_loss(agent.actor, agent.critic, agent.alpha().detach(), batch.obs, noise)
     agent.actor_optimizer.zero_grad()
     loss_actor.backward()
     agent.actor_optimizer.step()
     agent.critic.requires_grad_(True)
 
     # Temperature, towards an entropy of -|A|/2
-    loss_alpha = agent.temperature() * (entropy + 0.5 * noise.shape[-1])
+    loss_temperature = agent.alpha() * (entropy + 0.5 * noise.shape[1])
     agent.temperature_optimizer.zero_grad()
-    loss_alpha.backward()
+    loss_temperature.backward()
     agent.temperature_optimizer.step()
 
     # Critic, with the new actor and the new temperature
-    alpha = agent.temperature().detach()
+    alpha = agent.alpha().detach()
     target = td_target(agent.actor, agent.target_critic, alpha, batch, gamma, next_noise)
     loss_critic = critic_loss(agent.critic, batch, target)
     agent.critic_optimizer.zero_grad()
@@ -879,55 +775,47 @@ def update(agent: Agent, batch: Batch, noise, next_noise, gamma: float, tau: flo
     with torch.no_grad():
         for slow, fast in zip(agent.target_critic.parameters(), agent.critic.parameters()):
             slow.lerp_(fast, tau)
-    return {
-        "losses/actor_loss": loss_actor.detach(),
-        "losses/critic_loss": loss_critic.detach(),
-        "losses/td_target": target.mean(),
-        "losses/alpha": alpha,
-        "losses/entropy": entropy,
-    }
+    losses = {"actor_loss": loss_actor.detach(), "critic_loss": loss_critic.detach(), "td_target": target.mean()}
+    return losses | {"alpha": alpha, "entropy": entropy}
 
 
-def diagnostics(agent: Agent, batch: Batch, noise, next_noise, gamma: float) -> dict[str, float]:
+def diagnose(agent: Agent, batch: Batch, noise, next_noise, gamma: float) -> dict[str, float]:
     """Plasticity measurements of actor and critic on a normalised batch."""
-    alpha = agent.temperature().detach()
+    alpha = agent.alpha().detach()
     target = td_target(agent.actor, agent.target_critic, alpha, batch, gamma, next_noise)
-    losses = {
+    loss = {
         "actor": actor_loss(agent.actor, agent.critic, alpha, batch.obs, noise)[0],
         "critic": critic_loss(agent.critic, batch, target),
     }
-    encoders = {"actor": agent.actor.encoder, "critic": agent.critic.encoders[0]}
+    encoder = {"actor": agent.actor.encoder, "critic": agent.critic.encoders[0]}
     inputs = {"actor": batch.obs, "critic": torch.cat([batch.obs, batch.action], -1)}
     measured = {}
-    for name, network in (("actor", agent.actor), ("critic", agent.critic)):
-        parameters = list(network.parameters())
-        gradients = torch.autograd.grad(losses[name], parameters)
-        for metric, value in diagnose(encoders[name], inputs[name], parameters, gradients).items():
-            measured[f"diagnostics/{name}_{metric}"] = value
+    for name in loss:
+        parameters = list(getattr(agent, name).parameters())
+        gradients = torch.autograd.grad(loss[name], parameters)
+        for metric, value in measure_plasticity(encoder[name], inputs[name], parameters, gradients).items():
+            measured[f"{name}_{metric}"] = value
     return measured
 
 
-def act(agent: Agent, norm: ObservationNorm, obs: np.ndarray, noise: torch.Tensor | None) -> np.ndarray:
-    """The action (action_dim,) for one raw observation: sampled with `noise`, or the policy's mode if None."""
-    device = norm.mean.device
-    with torch.no_grad():
-        obs = norm(torch.as_tensor(obs, dtype=torch.float32, device=device))[None]
-        if noise is None:
-            return torch.tanh(agent.actor(obs)[0])[0].cpu().numpy()
-        return agent.actor.sample(obs, noise[None].to(device))[0][0].cpu().numpy()
+@torch.no_grad()
+def act(agent: Agent, norm: ObservationNorm, obs: np.ndarray, noise: torch.Tensor | None = None) -> np.ndarray:
+    """The action (action_dim,) for a raw observation: sampled with `noise`, or the policy's mode without."""
+    obs = norm(torch.as_tensor(obs, dtype=torch.float32)[None])
+    action = torch.tanh(agent.actor(obs)[0]) if noise is None else agent.actor.sample(obs, noise.to(obs.device))[0]
+    return action[0].cpu().numpy()
 
 
-def evaluate(agent: Agent, norm: ObservationNorm, env: gym.Env, episodes: int, seed_key: tuple, video=None):
-    """Returns of some episodes of the deterministic policy, (episodes,); the first is filmed if `video` is set."""
-    returns = np.zeros(episodes)
-    frames = []
+def evaluate(agent, norm, env: gym.Env, episodes: int, seed_key: tuple, video: Path | None = None) -> dict[str, float]:
+    """Mean, std and interquartile mean of the deterministic policy's returns; films the first episode on request."""
+    returns, frames = np.zeros(episodes), []
     for episode in range(episodes):
-        obs, _ = env.reset(seed=env_seed(*seed_key, episode))
+        obs, _ = env.reset(seed=derive_seed(*seed_key, episode))
         done = False
         while not done:
             if video and episode == 0:
                 frames.append(env.render())
-            obs, reward, terminated, truncated, _ = env.step(act(agent, norm, obs, None))
+            obs, reward, terminated, truncated, _ = env.step(act(agent, norm, obs))
             returns[episode] += reward
             done = terminated or truncated
     if video:
@@ -935,112 +823,103 @@ def evaluate(agent: Agent, norm: ObservationNorm, env: gym.Env, episodes: int, s
 
         video.parent.mkdir(exist_ok=True)
         imageio.mimwrite(video, frames, fps=30, macro_block_size=None)
-    return returns
+    return {"return_mean": returns.mean(), "return_std": returns.std(), "return_iqm": trim_mean(returns, 0.25)}
 
 
-def summary(returns: np.ndarray) -> dict[str, float]:
-    """Mean, std and interquartile mean of episode returns."""
-    return {"mean": returns.mean(), "std": returns.std(), "iqm": trim_mean(returns, 0.25)}
-
-
-def check_args(args: Args) -> torch.device:
-    """Ends the program if a flag makes no sense; returns the device."""
+def check_flags(args: Args) -> None:
+    """Ends the program if a flag makes no sense."""
     for name in ("sparsity", "actor_sparsity", "critic_sparsity"):
-        value = getattr(args, name)
-        if value is not None and not 0 <= value < 1:
-            fail(f"--{name.replace('_', '-')} {value}: must be at least 0 and below 1")
-    if not args.width_scale * 128 >= 1:
-        fail(f"--width-scale {args.width_scale}: must be at least 1/128, one hidden unit in the actor")
-    minimum = {"depth_scale": 1, "action_repeat": 1, "total_timesteps": args.action_repeat, "batch_size": 1}
-    minimum |= {"updates_per_step": 1, "buffer_size": 1, "eval_episodes": 1, "final_eval_episodes": 1}
-    minimum |= {"eval_interval": 1, "checkpoint_interval": 1, "diagnostics_interval": 0, "learning_starts": 0}
-    for name, least in minimum.items():
-        if getattr(args, name) < least:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {least}")
+        if getattr(args, name) is not None and not 0 <= getattr(args, name) < 1:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 0 and below 1")
+    if not args.width_scale >= 1 / 128:
+        fail(f"--width-scale {args.width_scale}: must be at least 1/128, which is one hidden unit in the actor")
+    counts = ("depth_scale", "action_repeat", "updates_per_step", "batch_size", "buffer_size", "eval_episodes")
+    for name in (*counts, "final_eval_episodes", "total_timesteps", "eval_interval", "checkpoint_interval"):
+        if getattr(args, name) < 1:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
     if args.device == "cuda" and not torch.cuda.is_available():
-        fail("--device cuda: this machine or this build of PyTorch has no CUDA; use --device cpu")
-    if args.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(args.device)
+        fail("--device cuda: there is no CUDA here; use --device cpu")
 
 
 if __name__ == "__main__":
     args = tyro.cli(Args)
-    device = check_args(args)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
-    if args.capture_video and sys.platform == "linux":
-        os.environ.setdefault("MUJOCO_GL", "egl")
-    env, length = make_env(args.env_id, args.action_repeat)
-    eval_env, _ = make_env(args.env_id, args.action_repeat, "rgb_array" if args.capture_video else None)
+    check_flags(args)
+    device = torch.device(
+        "cuda" if args.device == "auto" and torch.cuda.is_available() else args.device.replace("auto", "cpu")
+    )
+    threads = args.threads or torch.get_num_threads()
+    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+    torch.set_num_threads(threads)  # after numba, whose start sets the number for both
+    os.environ.setdefault("MUJOCO_GL", "egl" if args.capture_video else "disabled")
+    signal.signal(signal.SIGINT, lambda *_: sys.exit("interrupted; the same command goes on from the last checkpoint"))
+
+    env, default_gamma = make_env(args)
+    eval_env, _ = make_env(args, "rgb_array" if args.capture_video else None)
     obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
-    gamma = heuristic_gamma(length) if args.gamma is None else args.gamma
+    gamma = default_gamma if args.gamma is None else args.gamma
     run_dir, checkpoint = open_run(args)
     if checkpoint and checkpoint["finished"] and not args.eval_only:
-        print(f"this run is finished; its results are in {run_dir} (--no-resume runs it again)")
+        print(f"this run is finished: its results are in {run_dir} (--no-resume runs it again)")
         sys.exit(0)
 
     torch.manual_seed(args.seed)
     try:
-        agent = make_agent(args, obs_dim, action_dim, device)
+        agent = Agent(args, obs_dim, action_dim, device)
     except ValueError as error:
         fail(str(error))
-    norm = ObservationNorm(obs_dim).to(device)
-    total_steps, learning_starts, eval_steps, diagnostics_steps, checkpoint_steps, reset_steps = (
-        math.ceil((env_steps or 0) / args.action_repeat)  # from env steps to decisions
-        for env_steps in (
-            *(args.total_timesteps, args.learning_starts, args.eval_interval, args.diagnostics_interval),
-            *(args.checkpoint_interval, args.reset_interval),
-        )
-    )
+    norm = ObservationNorm(obs_dim, device)
+    total_steps = math.ceil(args.total_timesteps / args.action_repeat)
+    learning_starts = args.learning_starts // args.action_repeat
     replay = ReplayBuffer(min(args.buffer_size, total_steps), obs_dim, action_dim)
-    agent_step = update_step = episode = metrics_bytes = 0
+    agent_step = update_step = episode = csv_bytes = 0
+
+    def stateful() -> dict:
+        return {name: part for name, part in vars(agent).items() if name != "layers"} | {"norm": norm, "replay": replay}
+
     if checkpoint:
-        for name, part in stateful(agent, norm, replay).items():
+        for name, part in stateful().items():
             part.load_state_dict(checkpoint[name])
         restore_generators(checkpoint["generators"])
-        agent_step, update_step, episode, metrics_bytes = checkpoint["counters"]
+        agent_step, update_step, episode, csv_bytes = checkpoint["counters"]
     if args.eval_only:
-        video = run_dir / "videos" / "eval_only.mp4" if args.capture_video else None
-        returns = evaluate(agent, norm, eval_env, args.final_eval_episodes, (args.seed, 2, agent_step), video)
-        print("  ".join(f"{name} {value:.1f}" for name, value in summary(returns).items()), f"at {agent_step=}")
+        video = run_dir / "videos" / f"eval_{agent_step}.mp4" if args.capture_video else None
+        result = evaluate(agent, norm, eval_env, args.final_eval_episodes, (args.seed, 2, agent_step), video)
+        print("  ".join(f"{name} {value:.1f}" for name, value in result.items()))
         sys.exit(0)
 
-    print_layers(agent.layers)
-    print(f"{run_dir}" + (f": going on from env step {agent_step * args.action_repeat}" if checkpoint else ""))
-    write_args(run_dir, args, agent.layers)
-    metrics = Metrics(run_dir, args, metrics_bytes, agent_step * args.action_repeat)
+    describe_run(run_dir, args, agent.layers)
+    print(f"{run_dir}: " + (f"going on from env step {agent_step * args.action_repeat}" if checkpoint else "new run"))
+    metrics = Metrics(run_dir, args, csv_bytes, agent_step * args.action_repeat)
     bar = tqdm(total=args.total_timesteps, initial=agent_step * args.action_repeat, unit=" env steps")
     bar.mininterval = 0.5 if sys.stderr.isatty() else 30
-    losses, saved_step, episode_over, started, started_at = {}, agent_step, True, time.time(), agent_step
+    saved_step, losses, episode_over = agent_step, {}, True
 
-    def log(values: dict) -> None:
+    def log(values: dict, prefix: str) -> None:
+        values = {f"{prefix}/{name}": value for name, value in values.items()}
         metrics.log(agent_step * args.action_repeat, agent_step, update_step, values)
 
-    def log_evaluation(prefix: str, episodes: int, seed_key: int, video: Path | None = None) -> None:
-        returns = evaluate(agent, norm, eval_env, episodes, (args.seed, seed_key, agent_step), video)
-        log({f"{prefix}/return_{name}": value for name, value in summary(returns).items()})
-        bar.set_postfix_str(f"{prefix} return {returns.mean():.0f}")
+    def due(interval: int | None) -> bool:
+        """Whether a multiple of some env steps has just been reached."""
+        return bool(interval) and agent_step % max(1, interval // args.action_repeat) == 0
 
     def save(finished: bool) -> None:
-        counters = (agent_step, update_step, episode, metrics.position())
-        parts = {name: part.state_dict() for name, part in stateful(agent, norm, replay).items()}
-        save_checkpoint(run_dir, args, {**parts, "counters": counters, "finished": finished})
+        state = {name: part.state_dict() for name, part in stateful().items()}
+        counters = (agent_step, update_step, episode, metrics.csv_bytes())
+        save_checkpoint(run_dir, args, {**state, "counters": counters, "finished": finished})
 
     if agent_step == 0:
-        log_evaluation("eval", args.eval_episodes, 1)
+        log(evaluate(agent, norm, eval_env, args.eval_episodes, (args.seed, 1, 0)), "eval")
     while agent_step < total_steps:
         if episode_over:
-            if agent_step - saved_step >= checkpoint_steps:
+            if (agent_step - saved_step) * args.action_repeat >= args.checkpoint_interval:
                 save(finished=False)
                 saved_step = agent_step
-            obs, _ = env.reset(seed=env_seed(args.seed, 0, episode))
-            episode += 1
-            episode_start, episode_return = agent_step, 0.0
+            obs, _ = env.reset(seed=derive_seed(args.seed, 0, episode))
+            episode, episode_start, episode_return = episode + 1, agent_step, 0.0
+            started = time.time()
 
-        # ACT
-        norm.update(torch.as_tensor(obs, dtype=torch.float32, device=device))
+        # Act
+        norm.update(obs)
         if agent_step < learning_starts:
             action = (2 * torch.rand(action_dim) - 1).numpy()
         else:
@@ -1050,7 +929,7 @@ if __name__ == "__main__":
         obs, episode_return, episode_over = next_obs, episode_return + reward, terminated or truncated
         agent_step += 1
 
-        # LEARN
+        # Learn
         if agent_step >= learning_starts:
             for _ in range(args.updates_per_step):
                 batch = replay.sample(args.batch_size, norm)
@@ -1058,30 +937,34 @@ if __name__ == "__main__":
                 losses = update(agent, batch, noise, next_noise, gamma, args.tau)
                 update_step += 1
             if not all(torch.isfinite(loss) for loss in losses.values()):
-                print(f"error: the loss is not finite at {agent_step=}; the last checkpoint is kept", file=sys.stderr)
+                print(f"error: a loss is not finite at {agent_step=}; the last checkpoint is kept", file=sys.stderr)
                 sys.exit(3)
-            if reset_steps and agent_step % reset_steps == 0:
-                agent = make_agent(args, obs_dim, action_dim, device)
+            if due(args.reset_interval):
+                agent = Agent(args, obs_dim, action_dim, device)
 
-        # MEASURE
-        if agent_step % eval_steps == 0:
-            log_evaluation("eval", args.eval_episodes, 1)
-        if update_step and diagnostics_steps and agent_step % diagnostics_steps == 0:
-            generator = torch.Generator().manual_seed(env_seed(args.seed, 3, agent_step))
+        # Measure
+        if due(args.eval_interval):
+            result = evaluate(agent, norm, eval_env, args.eval_episodes, (args.seed, 1, agent_step))
+            log(result, "eval")
+            bar.set_postfix_str(f"return {result['return_mean']:.0f}")
+        if due(args.diagnostics_interval):
+            generator = torch.Generator().manual_seed(derive_seed(args.seed, 3, agent_step))
             batch = replay.sample(args.batch_size, norm, generator)
             noise, next_noise = torch.randn(2, args.batch_size, action_dim, generator=generator).to(device)
-            log(diagnostics(agent, batch, noise, next_noise, gamma))
+            log(diagnose(agent, batch, noise, next_noise, gamma), "diagnostics")
         bar.update(args.action_repeat)
         if episode_over:
-            speed = (agent_step - started_at) * args.action_repeat / (time.time() - started)
-            log({"episode/return": episode_return, "episode/length": agent_step - episode_start})
-            log({name: float(loss) for name, loss in losses.items()} | {"time/env_steps_per_second": speed})
+            length = agent_step - episode_start
+            log({"return": episode_return, "length": length}, "episode")
+            log({name: float(loss) for name, loss in losses.items()}, "losses")
+            log({"env_steps_per_second": length * args.action_repeat / (time.time() - started)}, "time")
             draw_learning_curve(run_dir, args.env_id)
 
     video = run_dir / "videos" / "final.mp4" if args.capture_video else None
-    log_evaluation("final", args.final_eval_episodes, 2, video)
+    result = evaluate(agent, norm, eval_env, args.final_eval_episodes, (args.seed, 2, agent_step), video)
+    log(result, "final")
     save(finished=True)
-    draw_learning_curve(run_dir, args.env_id)
     metrics.close()
     bar.close()
-    print(f"finished; checkpoint, metrics.csv and learning_curve.png are in {run_dir}")
+    draw_learning_curve(run_dir, args.env_id)
+    print(f"return {result['return_mean']:.1f}; checkpoint, metrics.csv and learning_curve.png are in {run_dir}")

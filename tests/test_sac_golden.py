@@ -5,10 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sac_simba_sparse as sac
 import torch
 import torch.nn as nn
-
-import sac_simba_sparse as sac
 
 GOLDEN = np.load(Path(__file__).parent / "data" / "sac_tiny.npz")
 DEVICE = torch.device("cpu")
@@ -95,19 +94,19 @@ def check(case, step, agent):
 @pytest.mark.parametrize("case,kernel", [("pert_dense", "auto"), ("pert_sp80", "packed"), ("pert_sp80", "dense")])
 def test_three_updates_equal_the_official_code(case, kernel):
     args = sac.Args(width_scale=0.125, weight_decay=1e-2)
-    agent = sac.make_agent(args, 5, 2, DEVICE)
-    agent.critic.encoders[0] = sac.SimBa(7, 32, 2)
-    agent.target_critic.encoders[0] = sac.SimBa(7, 32, 2)
+    agent = sac.Agent(args, 5, 2, DEVICE)
+    agent.critic.encoders[0] = sac.simba(7, 32, 2)
+    agent.target_critic.encoders[0] = sac.simba(7, 32, 2)
     for name, network in (("actor", agent.actor), ("critic", agent.critic), ("target", agent.target_critic)):
         assert sum(1 for module in network.modules() if isinstance(module, nn.Linear)) > 0
         for head in getattr(network, "heads", []):
             assert head.in_features in (32, 64)
         if name != "actor":
-            network.heads[0] = sac.orthogonal_linear(32, 1)
+            network.heads[0] = sac.linear(32, 1)
         install(case, name, network, kernel)
     agent.target_critic.requires_grad_(False)
     with torch.no_grad():
-        agent.temperature.log_alpha.copy_(golden(f"{case}/init/temp/log_temp"))
+        agent.temperature["log_alpha"].copy_(golden(f"{case}/init/temp/log_temp"))
     for part in ("actor", "critic"):
         optimizer = torch.optim.AdamW(getattr(agent, part).parameters(), 1e-4, weight_decay=1e-2, fused=True)
         setattr(agent, part + "_optimizer", optimizer)
@@ -118,12 +117,12 @@ def test_three_updates_equal_the_official_code(case, kernel):
         noise, next_noise = (golden(f"{case}/step{step}/{name}") for name in ("eps_actor", "eps_target"))
         losses = sac.update(agent, batch, noise, next_noise, gamma=0.99, tau=0.005)
         info = {name: float(golden(f"{case}/step{step}/info/{name}")) for name in ("actor_loss", "critic_loss")}
-        assert float(losses["losses/actor_loss"]) == pytest.approx(info["actor_loss"], abs=1e-6, rel=2e-6)
-        assert float(losses["losses/critic_loss"]) == pytest.approx(info["critic_loss"], abs=1e-6, rel=2e-6)
+        assert float(losses["actor_loss"]) == pytest.approx(info["actor_loss"], abs=1e-6, rel=2e-6)
+        assert float(losses["critic_loss"]) == pytest.approx(info["critic_loss"], abs=1e-6, rel=2e-6)
         entropy = float(golden(f"{case}/step{step}/info/entropy"))
-        assert float(losses["losses/entropy"]) == pytest.approx(entropy, abs=2e-6)
+        assert float(losses["entropy"]) == pytest.approx(entropy, abs=2e-6)
         log_alpha = float(golden(f"{case}/step{step}/after/temp/log_temp"))
-        assert float(agent.temperature.log_alpha) == pytest.approx(log_alpha, abs=1e-6)
+        assert float(agent.temperature["log_alpha"]) == pytest.approx(log_alpha, abs=1e-6)
         parameter, gradient = check(case, step, agent)
         print(case, kernel, step, f"parameters {parameter:.1e} gradients {gradient:.1e}")
         assert parameter < 1e-6 and gradient < 1e-4
