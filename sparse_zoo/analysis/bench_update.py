@@ -1,0 +1,174 @@
+"""Time and memory of one full update, ours against a masked dense twin in plain PyTorch.
+
+    python sparse_zoo/analysis/bench_update.py --width-scale 4 --sparsity 0.9
+    python sparse_zoo/analysis/bench_update.py --table
+
+An update is all that the agent does with one batch: actor, temperature, critic and target network. The twin has the
+same networks with nn.Linear layers whose weight is multiplied by a 0/1 mask of the same density in every forward pass
+(at sparsity 0: plain nn.Linear), the same optimiser and the same update. Each side is a process of its own, so that
+its peak memory can be read; they take turns, so that both see the same machine. Times are medians over the turns.
+"""
+
+import importlib
+import multiprocessing
+import resource
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+MODULES = {"sac": "sac_simba_sparse"}
+
+
+@dataclass
+class Args:
+    agent: Literal["sac"] = "sac"
+    """which agent's update"""
+    width_scale: float = 4.0
+    """width of both networks"""
+    sparsity: float = 0.9
+    """sparsity of both networks"""
+    obs_dim: int = 67
+    """observation size (67: humanoid)"""
+    action_dim: int = 21
+    """action size (21: humanoid)"""
+    batch_size: int = 256
+    """transitions per update"""
+    turns: int = 7
+    """turns of each side, each of at least --turn-seconds"""
+    turn_seconds: float = 1.5
+    """least length of a turn"""
+    threads: int | None = None
+    """CPU threads of the side whose turn it is (default: all cores)"""
+    table: bool = False
+    """width scales 1, 2, 4, 5 by sparsities 0, 0.8, 0.9, 0.95, as a Markdown table"""
+
+
+class MaskedLinear(nn.Module):
+    """The usual way to train a sparse layer: a dense weight times a mask."""
+
+    def __init__(self, linear: nn.Linear, density: float):
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        mask = torch.zeros(linear.weight.numel())
+        mask[torch.randperm(mask.numel())[: round(density * mask.numel())]] = 1.0
+        self.register_buffer("mask", mask.view_as(linear.weight))
+
+    def forward(self, x):
+        return F.linear(x, self.weight * self.mask, self.bias)
+
+
+def mask_network(network: nn.Module, layers: list[dict]) -> None:
+    for row in layers:
+        if row["active"] < row["total"]:
+            linear = network.get_submodule(row["layer"])
+            network.set_submodule(row["layer"], MaskedLinear(linear, row["active"] / row["total"]))
+
+
+def build(args: Args, side: str):
+    """A function that does one update of one side, on a fixed batch and fresh noise."""
+    module = importlib.import_module(MODULES[args.agent])
+    threads = args.threads or torch.get_num_threads()
+    module.numba.set_num_threads(threads)
+    torch.set_num_threads(threads)
+    flags = module.Args(width_scale=args.width_scale, sparsity=args.sparsity if side == "ours" else 0.0)
+    agent = module.Agent(flags, args.obs_dim, args.action_dim, torch.device("cpu"))
+    if side == "twin" and args.sparsity > 0:
+        for name in ("actor", "critic", "target_critic"):
+            network = getattr(agent, name)
+            shapes = {path: tuple(parameter.shape) for path, parameter in network.named_parameters()}
+            sparsity = module.erdos_renyi(shapes, args.sparsity)
+            rows = [
+                {"layer": path.removesuffix(".weight"), "active": (1 - sparsity[path]) * parameter.numel()}
+                | {"total": parameter.numel()}
+                for path, parameter in network.named_parameters()
+                if parameter.dim() > 1
+            ]
+            mask_network(network, rows)
+    size = (args.batch_size, args.obs_dim)
+    obs, next_obs = torch.randn(2, *size)
+    action = 2 * torch.rand(args.batch_size, args.action_dim) - 1
+    batch = module.Batch(obs, action, torch.rand(args.batch_size), next_obs, torch.zeros(args.batch_size))
+
+    def update() -> None:
+        noise, next_noise = torch.randn(2, args.batch_size, args.action_dim)
+        module.update(agent, batch, noise, next_noise, 0.99, 0.005)
+
+    return update
+
+
+def serve(connection, args: Args, side: str) -> None:
+    """The process of one side: does the number of updates it is sent and answers with seconds per update."""
+    update = build(args, side)
+    for _ in range(2):
+        update()
+    connection.send(None)
+    while count := connection.recv():
+        start = time.perf_counter()
+        for _ in range(count):
+            update()
+        connection.send((time.perf_counter() - start) / count)
+    kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    connection.send(kibibytes / 1024 if sys.platform != "darwin" else kibibytes / 1024**2)
+
+
+def compare(args: Args) -> dict[str, float]:
+    """Milliseconds per update and peak MiB of both sides, and the ratios ours / twin."""
+    context = multiprocessing.get_context("spawn")
+    pipes, processes = {}, []
+    for side in ("twin", "ours"):
+        pipes[side], child = context.Pipe()
+        processes.append(context.Process(target=serve, args=(child, args, side), daemon=True))
+        processes[-1].start()
+        pipes[side].recv()
+    seconds: dict[str, list[float]] = {"twin": [], "ours": []}
+    counts = dict.fromkeys(seconds, 1)
+    for turn in range(args.turns + 1):
+        for side, pipe in pipes.items():
+            pipe.send(counts[side])
+            taken = pipe.recv()
+            if turn == 0:  # only sets how many updates fill a turn
+                counts[side] = max(1, round(args.turn_seconds / taken))
+            else:
+                seconds[side].append(taken)
+    result = {}
+    for side, pipe in pipes.items():
+        pipe.send(0)
+        result[f"{side}_ms"] = 1000 * statistics.median(seconds[side])
+        result[f"{side}_mib"] = pipe.recv()
+    for process in processes:
+        process.join()
+    ratios = [ours / twin for ours, twin in zip(seconds["ours"], seconds["twin"])]
+    result["time"] = statistics.median(ratios)
+    result["time_low"], result["time_high"] = min(ratios), max(ratios)
+    result["memory"] = result["ours_mib"] / result["twin_mib"]
+    return result
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args)
+    if args.table:
+        print("| width scale | sparsity | twin ms | ours ms | time ratio | twin MiB | ours MiB | memory ratio |")
+        print("|---|---|---|---|---|---|---|---|")
+    widths = (1.0, 2.0, 4.0, 5.0) if args.table else (args.width_scale,)
+    for args.width_scale in widths:
+        for args.sparsity in (0.0, 0.8, 0.9, 0.95) if args.table else (args.sparsity,):
+            r = compare(args)
+            if args.table:
+                row = f"| {args.width_scale:g} | {args.sparsity:g} | {r['twin_ms']:.1f} | {r['ours_ms']:.1f} "
+                row += f"| {r['time']:.3f} | {r['twin_mib']:.0f} | {r['ours_mib']:.0f} | {r['memory']:.2f} |"
+                print(row, flush=True)
+            else:
+                for side, name in (("twin", "masked dense twin"), ("ours", "ours")):
+                    print(f"{name:<18}{r[side + '_ms']:9.1f} ms per update{r[side + '_mib']:9.0f} MiB at the peak")
+                print(f"ratios of single turns: {r['time_low']:.3f} to {r['time_high']:.3f}")
+                print(f"ratio time={r['time']:.3f} memory={r['memory']:.2f}")
