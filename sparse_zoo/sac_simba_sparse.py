@@ -193,19 +193,49 @@ def uniform(shapes: dict[str, tuple[int, ...]], sparsity: float) -> dict[str, fl
     return {name: 0.0 if len(shape) == 1 else sparsity for name, shape in shapes.items()}
 
 
+# The active weights of a packed layer are sorted by block of 128 columns, then by row: while a block is worked on, its
+# 128 rows of x^T stay in the cache. Group g = block * rows + row is the weights pointers[g] to pointers[g + 1].
+BLOCK = 128
+
+
+def sort_into_blocks(row: torch.Tensor, col: torch.Tensor, shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The order that sorts entries (row, col) of a matrix of some shape into blocks, and the pointers to its groups."""
+    group = col // BLOCK * shape[0] + row
+    groups = math.ceil(shape[1] / BLOCK) * shape[0]
+    return torch.argsort(group, stable=True), F.pad(torch.bincount(group, minlength=groups).cumsum(0), (1, 0))
+
+
 @numba.njit(parallel=True, fastmath=True, cache=True)
-def packed_weight_gradient(row_ptr, col, grad_t, x_t, out):
-    """out[k] = <grad_t[row of k], x_t[col[k]]> for every active weight k, two weights at a time."""
-    for row in numba.prange(len(row_ptr) - 1):
-        grad, last = grad_t[row], row_ptr[row + 1] - 1
-        for k in range(row_ptr[row], last + 1, 2):
-            x0, x1 = x_t[col[k]], x_t[col[min(k + 1, last)]]
-            dot0, dot1 = np.float32(0), np.float32(0)
-            for b in range(len(grad)):
-                dot0 += grad[b] * x0[b]
-                dot1 += grad[b] * x1[b]
-            out[k] = dot0
-            out[min(k + 1, last)] = dot1
+def packed_product(pointers, col, values, x_t, y_t):
+    """y_t[row] += values[k] * x_t[col[k]] over the active weights k of each row, two at a time."""
+    rows = len(y_t)
+    for block in range((len(pointers) - 1) // rows):
+        for row in numba.prange(rows):
+            y, end = y_t[row], pointers[block * rows + row + 1]
+            for k in range(pointers[block * rows + row], end, 2):
+                last = min(k + 1, end - 1)
+                x0, x1 = x_t[col[k]], x_t[col[last]]
+                w0, w1 = values[k], values[last] * (last - k)  # no second weight: 0
+                for b in range(len(y)):
+                    y[b] += w0 * x0[b] + w1 * x1[b]
+
+
+@numba.njit(parallel=True, fastmath=True, cache=True)
+def packed_gradient(pointers, col, grad_t, x_t, out):
+    """out[k] = <grad_t[row of k], x_t[col[k]]> for every active weight k, two at a time."""
+    rows = len(grad_t)
+    for block in range((len(pointers) - 1) // rows):
+        for row in numba.prange(rows):
+            grad, end = grad_t[row], pointers[block * rows + row + 1]
+            for k in range(pointers[block * rows + row], end, 2):
+                last = min(k + 1, end - 1)
+                x0, x1 = x_t[col[k]], x_t[col[last]]
+                dot0, dot1 = np.float32(0), np.float32(0)
+                for b in range(len(grad)):
+                    dot0 += grad[b] * x0[b]
+                    dot1 += grad[b] * x1[b]
+                out[k] = dot0
+                out[last] = dot1
 
 
 @numba.njit(parallel=True, cache=True)
@@ -224,19 +254,17 @@ def call_numba(kernel, *tensors: torch.Tensor) -> torch.Tensor:
 class PackedLinear(torch.autograd.Function):
     """y = x W^T + b for a W of which only the active entries exist, in time proportional to their number.
 
-    With x^T of shape (in, batch), row r of W x^T is a weighted sum of rows of x^T, which is what embedding_bag
-    computes. The gradient of x is the same sum over the transposed pattern.
+    Works on x^T (in, batch), of which one contiguous row is read for each active weight. The results are transposed
+    views, so that ReLU and a packed layer that follow go on in this layout without a copy.
     """
 
     @staticmethod
     def forward(ctx, x, values, bias, layer):
         x_t = x.t().contiguous()
-        pattern = (layer.col, x_t, layer.row_ptr)
-        y_t = F.embedding_bag(*pattern, mode="sum", per_sample_weights=values, include_last_offset=True)
-        y_t += bias[:, None]
         ctx.save_for_backward(x_t, values)
         ctx.layer = layer
-        return y_t.t()  # a view: relu and a packed layer that follow work in this layout, without a copy
+        y_t = bias[:, None].repeat(1, len(x))
+        return call_numba(packed_product, layer.pointers, layer.col, values, x_t, y_t).t()
 
     @staticmethod
     def backward(ctx, grad):
@@ -244,11 +272,11 @@ class PackedLinear(torch.autograd.Function):
         grad_x = grad_values = grad_bias = None
         if ctx.needs_input_grad[0]:
             by_column = call_numba(gather, values, layer.by_column, torch.empty_like(values))
-            pattern = (layer.row, grad_t, layer.col_ptr)
-            grad_x = F.embedding_bag(*pattern, mode="sum", per_sample_weights=by_column, include_last_offset=True).t()
+            grad_x = torch.zeros_like(x_t)
+            grad_x = call_numba(packed_product, layer.pointers_t, layer.row, by_column, grad_t, grad_x).t()
         if ctx.needs_input_grad[1]:
             grad_values = torch.empty_like(values)
-            call_numba(packed_weight_gradient, layer.row_ptr, layer.col, grad_t, x_t, grad_values)
+            call_numba(packed_gradient, layer.pointers, layer.col, grad_t, x_t, grad_values)
         if ctx.needs_input_grad[2]:
             grad_bias = grad_t.sum(1)
         return grad_x, grad_values, grad_bias, None
@@ -257,27 +285,28 @@ class PackedLinear(torch.autograd.Function):
 class SparseLinear(nn.Module):
     """A linear layer that stores its active weights only: `values` (nnz,), with a dense `bias` (out,).
 
-    `active` (nnz,) lists their places row * in_features + column in ascending order: the dense matrix would be
-    zeros(out * in) with `values` written at `active`.
+    `active` (nnz,) lists their places row * in_features + column: the dense matrix would be zeros(out * in) with
+    `values` written at `active`.
     """
 
     def __init__(self, linear: nn.Linear, active: torch.Tensor, kernel: str):
         super().__init__()
-        self.out_features, self.in_features = linear.weight.shape
-        self.kernel = kernel
+        self.shape, self.kernel = tuple(linear.weight.shape), kernel
+        row, col = active // self.shape[1], active % self.shape[1]
+        order, pointers = sort_into_blocks(row, col, self.shape)
+        row, col, active = row[order], col[order], active[order]
         self.values = nn.Parameter(linear.weight.detach().flatten()[active])
         self.bias = linear.bias
         self.register_buffer("active", active.int())
         if kernel == "dense":
             self.register_buffer("index", active, persistent=False)
             return
-        row, col = active // self.in_features, active % self.in_features
-        by_column = torch.argsort(col, stable=True)
+        by_column, pointers_t = sort_into_blocks(col, row, self.shape[::-1])  # the same for W^T
         index = {
+            "pointers": pointers,
             "col": col,
-            "row_ptr": F.pad(torch.bincount(row, minlength=self.out_features).cumsum(0), (1, 0)),
-            "row": row[by_column],  # of the transposed pattern, as the next two
-            "col_ptr": F.pad(torch.bincount(col, minlength=self.in_features).cumsum(0), (1, 0)),
+            "pointers_t": pointers_t,
+            "row": row[by_column],
             "by_column": by_column,
         }
         for name, tensor in index.items():
@@ -287,8 +316,8 @@ class SparseLinear(nn.Module):
         """(batch, in) -> (batch, out)"""
         if self.kernel == "packed":
             return PackedLinear.apply(x, self.values, self.bias, self)
-        weight = self.values.new_zeros(self.out_features * self.in_features).index_copy(0, self.index, self.values)
-        return F.linear(x, weight.view(self.out_features, self.in_features), self.bias)
+        weight = self.values.new_zeros(math.prod(self.shape)).index_copy(0, self.index, self.values)
+        return F.linear(x, weight.view(self.shape), self.bias)
 
 
 def sparsify(
@@ -310,7 +339,7 @@ def sparsify(
         count = max(1, round((1 - layer_sparsity[name + ".weight"]) * total))
         table.append({"layer": name, "shape": list(linear.weight.shape), "active": count, "total": total})
         if count < total:
-            active = torch.randperm(total, generator=generator)[:count].sort().values
+            active = torch.randperm(total, generator=generator, dtype=torch.int32)[:count].long().sort().values
             packed = device.type == "cpu" and count <= 0.25 * total
             chosen = kernel if kernel != "auto" else "packed" if packed else "dense"
             network.set_submodule(name, SparseLinear(linear, active, chosen))
@@ -946,6 +975,7 @@ if __name__ == "__main__":
         if due(args.eval_interval):
             result = evaluate(agent, norm, eval_env, args.eval_episodes, (args.seed, 1, agent_step))
             log(result, "eval")
+            draw_learning_curve(run_dir, args.env_id)
             bar.set_postfix_str(f"return {result['return_mean']:.0f}")
         if due(args.diagnostics_interval):
             generator = torch.Generator().manual_seed(derive_seed(args.seed, 3, agent_step))
@@ -958,7 +988,6 @@ if __name__ == "__main__":
             log({"return": episode_return, "length": length}, "episode")
             log({name: float(loss) for name, loss in losses.items()}, "losses")
             log({"env_steps_per_second": length * args.action_repeat / (time.time() - started)}, "time")
-            draw_learning_curve(run_dir, args.env_id)
 
     video = run_dir / "videos" / "final.mp4" if args.capture_video else None
     result = evaluate(agent, norm, eval_env, args.final_eval_episodes, (args.seed, 2, agent_step), video)

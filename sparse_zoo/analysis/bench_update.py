@@ -15,7 +15,7 @@ import resource
 import statistics
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -160,11 +160,12 @@ if __name__ == "__main__":
         print("| width scale | sparsity | twin ms | ours ms | time ratio | twin MiB | ours MiB | memory ratio |")
         print("|---|---|---|---|---|---|---|---|")
     widths = (1.0, 2.0, 4.0, 5.0) if args.table else (args.width_scale,)
-    for args.width_scale in widths:
-        for args.sparsity in (0.0, 0.8, 0.9, 0.95) if args.table else (args.sparsity,):
-            r = compare(args)
+    sparsities = (0.0, 0.8, 0.9, 0.95) if args.table else (args.sparsity,)
+    for width_scale in widths:
+        for sparsity in sparsities:
+            r = compare(replace(args, width_scale=width_scale, sparsity=sparsity))
             if args.table:
-                row = f"| {args.width_scale:g} | {args.sparsity:g} | {r['twin_ms']:.1f} | {r['ours_ms']:.1f} "
+                row = f"| {width_scale:g} | {sparsity:g} | {r['twin_ms']:.1f} | {r['ours_ms']:.1f} "
                 row += f"| {r['time']:.3f} | {r['twin_mib']:.0f} | {r['ours_mib']:.0f} | {r['memory']:.2f} |"
                 print(row, flush=True)
             else:
