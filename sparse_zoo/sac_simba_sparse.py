@@ -215,7 +215,7 @@ def packed_product(pointers, col, values, x_t, y_t):
             for k in range(pointers[block * rows + row], end, 2):
                 last = min(k + 1, end - 1)
                 x0, x1 = x_t[col[k]], x_t[col[last]]
-                w0, w1 = values[k], values[last] * (last - k)  # no second weight: 0
+                w0, w1 = values[k], values[last] if last > k else np.float32(0)
                 for b in range(len(y)):
                     y[b] += w0 * x0[b] + w1 * x1[b]
 
