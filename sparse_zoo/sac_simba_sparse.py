@@ -166,12 +166,13 @@ EXECUTION_FLAGS = {
 def erdos_renyi(shapes: dict[str, tuple[int, ...]], sparsity: float) -> dict[str, float]:
     """Sparsity of each layer under the Erdos-Renyi rule: density proportional to sum(shape) / prod(shape).
 
-    Shapes are (out, in) or (out, in, k_h, k_w). The budget counts all parameters; those with one dimension (biases,
-    norms) and layers whose density would pass 1 are dense, and the others pay for them. Raises ValueError if the
-    dense ones alone exceed the budget. Mocanu et al. 2018; Evci et al. 2020, arXiv:1911.11134; paper, section 2.2.
+    Shapes are (out, in) or (out, in, k_h, k_w). The budget counts all parameters (what each would lose is rounded
+    down, as in the official code); those with one dimension (biases, norms) and layers whose density would pass 1 are
+    dense, and the others pay for them. Raises ValueError if the dense ones alone exceed the budget.
+    Mocanu et al. 2018; Evci et al. 2020, arXiv:1911.11134; section 2.2 of the paper.
     """
     size = {name: math.prod(shape) for name, shape in shapes.items()}
-    budget = (1 - sparsity) * sum(size.values())
+    budget = sum(count - math.floor(sparsity * count) for count in size.values())
     dense = {name for name, shape in shapes.items() if len(shape) == 1}
     while len(dense) < len(shapes):
         rest = [name for name in shapes if name not in dense]
@@ -368,7 +369,7 @@ def run_and_record(encoder: nn.Module, inputs: torch.Tensor) -> tuple[torch.Tens
 
 
 def stable_rank(features: torch.Tensor, mass: float = 0.99, threshold: float = 0.01) -> tuple[int, int]:
-    """Two effective ranks of features (batch, hidden), both between 1 and the smaller side.
+    """Two effective ranks of features (batch, hidden).
 
     First: how many leading singular values hold `mass` of their sum (Kumar et al. 2021; the official code). Second:
     how many singular values of features / sqrt(batch) exceed `threshold` (section 4.1, which gives no threshold; this
@@ -620,7 +621,7 @@ class ObservationNorm:
         return (obs.to(self.device) - mean) / std
 
     def state_dict(self) -> dict:
-        return {name: torch.as_tensor(value) for name, value in vars(self.statistics).items()}
+        return {name: torch.as_tensor(value, dtype=torch.float64) for name, value in vars(self.statistics).items()}
 
     def load_state_dict(self, state: dict) -> None:
         for name, value in state.items():

@@ -1,6 +1,5 @@
 """Three consecutive SAC updates against golden numbers of the official JAX code (obs 5, act 2, batch 8)."""
 
-import math
 from pathlib import Path
 
 import numpy as np
@@ -98,9 +97,6 @@ def test_three_updates_equal_the_official_code(case, kernel):
     agent.critic.encoders[0] = sac.simba(7, 32, 2)
     agent.target_critic.encoders[0] = sac.simba(7, 32, 2)
     for name, network in (("actor", agent.actor), ("critic", agent.critic), ("target", agent.target_critic)):
-        assert sum(1 for module in network.modules() if isinstance(module, nn.Linear)) > 0
-        for head in getattr(network, "heads", []):
-            assert head.in_features in (32, 64)
         if name != "actor":
             network.heads[0] = sac.linear(32, 1)
         install(case, name, network, kernel)
@@ -122,8 +118,6 @@ def test_three_updates_equal_the_official_code(case, kernel):
         entropy = float(golden(f"{case}/step{step}/info/entropy"))
         assert float(losses["entropy"]) == pytest.approx(entropy, abs=2e-6)
         log_alpha = float(golden(f"{case}/step{step}/after/temp/log_temp"))
-        assert float(agent.temperature["log_alpha"]) == pytest.approx(log_alpha, abs=1e-6)
+        assert agent.temperature["log_alpha"].item() == pytest.approx(log_alpha, abs=1e-6)
         parameter, gradient = check(case, step, agent)
-        print(case, kernel, step, f"parameters {parameter:.1e} gradients {gradient:.1e}")
         assert parameter < 1e-6 and gradient < 1e-4
-    assert math.isfinite(parameter)

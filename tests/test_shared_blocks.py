@@ -1,0 +1,152 @@
+"""Agents are single files: what they share is duplicated text, which must not drift; every flag is real."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parent.parent / "sparse_zoo"
+AGENTS = sorted(FOLDER.glob("*.py"))
+SOURCES = {path.stem: path.read_text() for path in AGENTS}
+START, END = (
+    re.compile(rf"^# === {mark} ===$", re.M) for mark in (r"([A-Z ]+) \(identical in every file\)", "END (.+)")
+)
+
+# Table 2 of the paper, as flags. A discount of None is the heuristic, updates_per_step the replay ratio; the scales
+# are 1 at critic blocks 2 and width 512, actor blocks 1 and width 128.
+PAPER_DEFAULTS = {
+    "sac_simba_sparse": {
+        "width_scale": 1.0,
+        "depth_scale": 1,
+        "learning_rate": 1e-4,
+        "tau": 5e-3,
+        "initial_temperature": 1e-2,
+        "batch_size": 256,
+        "weight_decay": 1e-2,
+        "gamma": None,
+        "updates_per_step": 2,
+        "clipped_double_q": False,
+        # Appendix B and the code of SimBa
+        "action_repeat": 2,
+        "total_timesteps": 1_000_000,
+        "learning_starts": 10_000,
+        "buffer_size": 1_000_000,
+        "eval_interval": 10_000,
+        "eval_episodes": 10,
+        "final_eval_episodes": 100,
+        "sparsity": 0.0,
+        "sparsity_distribution": "erdos_renyi",
+        "reset_interval": None,
+    },
+}
+
+
+def blocks(source: str) -> dict[str, str]:
+    """Name of each shared block and its text, markers included."""
+    found = {}
+    for start in START.finditer(source):
+        end = source.find(f"\n# === END {start[1]} ===\n", start.end())
+        assert end > 0, f"{start[1]} has no end"
+        assert start[1] not in found, f"{start[1]} comes twice"
+        found[start[1]] = source[start.start() : end + len(f"\n# === END {start[1]} ===\n")]
+    return found
+
+
+def flags(source: str) -> ast.ClassDef:
+    (found,) = (node for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == "Args")
+    return found
+
+
+def assigns_execution_flags(statement: ast.stmt) -> bool:
+    return isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "EXECUTION_FLAGS"
+
+
+@pytest.mark.parametrize("agent", SOURCES)
+def test_blocks_are_well_formed(agent):
+    source, found = SOURCES[agent], blocks(SOURCES[agent])
+    assert {"SPARSE LAYERS", "RUNS"} <= set(found) and len(found) <= 4
+    assert len(START.findall(source)) == len(END.findall(source)) == len(found)
+    assert sorted(END.findall(source)) == sorted(found)
+    # A marker that is misspelt would leave its block out of the comparison.
+    assert len(re.findall(r"^#\s*={2,}", source, re.M)) == 2 * len(found)
+    for name, text in found.items():
+        assert text.count("# === ") == 2, f"{name} holds another block"
+        ast.parse(text)
+
+
+def test_blocks_are_identical_in_every_file():
+    copies = {}
+    for agent, source in SOURCES.items():
+        for name, text in blocks(source).items():
+            copies.setdefault(name, {}).setdefault(text.encode(), []).append(agent)
+    assert len(copies) >= 2
+    drifted = {name: sorted(map(tuple, texts.values())) for name, texts in copies.items() if len(texts) > 1}
+    assert drifted == {}
+
+
+@pytest.mark.parametrize("agent", SOURCES)
+def test_an_agent_imports_nothing_from_the_repository(agent):
+    own = {"sparse_zoo", "analysis", "tests", *SOURCES} | {path.stem for path in FOLDER.rglob("*.py")}
+    imported = set()
+    for node in ast.walk(ast.parse(SOURCES[agent])):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+            imported.add(node.module.split(".")[0])
+    assert "torch" in imported and not imported & own
+
+
+@pytest.mark.parametrize("agent", SOURCES)
+def test_every_flag_is_typed_and_described(agent):
+    body = flags(SOURCES[agent]).body
+    fields = [node for node in body if isinstance(node, ast.AnnAssign)]
+    assert len(fields) > 20 and len(body) == 2 * len(fields)
+    for field, text in zip(body[::2], body[1::2]):
+        assert isinstance(field, ast.AnnAssign) and field.value is not None
+        assert isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant) and len(text.value.value) > 5, (
+            f"{field.target.id} has no docstring"
+        )
+        default, kind = ast.literal_eval(field.value), ast.unparse(field.annotation)
+        if kind.startswith("Literal"):
+            assert default in ast.literal_eval(field.annotation.slice)
+        else:
+            assert type(default).__name__.replace("NoneType", "None") in kind.split(" | "), (
+                f"{field.target.id}: {kind} = {default!r}"
+            )
+
+
+@pytest.mark.parametrize("agent", SOURCES)
+def test_every_flag_is_read(agent):
+    names = {node.target.id for node in flags(SOURCES[agent]).body if isinstance(node, ast.AnnAssign)}
+    tree, read, named = ast.parse(SOURCES[agent]), set(), set()
+    for statement in tree.body:
+        # Neither the list of flags left out of the hash nor the check of their ranges makes use of a flag.
+        if getattr(statement, "name", "") in ("Args", "check_flags") or assigns_execution_flags(statement):
+            continue
+        for node in ast.walk(statement):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "args":
+                read.add(node.attr)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                named.add(node.value)
+    assert names - read - named == set()
+    assert read <= names, "a flag that does not exist"
+
+
+@pytest.mark.parametrize("agent", SOURCES)
+def test_flags_left_out_of_the_hash_exist(agent):
+    namespace = {}
+    for node in ast.parse(SOURCES[agent]).body:
+        if assigns_execution_flags(node):
+            exec(compile(ast.Module([node], []), agent, "exec"), namespace)
+    names = {node.target.id for node in flags(SOURCES[agent]).body if isinstance(node, ast.AnnAssign)}
+    assert namespace["EXECUTION_FLAGS"] < names
+    assert not namespace["EXECUTION_FLAGS"] & {"seed", "sparsity", "mask_seed", "env_id", "total_timesteps"}
+
+
+@pytest.mark.parametrize("agent", PAPER_DEFAULTS)
+def test_defaults_are_the_papers(agent):
+    body = flags(SOURCES[agent]).body
+    defaults = {node.target.id: ast.literal_eval(node.value) for node in body if isinstance(node, ast.AnnAssign)}
+    assert {name: defaults[name] for name in PAPER_DEFAULTS[agent]} == PAPER_DEFAULTS[agent]
