@@ -42,6 +42,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -587,7 +588,7 @@ def make_env(args: Args, render_mode: str | None = None) -> tuple[gym.Env, float
         gym.register_envs(shimmy)
     try:
         env = gym.make(args.env_id, render_mode=render_mode, disable_env_checker=True)
-    except gym.error.Error as error:
+    except (gym.error.Error, ImportError) as error:
         fail(f"--env-id {args.env_id}: {error}")
     if not isinstance(env.action_space, gym.spaces.Box) or not env.action_space.is_bounded():
         fail(f"--env-id {args.env_id} has actions {env.action_space}; this agent needs bounded Box actions")
@@ -861,12 +862,25 @@ def check_flags(args: Args) -> None:
     for name in ("sparsity", "actor_sparsity", "critic_sparsity"):
         if getattr(args, name) is not None and not 0 <= getattr(args, name) < 1:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 0 and below 1")
-    if not args.width_scale >= 1 / 128:
-        fail(f"--width-scale {args.width_scale}: must be at least 1/128, which is one hidden unit in the actor")
-    counts = ("depth_scale", "action_repeat", "updates_per_step", "batch_size", "buffer_size", "eval_episodes")
-    for name in (*counts, "final_eval_episodes", "total_timesteps", "eval_interval", "checkpoint_interval"):
-        if getattr(args, name) < 1:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    for name in ("learning_rate", "initial_temperature"):
+        if not 0 < getattr(args, name) < math.inf:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be above 0 and finite")
+    if not 1 / 128 <= args.width_scale < math.inf:
+        fail(f"--width-scale {args.width_scale}: must be finite and at least 1/128, one hidden unit in the actor")
+    counts = (
+        "depth_scale",
+        "action_repeat",
+        "updates_per_step",
+        "batch_size",
+        "buffer_size",
+        "eval_episodes",
+        "threads",
+    )
+    counts += ("final_eval_episodes", "total_timesteps", "eval_interval", "checkpoint_interval", "reset_interval")
+    not_negative = ("seed", "mask_seed", "learning_starts", "diagnostics_interval")
+    for name, least in (dict.fromkeys(counts, 1) | dict.fromkeys(not_negative, 0)).items():
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {least}")
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: there is no CUDA here; use --device cpu")
 
@@ -874,12 +888,12 @@ def check_flags(args: Args) -> None:
 if __name__ == "__main__":
     args = tyro.cli(Args)
     check_flags(args)
-    device = torch.device(
-        "cuda" if args.device == "auto" and torch.cuda.is_available() else args.device.replace("auto", "cpu")
-    )
+    auto_device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(auto_device if args.device == "auto" else args.device)
     threads = args.threads or torch.get_num_threads()
     numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
     torch.set_num_threads(threads)  # after numba, whose start sets the number for both
+    warnings.filterwarnings("ignore", category=UserWarning, module="gymnasium")  # of the precision of Box bounds
     os.environ.setdefault("MUJOCO_GL", "egl" if args.capture_video else "disabled")
     signal.signal(signal.SIGINT, lambda *_: sys.exit("interrupted; the same command goes on from the last checkpoint"))
 
@@ -887,16 +901,15 @@ if __name__ == "__main__":
     eval_env, _ = make_env(args, "rgb_array" if args.capture_video else None)
     obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
     gamma = default_gamma if args.gamma is None else args.gamma
-    run_dir, checkpoint = open_run(args)
-    if checkpoint and checkpoint["finished"] and not args.eval_only:
-        print(f"this run is finished: its results are in {run_dir} (--no-resume runs it again)")
-        sys.exit(0)
-
     torch.manual_seed(args.seed)
     try:
         agent = Agent(args, obs_dim, action_dim, device)
     except ValueError as error:
-        fail(str(error))
+        fail(f"--{error}")
+    run_dir, checkpoint = open_run(args)
+    if checkpoint and checkpoint["finished"] and not args.eval_only:
+        print(f"this run is finished: its results are in {run_dir} (--no-resume runs it again)")
+        sys.exit(0)
     norm = ObservationNorm(obs_dim, device)
     total_steps = math.ceil(args.total_timesteps / args.action_repeat)
     learning_starts = args.learning_starts // args.action_repeat

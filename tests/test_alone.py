@@ -1,0 +1,62 @@
+"""Each agent file runs by itself: copied to an empty folder, with the packages that its own header names."""
+
+import csv
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import imageio
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+AGENTS = pytest.mark.parametrize("agent", sorted((ROOT / "sparse_zoo").glob("*.py")), ids=lambda path: path.stem)
+TINY = (
+    "--total-timesteps 600 --learning-starts 200 --eval-episodes 1 --final-eval-episodes 1 --width-scale 0.125"
+    " --sparsity 0.8 --device cpu --threads 1"
+)
+OWN = {"sac_simba_sparse": "--env-id dm_control/cartpole-swingup-v0 --batch-size 16"}
+
+
+def header(agent: Path) -> dict:
+    """The PEP 723 block."""
+    (block,) = re.findall(r"(?m)^# /// script\n((?:#.*\n)+?)# ///$", agent.read_text())
+    return tomllib.loads("".join(line[2:] + "\n" for line in block.splitlines()))
+
+
+@AGENTS
+def test_runs_alone_in_an_empty_folder(agent, tmp_path):
+    shutil.copy(agent, tmp_path)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, agent.name, *TINY.split(), *OWN.get(agent.stem, "").split()]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in tmp_path.iterdir()} - {"__pycache__"} == {agent.name, "runs"}
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    with open(run_dir / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    returns = [(int(row["env_step"]), row["metric"]) for row in rows if row["metric"].endswith("/return_mean")]
+    assert returns == [(0, "eval/return_mean"), (600, "final/return_mean")]
+    assert json.loads((run_dir / "args.json").read_text())["args"]["sparsity"] == 0.8
+    assert torch.load(run_dir / "checkpoint.pt", weights_only=True)["args"]["total_timesteps"] == 600
+    assert imageio.imread(run_dir / "learning_curve.png").std() > 1
+
+
+@AGENTS
+def test_header_agrees_with_the_requirements(agent):
+    pins = header(agent)["dependencies"]
+    assert len(pins) > 5 and all(re.fullmatch(r"[a-z0-9-]+==[0-9.]+", pin) for pin in pins)
+    assert set(pins) <= set((ROOT / "requirements.txt").read_text().split())
+
+
+@AGENTS
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("uv") is None, reason="uv is not installed")
+def test_uv_installs_what_the_header_names(agent, tmp_path):
+    done = subprocess.run(["uv", "run", "--script", str(agent), "--help"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "--sparsity" in done.stdout, done.stderr

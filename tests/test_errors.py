@@ -1,0 +1,146 @@
+"""Bad input: exit code 2, one line that names what was wrong, no traceback, and nothing created or lost."""
+
+import gc
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from filelock import FileLock
+
+AGENT = Path(__file__).parents[1] / "sparse_zoo" / "sac_simba_sparse.py"
+TINY = (
+    "--env-id dm_control/cartpole-swingup-v0 --width-scale 0.125 --sparsity 0.8 --device cpu --threads 1"
+    " --action-repeat 20 --total-timesteps 400 --learning-starts 200 --batch-size 8"
+    " --eval-episodes 1 --final-eval-episodes 1"
+)
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    """Every file and folder; not the lock, which holds nothing."""
+    paths = (path for path in folder.rglob("*") if path.name != ".lock")
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in paths}
+
+
+@pytest.fixture
+def main(monkeypatch, capsys, tmp_path):
+    """Runs the agent's command line in this process, which saves its start: exit code and stderr."""
+    monkeypatch.setenv("MUJOCO_GL", "disabled")
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> tuple[int | None, str]:
+        monkeypatch.setattr(sys, "argv", [str(AGENT), *arguments])
+        handler, threads, code = signal.getsignal(signal.SIGINT), torch.get_num_threads(), 0
+        try:
+            runpy.run_path(str(AGENT), run_name="__main__")
+        except SystemExit as end:
+            code = end.code
+        finally:
+            signal.signal(signal.SIGINT, handler)
+            torch.set_num_threads(threads)
+            for lock in [item for item in gc.get_objects() if type(item) is FileLock]:
+                lock.release(force=True)  # as the end of a process does
+        return code, capsys.readouterr().err
+
+    return run
+
+
+def check(code: int | None, err: str, words: str) -> None:
+    assert code == 2
+    assert err.startswith("error: ") and err.endswith("\n") and err.count("\n") == 1, err
+    assert all(word in err for word in words.split()), err
+
+
+@pytest.mark.parametrize(
+    "flags,words",
+    [
+        ("--sparsity 1.0", "--sparsity 1.0 below 1"),
+        ("--sparsity -0.1", "--sparsity -0.1 at least 0"),
+        ("--sparsity nan", "--sparsity nan at least 0"),
+        ("--critic-sparsity 1.5", "--critic-sparsity 1.5 below 1"),
+        ("--width-scale 0", "--width-scale 0.0 at least 1/128"),
+        ("--width-scale nan", "--width-scale nan at least 1/128"),
+        ("--width-scale inf", "--width-scale inf"),
+        ("--seed -1", "--seed -1 at least 0"),
+        ("--mask-seed -1", "--mask-seed -1 at least 0"),
+        ("--threads -1", "--threads -1 at least 1"),
+        ("--reset-interval -1", "--reset-interval -1 at least 1"),
+        ("--initial-temperature 0", "--initial-temperature 0.0"),
+        ("--batch-size 0", "--batch-size 0 at least 1"),
+        ("--env-id Nope-v0", "--env-id Nope-v0"),
+        ("--env-id dm_control/nope-v0", "--env-id dm_control/nope-v0"),
+        ("--env-id nope:Nope-v0", "--env-id nope:Nope-v0"),
+        ("--env-id CartPole-v1", "--env-id CartPole-v1 Discrete(2) Box"),
+        ("--runs-dir file", "file --runs-dir"),
+        ("--runs-dir file/below", "file/below --runs-dir"),
+        ("--width-scale 0.01 --sparsity 0.99 --sparsity-distribution erdos_renyi", "--sparsity 0.99 out of reach"),
+        ("--eval-only", "nothing to evaluate train"),
+    ],
+)
+def test_bad_flag(main, tmp_path, flags, words):
+    (tmp_path / "file").write_text("not a folder")
+    before = contents(tmp_path)
+    check(*main(*TINY.split(), *flags.split()), words)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here")
+def test_cuda_where_there_is_none(main, tmp_path):
+    check(*main("--device", "cuda"), "--device cuda cpu")
+    assert contents(tmp_path) == {}
+
+
+@pytest.fixture
+def runs(main, tmp_path) -> list[Path]:
+    """The folders of finished runs, seeds 1 and 2."""
+    assert [main(*TINY.split(), "--seed", seed)[0] for seed in ("1", "2")] == [0, 0]
+    return [next(Path("runs").glob(f"*__s{seed}")) for seed in (1, 2)]
+
+
+def test_bad_flag_keeps_the_run_that_no_resume_would_move(main, runs, tmp_path):
+    before = contents(tmp_path)
+    check(*main(*TINY.split(), "--no-resume", "--sparsity", "1.0"), "--sparsity 1.0")
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("mode", ["--resume", "--eval-only"])
+def test_truncated_checkpoint_stays(main, runs, tmp_path, mode):
+    path = runs[0] / "checkpoint.pt"
+    path.write_bytes(path.read_bytes()[:-1000])
+    before = contents(tmp_path)
+    check(*main(*TINY.split(), mode), f"{path} damaged")
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("mode", ["--resume", "--eval-only"])
+def test_checkpoint_of_other_flags_stays(main, runs, tmp_path, mode):
+    path = runs[0] / "checkpoint.pt"
+    shutil.copy(runs[1] / "checkpoint.pt", path)
+    before = contents(tmp_path)
+    check(*main(*TINY.split(), mode), f"{path} --seed 2 not 1")
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "flags,words",
+    [
+        ("--env-id dm_control/nope-v0", "--env-id dm_control/nope-v0"),
+        # Environments that may print warnings
+        ("--env-id dm_control/cartpole-swingup-v0 --eval-only", "nothing to evaluate"),
+        ("--env-id Hopper-v5 --eval-only", "nothing to evaluate"),
+    ],
+)
+def test_real_command_line(tmp_path, flags, words):
+    done = subprocess.run([sys.executable, str(AGENT), *flags.split()], capture_output=True, text=True, cwd=tmp_path)
+    check(done.returncode, done.stderr, words)
+    assert done.stdout == "" and contents(tmp_path) == {}
+
+
+def test_unknown_flag(main, tmp_path):
+    code, err = main("--no-such-flag", "3")
+    assert code == 2 and "--no-such-flag" in err and "Traceback" not in err
+    assert contents(tmp_path) == {}
