@@ -71,7 +71,7 @@ class Args:
     exp_name: str = "sac_simba_sparse"
     """part of the run's name"""
     seed: int = 1
-    """seed of networks, exploration, replay and environments"""
+    """seed of networks, exploration, replay and environments (below 2^32)"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where the networks live; auto takes CUDA when there is one"""
     threads: int | None = None
@@ -901,7 +901,8 @@ if __name__ == "__main__":
     eval_env, _ = make_env(args, "rgb_array" if args.capture_video else None)
     obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
     gamma = default_gamma if args.gamma is None else args.gamma
-    torch.manual_seed(args.seed)
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(args.seed)
     try:
         agent = Agent(args, obs_dim, action_dim, device)
     except ValueError as error:
