@@ -179,9 +179,7 @@ def erdos_renyi(shapes: dict[str, tuple[int, ...]], sparsity: float) -> dict[str
         rest = [name for name in shapes if name not in dense]
         epsilon = (budget - sum(size[name] for name in dense)) / sum(sum(shapes[name]) for name in rest)
         if epsilon <= 0:
-            raise ValueError(
-                f"sparsity {sparsity} is out of reach: the biases and norms alone are more than that leaves"
-            )
+            raise ValueError(f"--sparsity {sparsity} is out of reach: biases and norms alone hold more parameters")
         density = {name: epsilon * sum(shapes[name]) / size[name] for name in rest}
         overfull = {name for name in rest if density[name] > 1}
         if not overfull:
@@ -314,6 +312,11 @@ class SparseLinear(nn.Module):
         for name, tensor in index.items():
             self.register_buffer(name, tensor.int(), persistent=False)
 
+    def _load_from_state_dict(self, state: dict, prefix: str, *rest) -> None:
+        if not torch.equal(state[prefix + "active"].cpu(), self.active.cpu()):
+            raise ValueError("the saved mask is not the one drawn here: another version of PyTorch or of this file?")
+        super()._load_from_state_dict(state, prefix, *rest)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(batch, in) -> (batch, out)"""
         if self.kernel == "packed":
@@ -432,7 +435,7 @@ def open_run(args) -> tuple[Path, dict | None]:
         run_dir.mkdir(parents=True, exist_ok=True)
         open_run.lock = FileLock(run_dir / ".lock")  # held until the process ends
         open_run.lock.acquire(timeout=0)
-        if not args.resume and not args.eval_only and (run_dir / "args.json").exists():
+        if not args.resume and not args.eval_only and any(run_dir.glob("[!.]*")):
             old = next(path for n in range(1, 10**6) if not (path := Path(f"{run_dir}.old{n}")).exists())
             old.mkdir()
             for path in run_dir.glob("[!.]*"):
@@ -862,6 +865,10 @@ def check_flags(args: Args) -> None:
     for name in ("sparsity", "actor_sparsity", "critic_sparsity"):
         if getattr(args, name) is not None and not 0 <= getattr(args, name) < 1:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 0 and below 1")
+    if "/" in args.exp_name:
+        fail(f"--exp-name {args.exp_name}: is part of a folder's name and cannot contain /")
+    if not args.weight_decay >= 0:
+        fail(f"--weight-decay {args.weight_decay}: must be at least 0")
     for name in ("learning_rate", "initial_temperature"):
         if not 0 < getattr(args, name) < math.inf:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be above 0 and finite")
@@ -906,7 +913,7 @@ if __name__ == "__main__":
     try:
         agent = Agent(args, obs_dim, action_dim, device)
     except ValueError as error:
-        fail(f"--{error}")
+        fail(str(error))
     run_dir, checkpoint = open_run(args)
     if checkpoint and checkpoint["finished"] and not args.eval_only:
         print(f"this run is finished: its results are in {run_dir} (--no-resume runs it again)")
@@ -921,8 +928,11 @@ if __name__ == "__main__":
         return {name: part for name, part in vars(agent).items() if name != "layers"} | {"norm": norm, "replay": replay}
 
     if checkpoint:
-        for name, part in stateful().items():
-            part.load_state_dict(checkpoint[name])
+        try:
+            for name, part in stateful().items():
+                part.load_state_dict(checkpoint[name])
+        except ValueError as error:
+            fail(f"{run_dir}: {error}")
         restore_generators(checkpoint["generators"])
         agent_step, update_step, episode, csv_bytes = checkpoint["counters"]
     if args.eval_only:

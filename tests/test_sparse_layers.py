@@ -443,3 +443,15 @@ def test_state_dict_rebuilds_the_pruned_matrix(kernel):
     optimizer.step()
     moments = optimizer.state[layer.values]
     assert moments["exp_avg"].shape == moments["exp_avg_sq"].shape == (int(mask.sum()),)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_weights_of_another_mask_are_refused_and_of_another_kernel_accepted(kernel, one_thread):
+    saved = tiny_agent(sparsity=0.8, sparse_kernel="packed").critic.state_dict()
+    same = tiny_agent(sparsity=0.8, sparse_kernel=kernel).critic
+    for parameter in same.parameters():
+        parameter.data.zero_()
+    same.load_state_dict(saved)
+    assert all(torch.equal(parameter, saved[name]) for name, parameter in same.named_parameters())
+    with pytest.raises(ValueError, match="mask"):
+        tiny_agent(sparsity=0.8, sparse_kernel=kernel, mask_seed=2).critic.load_state_dict(saved)
