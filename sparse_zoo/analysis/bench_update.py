@@ -2,6 +2,7 @@
 
     python sparse_zoo/analysis/bench_update.py --width-scale 4 --sparsity 0.9
     python sparse_zoo/analysis/bench_update.py --table
+    python sparse_zoo/analysis/bench_update.py --width-scale 4 --sparsity 0.9 --profile
 
 An update is all that the agent does with one batch: actor, temperature, critic and target network. The twin has the
 same networks with nn.Linear layers whose weight is multiplied by a 0/1 mask of the same density in every forward pass
@@ -51,6 +52,8 @@ class Args:
     """CPU threads of the side whose turn it is (default: all cores)"""
     table: bool = False
     """width scales 1, 2, 4, 5 by sparsities 0, 0.8, 0.9, 0.95, as a Markdown table"""
+    profile: bool = False
+    """where the CPU time of our update goes, on one thread: kernel by kernel, and the rest"""
 
 
 class MaskedLinear(nn.Module):
@@ -154,8 +157,40 @@ def compare(args: Args) -> dict[str, float]:
     return result
 
 
+def profile(args: Args) -> None:
+    """Prints the CPU milliseconds of our update that go to each kernel, by the size of its layer, and the rest."""
+    module = importlib.import_module(MODULES[args.agent])
+    update = build(replace(args, threads=1), "ours")
+    call, spent, calls = module.call_numba, {}, {}
+
+    def timed(kernel, *tensors):
+        start = time.process_time()
+        result = call(kernel, *tensors)
+        weights = max(len(tensor) for tensor in tensors if tensor.dim() == 1)
+        key = f"{kernel.__name__}, {weights:,} weights"
+        spent[key] = spent.get(key, 0.0) + time.process_time() - start
+        calls[key] = calls.get(key, 0) + 1
+        return result
+
+    update()
+    module.call_numba = timed
+    start = time.process_time()
+    for _ in range(args.turns):
+        update()
+    total = time.process_time() - start
+    calls["everything else"], spent["everything else"] = args.turns, total - sum(spent.values())
+    print("| kernel | calls | CPU ms per update | share |\n|---|---|---|---|")
+    for key in sorted(spent, key=spent.get, reverse=True):
+        milliseconds = 1000 * spent[key] / args.turns
+        print(f"| {key} | {calls[key] // args.turns} | {milliseconds:.1f} | {100 * spent[key] / total:.0f} % |")
+    print(f"| all | | {1000 * total / args.turns:.1f} | 100 % |")
+
+
 if __name__ == "__main__":
     args = tyro.cli(Args)
+    if args.profile:
+        profile(args)
+        sys.exit()
     if args.table:
         print("| width scale | sparsity | twin ms | ours ms | time ratio | twin MiB | ours MiB | memory ratio |")
         print("|---|---|---|---|---|---|---|---|")
