@@ -31,7 +31,6 @@ Differences from the official (JAX) code:
 """
 
 import copy
-import csv
 import hashlib
 import json
 import math
@@ -44,6 +43,7 @@ import sys
 import time
 import warnings
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, NamedTuple, NoReturn
@@ -133,7 +133,7 @@ class Args:
     mask_seed: int | None = None
     """seed of the random pruning (default: --seed)"""
     sparse_kernel: Literal["auto", "packed", "dense"] = "auto"
-    """how sparse layers multiply; auto: packed on CPU up to density 0.25, else dense"""
+    """how sparse layers multiply (auto: packed on CPU up to density 0.25, else dense); bit-equal only with the same"""
 
     # Logging
     eval_interval: int = 10_000
@@ -156,11 +156,72 @@ class Args:
     """env steps between checkpoints, each written at the next end of an episode"""
 
 
-# Flags that say where and how a run is executed, not what it computes: the others are in the run's hash.
+# Flags that change results by rounding at most: a run may go on with others. The rest are in its folder's name.
 EXECUTION_FLAGS = {
     *("device", "threads", "runs_dir", "resume", "eval_only", "capture_video", "sparse_kernel"),
     *("track", "wandb_project", "wandb_entity", "checkpoint_interval"),
 }
+
+
+def check_flags(args: Args) -> None:
+    """Ends the program if a flag makes no sense."""
+    counts = "depth_scale action_repeat total_timesteps updates_per_step batch_size buffer_size reset_interval threads"
+    counts += " eval_interval eval_episodes final_eval_episodes checkpoint_interval"
+    rules = [
+        ("at least 0 and below 1", lambda x: 0 <= x < 1, "sparsity actor_sparsity critic_sparsity"),
+        ("between 0 and 1", lambda x: 0 <= x <= 1, "gamma tau"),
+        ("above 0 and finite", lambda x: 0 < x < math.inf, "learning_rate initial_temperature"),
+        ("at least 0 and finite", lambda x: 0 <= x < math.inf, "weight_decay"),
+        ("at least 1/128 (one hidden unit in the actor) and finite", lambda x: 1 / 128 <= x < math.inf, "width_scale"),
+        ("at least 1", lambda x: x >= 1, counts),
+        ("at least 0", lambda x: x >= 0, "learning_starts diagnostics_interval"),
+        ("at least 0 and below 2^32", lambda x: 0 <= x < 2**32, "seed mask_seed"),
+    ]
+    for rule, holds, names in rules:
+        for name in names.split():
+            if (value := getattr(args, name)) is not None and not holds(value):
+                fail(f"--{name.replace('_', '-')} {value}: must be {rule}")
+    if "/" in args.exp_name:
+        fail(f"--exp-name {args.exp_name}: is part of a folder's name and cannot contain /")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        fail("--device cuda: there is no CUDA here; use --device cpu")
+    if args.sparse_kernel == "packed" and args.device != "cpu" and torch.cuda.is_available():
+        fail("--sparse-kernel packed: runs on the CPU only; add --device cpu")
+
+
+def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
+    """An environment with flat observations and actions in [-1, 1] that repeats each action."""
+    if args.env_id.startswith("dm_control/"):
+        import shimmy
+
+        gym.register_envs(shimmy)
+    try:
+        env = gym.make(args.env_id, render_mode=render_mode, disable_env_checker=True)
+    except (gym.error.Error, ImportError) as error:
+        fail(f"--env-id {args.env_id}: {error}")
+    action_space, space = env.action_space, env.observation_space
+    if not isinstance(action_space, gym.spaces.Box) or len(action_space.shape) != 1 or not action_space.is_bounded():
+        fail(f"--env-id {args.env_id} has actions {action_space}; this agent needs a bounded Box of one dimension")
+    for part in space.values() if isinstance(space, gym.spaces.Dict) else [space]:
+        if not isinstance(part, gym.spaces.Box):
+            fail(f"--env-id {args.env_id} has observations {part}; this agent needs Box or a Dict of Box")
+    env = gym.wrappers.RescaleAction(gym.wrappers.FlattenObservation(env), -1.0, 1.0)
+    return gym.wrappers.RepeatAction(env, args.action_repeat)
+
+
+def default_gamma(env: gym.Env, action_repeat: int) -> float:
+    """TD-MPC2's heuristic: (T/5 - 1) / (T/5) within [0.95, 0.995] for episodes of T decisions."""
+    frames = env.spec.max_episode_steps or (1000 if env.spec.id.startswith("dm_control/") else math.inf)
+    return min(max(1 - 5 * action_repeat / frames, 0.95), 0.995)
+
+
+def derive_seed(*key: int) -> int:
+    """A seed for each key; keys that differ only in zeros at their ends share one."""
+    return int(np.random.SeedSequence(key).generate_state(1)[0])
+
+
+# What a seed derived from (--seed, purpose, ...) is for
+TRAIN, EVAL, FINAL, DIAGNOSE = range(4)
 
 
 # === SPARSE LAYERS (identical in every file) ===
@@ -179,7 +240,7 @@ def erdos_renyi(shapes: dict[str, tuple[int, ...]], sparsity: float) -> dict[str
         rest = [name for name in shapes if name not in dense]
         epsilon = (budget - sum(size[name] for name in dense)) / sum(sum(shapes[name]) for name in rest)
         if epsilon <= 0:
-            raise ValueError(f"--sparsity {sparsity} is out of reach: biases and norms alone hold more parameters")
+            raise ValueError(f"sparsity {sparsity} is out of reach: biases and norms alone hold more parameters")
         density = {name: epsilon * sum(shapes[name]) / size[name] for name in rest}
         overfull = {name for name in rest if density[name] > 1}
         if not overfull:
@@ -194,8 +255,9 @@ def uniform(shapes: dict[str, tuple[int, ...]], sparsity: float) -> dict[str, fl
 
 
 # The active weights of a packed layer are sorted by block of 128 columns, then by row: while a block is worked on, its
-# 128 rows of x^T stay in the cache. Group g = block * rows + row is the weights pointers[g] to pointers[g + 1].
+# 128 rows of x^T stay in the cache. Group g = block * rows + row holds the weights pointers[g] <= k < pointers[g + 1].
 BLOCK = 128
+REORDER = {"reassoc", "contract", "nsz"}  # sums may be vectorised; NaN and infinity still pass through
 
 
 def sort_into_blocks(row: torch.Tensor, col: torch.Tensor, shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -205,7 +267,7 @@ def sort_into_blocks(row: torch.Tensor, col: torch.Tensor, shape: tuple[int, int
     return torch.argsort(group, stable=True), F.pad(torch.bincount(group, minlength=groups).cumsum(0), (1, 0))
 
 
-@numba.njit(parallel=True, fastmath=True, cache=True)
+@numba.njit(parallel=True, fastmath=REORDER, cache=True)
 def packed_product(pointers, col, values, x_t, y_t):
     """y_t[row] += values[k] * x_t[col[k]] over the active weights k of each row, two at a time."""
     rows = len(y_t)
@@ -215,12 +277,13 @@ def packed_product(pointers, col, values, x_t, y_t):
             for k in range(pointers[block * rows + row], end, 2):
                 last = min(k + 1, end - 1)
                 x0, x1 = x_t[col[k]], x_t[col[last]]
-                w0, w1 = values[k], values[last] if last > k else np.float32(0)
+                w0 = values[k]
+                w1 = values[last] if last > k else np.float32(0)  # the last of an odd row stands alone
                 for b in range(len(y)):
                     y[b] += w0 * x0[b] + w1 * x1[b]
 
 
-@numba.njit(parallel=True, fastmath=True, cache=True)
+@numba.njit(parallel=True, fastmath=REORDER, cache=True)
 def packed_gradient(pointers, col, grad_t, x_t, out):
     """out[k] = <grad_t[row of k], x_t[col[k]]> for every active weight k, two at a time."""
     rows = len(grad_t)
@@ -236,13 +299,6 @@ def packed_gradient(pointers, col, grad_t, x_t, out):
                     dot1 += grad[b] * x1[b]
                 out[k] = dot0
                 out[last] = dot1
-
-
-@numba.njit(parallel=True, cache=True)
-def gather(values, index, out):
-    """out[k] = values[index[k]]"""
-    for k in numba.prange(len(index)):
-        out[k] = values[index[k]]
 
 
 def call_numba(kernel, *tensors: torch.Tensor) -> torch.Tensor:
@@ -268,10 +324,11 @@ class PackedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        (x_t, values), layer, grad_t = ctx.saved_tensors, ctx.layer, grad.t().contiguous()
+        x_t, values = ctx.saved_tensors
+        layer, grad_t = ctx.layer, grad.t().contiguous()
         grad_x = grad_values = grad_bias = None
         if ctx.needs_input_grad[0]:
-            by_column = call_numba(gather, values, layer.by_column, torch.empty_like(values))
+            by_column = values.index_select(0, layer.by_column)
             grad_x = torch.zeros_like(x_t)
             grad_x = call_numba(packed_product, layer.pointers_t, layer.row, by_column, grad_t, grad_x).t()
         if ctx.needs_input_grad[1]:
@@ -285,8 +342,8 @@ class PackedLinear(torch.autograd.Function):
 class SparseLinear(nn.Module):
     """A linear layer that stores its active weights only: `values` (nnz,), with a dense `bias` (out,).
 
-    `active` (nnz,) lists their places row * in_features + column: the dense matrix would be zeros(out * in) with
-    `values` written at `active`.
+    `active` (nnz,) lists their places row * in_features + column, in the order of sort_into_blocks: the dense matrix
+    would be zeros(out * in) with `values` written at `active`.
     """
 
     def __init__(self, linear: nn.Linear, active: torch.Tensor, kernel: str):
@@ -300,17 +357,11 @@ class SparseLinear(nn.Module):
         self.register_buffer("active", active.int())
         if kernel == "dense":
             self.register_buffer("index", active, persistent=False)
-            return
-        by_column, pointers_t = sort_into_blocks(col, row, self.shape[::-1])  # the same for W^T
-        index = {
-            "pointers": pointers,
-            "col": col,
-            "pointers_t": pointers_t,
-            "row": row[by_column],
-            "by_column": by_column,
-        }
-        for name, tensor in index.items():
-            self.register_buffer(name, tensor.int(), persistent=False)
+        else:
+            by_column, pointers_t = sort_into_blocks(col, row, self.shape[::-1])  # the same for W^T
+            index = (pointers, col, pointers_t, row[by_column], by_column)
+            for name, tensor in zip(("pointers", "col", "pointers_t", "row", "by_column"), index):
+                self.register_buffer(name, tensor.int(), persistent=False)
 
     def _load_from_state_dict(self, state: dict, prefix: str, *rest) -> None:
         if not torch.equal(state[prefix + "active"].cpu(), self.active.cpu()):
@@ -321,7 +372,7 @@ class SparseLinear(nn.Module):
         """(batch, in) -> (batch, out)"""
         if self.kernel == "packed":
             return PackedLinear.apply(x, self.values, self.bias, self)
-        weight = self.values.new_zeros(math.prod(self.shape)).index_copy(0, self.index, self.values)
+        weight = self.values.new_zeros(math.prod(self.shape)).index_copy_(0, self.index, self.values)
         return F.linear(x, weight.view(self.shape), self.bias)
 
 
@@ -344,7 +395,8 @@ def sparsify(
         count = max(1, round((1 - layer_sparsity[name + ".weight"]) * total))
         table.append({"layer": name, "shape": list(linear.weight.shape), "active": count, "total": total})
         if count < total:
-            active = torch.randperm(total, generator=generator, dtype=torch.int32)[:count].long().sort().values
+            permutation = torch.randperm(total, generator=generator, dtype=torch.int32)  # half the memory of int64
+            active = permutation[:count].long().sort().values
             packed = device.type == "cpu" and count <= 0.25 * total
             chosen = kernel if kernel != "auto" else "packed" if packed else "dense"
             network.set_submodule(name, SparseLinear(linear, active, chosen))
@@ -360,16 +412,16 @@ def sparsify(
 # === DIAGNOSTICS (identical in every file) ===
 def run_and_record(encoder: nn.Module, inputs: torch.Tensor) -> tuple[torch.Tensor, list, list]:
     """The features of an encoder (batch, hidden), and the outputs of its linear and of its ReLU layers."""
-    linear, relu, handles = [], [], []
+    linear_outputs, relu_outputs, handles = [], [], []
     for module in encoder.modules():
-        for kinds, outputs in (((nn.Linear, SparseLinear), linear), (nn.ReLU, relu)):
+        for kinds, outputs in (((nn.Linear, SparseLinear), linear_outputs), (nn.ReLU, relu_outputs)):
             if isinstance(module, kinds):
                 handles.append(module.register_forward_hook(lambda _, __, y, outputs=outputs: outputs.append(y)))
     with torch.no_grad():
         features = encoder(inputs)
     for handle in handles:
         handle.remove()
-    return features, linear, relu
+    return features, linear_outputs, relu_outputs
 
 
 def stable_rank(features: torch.Tensor, mass: float = 0.99, threshold: float = 0.01) -> tuple[int, int]:
@@ -396,14 +448,14 @@ def dormant_ratio(outputs: list[torch.Tensor], tau: float = 0.1) -> float:
 
 def measure_plasticity(encoder: nn.Module, inputs: torch.Tensor, parameters: list, gradients: list) -> dict[str, float]:
     """The measurements of section 4 for one network, on a batch of inputs to its encoder."""
-    features, linear, relu = run_and_record(encoder, inputs)
+    features, linear_outputs, relu_outputs = run_and_record(encoder, inputs)
     rank_99, rank_threshold = stable_rank(features)
     return {
         "srank_99": rank_99,
         "srank_threshold": rank_threshold,
-        "dormant_ratio": dormant_ratio(linear),
-        "dormant_ratio_relu": dormant_ratio(relu),
-        "active_units": float(torch.cat([(y > 0).float().mean(0) for y in relu]).mean()),
+        "dormant_ratio": dormant_ratio(linear_outputs),
+        "dormant_ratio_relu": dormant_ratio(relu_outputs),
+        "active_units": float(torch.cat([(y > 0).float().mean(0) for y in relu_outputs]).mean()),
         "grad_norm": float(get_total_norm(gradients)),
         "param_norm": float(get_total_norm(parameters)),
         "feature_norm": float(features.norm(dim=1).mean()),
@@ -423,18 +475,18 @@ def fail(message: str) -> NoReturn:
 def open_run(args) -> tuple[Path, dict | None]:
     """Finds or creates the run of these flags, locks it, and returns its folder and its checkpoint (or None).
 
-    The folder is runs/<env>__<exp_name>__<hash>__s<seed>; the hash covers the flags that change results. Exits with
-    code 2 if the folder cannot be written, another process works in it, or the checkpoint is damaged or of other flags.
+    The folder is runs/<env>__<exp_name>__<hash>__s<seed>; the hash covers the other flags that change results. With
+    --eval-only it is only read. Exits with code 2 if the folder cannot be written, another process works in it, or the
+    checkpoint is damaged or of other flags.
     """
     flags = {name: value for name, value in asdict(args).items() if name not in EXECUTION_FLAGS}
-    digest = hashlib.sha256(json.dumps(flags, sort_keys=True).encode()).hexdigest()[:8]
+    digest = hashlib.sha256(json.dumps({**flags, "seed": None}, sort_keys=True).encode()).hexdigest()[:8]
     run_dir = Path(args.runs_dir) / f"{args.env_id.replace('/', '-')}__{args.exp_name}__{digest}__s{args.seed}"
-    if args.eval_only and not run_dir.exists():
-        fail(f"nothing to evaluate: {run_dir} does not exist; train first, with the same flags")
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        open_run.lock = FileLock(run_dir / ".lock")  # held until the process ends
-        open_run.lock.acquire(timeout=0)
+        if not args.eval_only:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            open_run.lock = FileLock(run_dir / ".lock")  # held until the process ends
+            open_run.lock.acquire(timeout=0)
         if not args.resume and not args.eval_only and any(run_dir.glob("[!.]*")):
             old = next(path for n in range(1, 10**6) if not (path := Path(f"{run_dir}.old{n}")).exists())
             old.mkdir()
@@ -448,13 +500,15 @@ def open_run(args) -> tuple[Path, dict | None]:
     path = run_dir / "checkpoint.pt"
     if not path.exists():  # killed between the two renames of save_checkpoint
         path = run_dir / "checkpoint.previous.pt"
+    if not path.exists() and args.eval_only:
+        fail(f"nothing to evaluate: no checkpoint in {run_dir}; train first, with the same flags")
     if not path.exists():
-        return (run_dir, None) if not args.eval_only else fail(f"nothing to evaluate: no checkpoint in {run_dir} yet")
+        return run_dir, None
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         made_with = checkpoint["args"]
     except Exception as error:
-        fail(f"{path} is damaged ({type(error).__name__}); delete it to go on from checkpoint.previous.pt")
+        fail(f"{path} is damaged ({type(error).__name__}); delete it to go on from the one before, if there is one")
     for name, value in flags.items():
         if made_with.get(name) != value:
             fail(f"{path} was made with --{name.replace('_', '-')} {made_with.get(name)}, not {value}; move it away")
@@ -462,13 +516,15 @@ def open_run(args) -> tuple[Path, dict | None]:
 
 
 def save_checkpoint(run_dir: Path, args, state: dict) -> None:
-    """Writes checkpoint.pt so that a kill at any moment leaves a whole one, and keeps the one before it."""
+    """Writes checkpoint.pt so that a kill at any moment leaves a whole one, and keeps the one before it.
+
+    Every random number is drawn on the CPU, so there are three generators.
+    """
     kind, keys, *position = np.random.get_state()
     generators = {
         "python": random.getstate(),
-        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), *position],
+        "numpy": [kind, keys.tolist(), *position],
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
     path, temporary = run_dir / "checkpoint.pt", run_dir / "checkpoint.tmp"
     with open(temporary, "wb") as file:
@@ -482,12 +538,9 @@ def save_checkpoint(run_dir: Path, args, state: dict) -> None:
 
 def restore_generators(generators: dict) -> None:
     """Sets every global random generator to the state saved by save_checkpoint."""
-    kind, keys, *position = generators["numpy"]
     random.setstate(generators["python"])
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *position))
+    np.random.set_state(tuple(generators["numpy"]))
     torch.set_rng_state(generators["torch"])
-    if torch.cuda.is_available() and generators["cuda"]:
-        torch.cuda.set_rng_state_all(generators["cuda"])
 
 
 def describe_run(run_dir: Path, args, layers: dict[str, list[dict]]) -> None:
@@ -513,29 +566,30 @@ class Metrics:
     """Writes to metrics.csv (one flushed row a value), TensorBoard and, with --track, Weights & Biases."""
 
     def __init__(self, run_dir: Path, args, csv_bytes: int, env_step: int):
-        self.file = open(run_dir / "metrics.csv", "a", newline="")  # noqa: SIM115
+        self.file = open(run_dir / "metrics.csv", "a")  # noqa: SIM115
         self.file.truncate(csv_bytes)  # what came after the checkpoint will be written again
-        self.rows = csv.writer(self.file)
         if csv_bytes == 0:
-            self.rows.writerow(["env_step", "agent_step", "update_step", "metric", "value"])
-        self.tensorboard = SummaryWriter(run_dir, purge_step=env_step if csv_bytes else None)
+            self.file.write("env_step,agent_step,update_step,metric,value\n")
+        self.tensorboard = SummaryWriter(run_dir, purge_step=env_step + 1 if csv_bytes else 0)
         self.wandb = None
         if args.track:
             import wandb
 
             where = {"project": args.wandb_project, "entity": args.wandb_entity, "id": run_dir.name, "dir": run_dir}
-            self.wandb = wandb.init(**where, config=asdict(args), resume="allow")
+            self.wandb = wandb.init(**where, config=asdict(args), resume="allow" if csv_bytes else None)
+            self.wandb.define_metric("*", step_metric="env_step")
 
     def log(self, env_step: int, agent_step: int, update_step: int, values: dict[str, float]) -> None:
         for metric, value in values.items():
-            self.rows.writerow([env_step, agent_step, update_step, metric, repr(float(value))])
+            self.file.write(f"{env_step},{agent_step},{update_step},{metric},{float(value)!r}\n")
             self.tensorboard.add_scalar(metric, float(value), env_step)
         self.file.flush()
         if self.wandb:
             self.wandb.log({**values, "env_step": env_step})
 
-    def csv_bytes(self) -> int:
-        """Length of metrics.csv, which is on disk when this returns."""
+    def sync(self) -> int:
+        """Brings everything logged so far to the disk; returns the length of metrics.csv."""
+        self.tensorboard.flush()
         os.fsync(self.file.fileno())
         return os.fstat(self.file.fileno()).st_size
 
@@ -563,51 +617,6 @@ def draw_learning_curve(run_dir: Path, title: str) -> None:
 # === END RUNS ===
 
 
-class ActionRepeat(gym.Wrapper):
-    """Repeats each action, sums the rewards, stops at the end of the episode."""
-
-    def __init__(self, env: gym.Env, repeat: int):
-        super().__init__(env)
-        self.repeat = repeat
-
-    def step(self, action):
-        total = 0.0
-        for _ in range(self.repeat):
-            obs, reward, terminated, truncated, info = self.env.step(action)
-            total += float(reward)
-            if terminated or truncated:
-                break
-        return obs, total, terminated, truncated, info
-
-
-def make_env(args: Args, render_mode: str | None = None) -> tuple[gym.Env, float]:
-    """An environment with flat observations and actions in [-1, 1], and the discount that suits its episode length.
-
-    TD-MPC2's heuristic: (T/5 - 1) / (T/5) within [0.95, 0.995] for episodes of T decisions.
-    """
-    if dm_control := args.env_id.startswith("dm_control/"):
-        import shimmy
-
-        gym.register_envs(shimmy)
-    try:
-        env = gym.make(args.env_id, render_mode=render_mode, disable_env_checker=True)
-    except (gym.error.Error, ImportError) as error:
-        fail(f"--env-id {args.env_id}: {error}")
-    if not isinstance(env.action_space, gym.spaces.Box) or not env.action_space.is_bounded():
-        fail(f"--env-id {args.env_id} has actions {env.action_space}; this agent needs bounded Box actions")
-    for space in getattr(env.observation_space, "spaces", {"": env.observation_space}).values():
-        if not isinstance(space, gym.spaces.Box):
-            fail(f"--env-id {args.env_id} has observations {space}; this agent needs Box or a Dict of Box")
-    frames = env.spec.max_episode_steps or (1000 if dm_control else math.inf)
-    env = gym.wrappers.RescaleAction(gym.wrappers.FlattenObservation(env), -1.0, 1.0)
-    return ActionRepeat(env, args.action_repeat), min(max(1 - 5 * args.action_repeat / frames, 0.95), 0.995)
-
-
-def derive_seed(*key: int) -> int:
-    """An independent seed for each key."""
-    return int(np.random.SeedSequence(key).generate_state(1)[0])
-
-
 class ObservationNorm:
     """Running mean and variance of the observations seen in training, applied without clipping, as in SimBa."""
 
@@ -632,7 +641,7 @@ class ObservationNorm:
             setattr(self.statistics, name, value.numpy())
 
 
-def linear(in_features: int, out_features: int, he_normal: bool = False) -> nn.Linear:
+def init_linear(in_features: int, out_features: int, he_normal: bool = False) -> nn.Linear:
     """Orthogonal weights, or He's normal cut at 2 sigma, its variance corrected for the cut (JAX's he_normal)."""
     layer = nn.Linear(in_features, out_features)
     nn.init.zeros_(layer.bias)
@@ -648,9 +657,9 @@ class ResidualBlock(nn.Module):
     def __init__(self, hidden: int):
         super().__init__()
         self.norm = nn.LayerNorm(hidden, eps=1e-6)
-        self.up = linear(hidden, 4 * hidden, he_normal=True)
+        self.up = init_linear(hidden, 4 * hidden, he_normal=True)
         self.relu = nn.ReLU()
-        self.down = linear(4 * hidden, hidden, he_normal=True)
+        self.down = init_linear(4 * hidden, hidden, he_normal=True)
 
     def forward(self, x):
         return x + self.down(self.relu(self.up(self.norm(x))))
@@ -659,7 +668,7 @@ class ResidualBlock(nn.Module):
 def simba(in_features: int, hidden: int, blocks: int) -> nn.Sequential:
     """The SimBa encoder: (batch, in_features) -> (batch, hidden)."""
     residual = (ResidualBlock(hidden) for _ in range(blocks))
-    return nn.Sequential(linear(in_features, hidden), *residual, nn.LayerNorm(hidden, eps=1e-6))
+    return nn.Sequential(init_linear(in_features, hidden), *residual, nn.LayerNorm(hidden, eps=1e-6))
 
 
 class Actor(nn.Module):
@@ -668,8 +677,8 @@ class Actor(nn.Module):
     def __init__(self, obs_dim: int, action_dim: int, hidden: int, blocks: int):
         super().__init__()
         self.encoder = simba(obs_dim, hidden, blocks)
-        self.mean = linear(hidden, action_dim)
-        self.log_std = linear(hidden, action_dim)
+        self.mean = init_linear(hidden, action_dim)
+        self.log_std = init_linear(hidden, action_dim)
 
     def forward(self, obs):
         """obs (batch, obs_dim) -> mean and log std before tanh, (batch, action_dim); log std within [-10, 2]."""
@@ -691,7 +700,7 @@ class Critic(nn.Module):
     def __init__(self, obs_dim: int, action_dim: int, hidden: int, blocks: int, count: int):
         super().__init__()
         self.encoders = nn.ModuleList(simba(obs_dim + action_dim, hidden, blocks) for _ in range(count))
-        self.heads = nn.ModuleList(linear(hidden, 1) for _ in range(count))
+        self.heads = nn.ModuleList(init_linear(hidden, 1) for _ in range(count))
 
     def forward(self, obs, action):
         """(batch, obs_dim), (batch, action_dim) -> Q-values (count, batch)"""
@@ -729,7 +738,8 @@ class ReplayBuffer:
         return batch._replace(obs=norm(batch.obs), next_obs=norm(batch.next_obs))
 
     def state_dict(self) -> dict:
-        return {"added": self.added, "columns": [column[: self.added].clone() for column in self.columns]}
+        filled = [column[: self.added].clone() for column in self.columns]  # of a view, all its memory would be saved
+        return {"added": self.added, "columns": filled}
 
     def load_state_dict(self, state: dict) -> None:
         self.added = state["added"]
@@ -764,19 +774,20 @@ class Agent:
         self.actor = Actor(obs_dim, action_dim, hidden, blocks)
         self.critic = Critic(obs_dim, action_dim, 4 * hidden, 2 * blocks, critics)
         self.layers = {}
-        for index, (name, sparsity) in enumerate((("actor", args.actor_sparsity), ("critic", args.critic_sparsity))):
-            sparsity = args.sparsity if sparsity is None else sparsity
-            mask_seed = derive_seed(args.seed if args.mask_seed is None else args.mask_seed, index)
-            how = (sparsity, args.sparsity_distribution, mask_seed, args.sparse_kernel, device)
-            self.layers[name] = sparsify(getattr(self, name), *how)
+        mask_seed = args.seed if args.mask_seed is None else args.mask_seed
+        own = {"actor": args.actor_sparsity, "critic": args.critic_sparsity}
+        for index, (name, own_sparsity) in enumerate(own.items()):
+            sparsity = args.sparsity if own_sparsity is None else own_sparsity
+            how = (args.sparsity_distribution, derive_seed(mask_seed, index), args.sparse_kernel, device)
+            self.layers[name] = sparsify(getattr(self, name), sparsity, *how)
         # The memo lets the target critic share the critic's index buffers: the pattern is stored once.
         self.target_critic = copy.deepcopy(self.critic, {id(buffer): buffer for buffer in self.critic.buffers()})
         self.target_critic.requires_grad_(False)
         self.temperature = nn.ParameterDict({"log_alpha": torch.tensor(math.log(args.initial_temperature))}).to(device)
-        for name, decay in (("actor", args.weight_decay), ("critic", args.weight_decay), ("temperature", 0.0)):
-            parameters = getattr(self, name).parameters()
-            optimizer = torch.optim.AdamW(parameters, args.learning_rate, weight_decay=decay, fused=True)
-            setattr(self, f"{name}_optimizer", optimizer)
+        adamw = partial(torch.optim.AdamW, lr=args.learning_rate, fused=True)
+        self.actor_optimizer = adamw(self.actor.parameters(), weight_decay=args.weight_decay)
+        self.critic_optimizer = adamw(self.critic.parameters(), weight_decay=args.weight_decay)
+        self.temperature_optimizer = adamw(self.temperature.parameters(), weight_decay=0.0)
 
     def alpha(self) -> torch.Tensor:
         return self.temperature["log_alpha"].exp()
@@ -817,18 +828,17 @@ def diagnose(agent: Agent, batch: Batch, noise, next_noise, gamma: float) -> dic
     """Plasticity measurements of actor and critic on a normalised batch."""
     alpha = agent.alpha().detach()
     target = td_target(agent.actor, agent.target_critic, alpha, batch, gamma, next_noise)
-    loss = {
-        "actor": actor_loss(agent.actor, agent.critic, alpha, batch.obs, noise)[0],
-        "critic": critic_loss(agent.critic, batch, target),
-    }
-    encoder = {"actor": agent.actor.encoder, "critic": agent.critic.encoders[0]}
-    inputs = {"actor": batch.obs, "critic": torch.cat([batch.obs, batch.action], -1)}
+    loss_actor, _ = actor_loss(agent.actor, agent.critic, alpha, batch.obs, noise)
+    loss_critic = critic_loss(agent.critic, batch, target)
+    obs_action = torch.cat([batch.obs, batch.action], -1)
     measured = {}
-    for name in loss:
+    for name, loss, encoder, inputs in (
+        ("actor", loss_actor, agent.actor.encoder, batch.obs),
+        ("critic", loss_critic, agent.critic.encoders[0], obs_action),
+    ):
         parameters = list(getattr(agent, name).parameters())
-        gradients = torch.autograd.grad(loss[name], parameters)
-        for metric, value in measure_plasticity(encoder[name], inputs[name], parameters, gradients).items():
-            measured[f"{name}_{metric}"] = value
+        plasticity = measure_plasticity(encoder, inputs, parameters, torch.autograd.grad(loss, parameters))
+        measured |= {f"{name}_{metric}": value for metric, value in plasticity.items()}
     return measured
 
 
@@ -856,40 +866,8 @@ def evaluate(agent, norm, env: gym.Env, episodes: int, seed_key: tuple, video: P
         import imageio
 
         video.parent.mkdir(exist_ok=True)
-        imageio.mimwrite(video, frames, fps=30, macro_block_size=None)
+        imageio.mimwrite(video, frames, fps=30, macro_block_size=None)  # decisions, not real time
     return {"return_mean": returns.mean(), "return_std": returns.std(), "return_iqm": trim_mean(returns, 0.25)}
-
-
-def check_flags(args: Args) -> None:
-    """Ends the program if a flag makes no sense."""
-    for name in ("sparsity", "actor_sparsity", "critic_sparsity"):
-        if getattr(args, name) is not None and not 0 <= getattr(args, name) < 1:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 0 and below 1")
-    if "/" in args.exp_name:
-        fail(f"--exp-name {args.exp_name}: is part of a folder's name and cannot contain /")
-    if not args.weight_decay >= 0:
-        fail(f"--weight-decay {args.weight_decay}: must be at least 0")
-    for name in ("learning_rate", "initial_temperature"):
-        if not 0 < getattr(args, name) < math.inf:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be above 0 and finite")
-    if not 1 / 128 <= args.width_scale < math.inf:
-        fail(f"--width-scale {args.width_scale}: must be finite and at least 1/128, one hidden unit in the actor")
-    counts = (
-        "depth_scale",
-        "action_repeat",
-        "updates_per_step",
-        "batch_size",
-        "buffer_size",
-        "eval_episodes",
-        "threads",
-    )
-    counts += ("final_eval_episodes", "total_timesteps", "eval_interval", "checkpoint_interval", "reset_interval")
-    not_negative = ("seed", "mask_seed", "learning_starts", "diagnostics_interval")
-    for name, least in (dict.fromkeys(counts, 1) | dict.fromkeys(not_negative, 0)).items():
-        if getattr(args, name) is not None and getattr(args, name) < least:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {least}")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        fail("--device cuda: there is no CUDA here; use --device cpu")
 
 
 if __name__ == "__main__":
@@ -902,14 +880,14 @@ if __name__ == "__main__":
     torch.set_num_threads(threads)  # after numba, whose start sets the number for both
     warnings.filterwarnings("ignore", category=UserWarning, module="gymnasium")  # of the precision of Box bounds
     os.environ.setdefault("MUJOCO_GL", "egl" if args.capture_video else "disabled")
-    signal.signal(signal.SIGINT, lambda *_: sys.exit("interrupted; the same command goes on from the last checkpoint"))
+    signal.signal(signal.SIGINT, lambda *_: sys.exit("interrupted; --resume goes on from the last checkpoint"))
 
-    env, default_gamma = make_env(args)
-    eval_env, _ = make_env(args, "rgb_array" if args.capture_video else None)
+    env, eval_env = make_env(args), make_env(args, "rgb_array" if args.capture_video else None)
     obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
-    gamma = default_gamma if args.gamma is None else args.gamma
-    for seed in (random.seed, np.random.seed, torch.manual_seed):
-        seed(args.seed)
+    gamma = default_gamma(env, args.action_repeat) if args.gamma is None else args.gamma
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
     try:
         agent = Agent(args, obs_dim, action_dim, device)
     except ValueError as error:
@@ -924,20 +902,21 @@ if __name__ == "__main__":
     replay = ReplayBuffer(min(args.buffer_size, total_steps), obs_dim, action_dim)
     agent_step = update_step = episode = csv_bytes = 0
 
-    def stateful() -> dict:
+    def parts_to_save() -> dict:
+        """Everything with a state_dict, by name; the current agent's, which a reset replaces."""
         return {name: part for name, part in vars(agent).items() if name != "layers"} | {"norm": norm, "replay": replay}
 
     if checkpoint:
         try:
-            for name, part in stateful().items():
-                part.load_state_dict(checkpoint[name])
+            for name, part in parts_to_save().items():
+                part.load_state_dict(checkpoint.pop(name))
         except ValueError as error:
             fail(f"{run_dir}: {error}")
         restore_generators(checkpoint["generators"])
         agent_step, update_step, episode, csv_bytes = checkpoint["counters"]
     if args.eval_only:
         video = run_dir / "videos" / f"eval_{agent_step}.mp4" if args.capture_video else None
-        result = evaluate(agent, norm, eval_env, args.final_eval_episodes, (args.seed, 2, agent_step), video)
+        result = evaluate(agent, norm, eval_env, args.final_eval_episodes, (args.seed, FINAL, agent_step), video)
         print("  ".join(f"{name} {value:.1f}" for name, value in result.items()))
         sys.exit(0)
 
@@ -957,18 +936,18 @@ if __name__ == "__main__":
         return bool(interval) and agent_step % max(1, interval // args.action_repeat) == 0
 
     def save(finished: bool) -> None:
-        state = {name: part.state_dict() for name, part in stateful().items()}
-        counters = (agent_step, update_step, episode, metrics.csv_bytes())
+        state = {name: part.state_dict() for name, part in parts_to_save().items()}
+        counters = (agent_step, update_step, episode, metrics.sync())
         save_checkpoint(run_dir, args, {**state, "counters": counters, "finished": finished})
 
     if agent_step == 0:
-        log(evaluate(agent, norm, eval_env, args.eval_episodes, (args.seed, 1, 0)), "eval")
+        log(evaluate(agent, norm, eval_env, args.eval_episodes, (args.seed, EVAL, 0)), "eval")
     while agent_step < total_steps:
         if episode_over:
             if (agent_step - saved_step) * args.action_repeat >= args.checkpoint_interval:
                 save(finished=False)
                 saved_step = agent_step
-            obs, _ = env.reset(seed=derive_seed(args.seed, 0, episode))
+            obs, _ = env.reset(seed=derive_seed(args.seed, TRAIN, episode))
             episode, episode_start, episode_return = episode + 1, agent_step, 0.0
             started = time.time()
 
@@ -980,7 +959,8 @@ if __name__ == "__main__":
             action = act(agent, norm, obs, torch.randn(action_dim))
         next_obs, reward, terminated, truncated, _ = env.step(action)
         replay.add(obs, action, reward, next_obs, terminated)
-        obs, episode_return, episode_over = next_obs, episode_return + reward, terminated or truncated
+        obs, episode_over = next_obs, terminated or truncated
+        episode_return += reward
         agent_step += 1
 
         # Learn
@@ -990,23 +970,26 @@ if __name__ == "__main__":
                 noise, next_noise = torch.randn(2, args.batch_size, action_dim).to(device)
                 losses = update(agent, batch, noise, next_noise, gamma, args.tau)
                 update_step += 1
-            if not all(torch.isfinite(loss) for loss in losses.values()):
+            if not torch.stack(list(losses.values())).isfinite().all():
                 print(f"error: a loss is not finite at {agent_step=}; the last checkpoint is kept", file=sys.stderr)
                 sys.exit(3)
-            if due(args.reset_interval):
-                agent = Agent(args, obs_dim, action_dim, device)
 
         # Measure
         if due(args.eval_interval):
-            result = evaluate(agent, norm, eval_env, args.eval_episodes, (args.seed, 1, agent_step))
+            result = evaluate(agent, norm, eval_env, args.eval_episodes, (args.seed, EVAL, agent_step))
             log(result, "eval")
             draw_learning_curve(run_dir, args.env_id)
             bar.set_postfix_str(f"return {result['return_mean']:.0f}")
         if due(args.diagnostics_interval):
-            generator = torch.Generator().manual_seed(derive_seed(args.seed, 3, agent_step))
+            generator = torch.Generator().manual_seed(derive_seed(args.seed, DIAGNOSE, agent_step))
             batch = replay.sample(args.batch_size, norm, generator)
             noise, next_noise = torch.randn(2, args.batch_size, action_dim, generator=generator).to(device)
             log(diagnose(agent, batch, noise, next_noise, gamma), "diagnostics")
+
+        # Reset, after the measurements; at the very end it would throw the trained agent away
+        if due(args.reset_interval) and learning_starts <= agent_step < total_steps:
+            agent = Agent(args, obs_dim, action_dim, device)
+
         bar.update(args.action_repeat)
         if episode_over:
             length = agent_step - episode_start
@@ -1015,7 +998,7 @@ if __name__ == "__main__":
             log({"env_steps_per_second": length * args.action_repeat / (time.time() - started)}, "time")
 
     video = run_dir / "videos" / "final.mp4" if args.capture_video else None
-    result = evaluate(agent, norm, eval_env, args.final_eval_episodes, (args.seed, 2, agent_step), video)
+    result = evaluate(agent, norm, eval_env, args.final_eval_episodes, (args.seed, FINAL, agent_step), video)
     log(result, "final")
     save(finished=True)
     metrics.close()

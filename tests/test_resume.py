@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 AGENT = Path(__file__).parents[1] / "sparse_zoo" / "sac_simba_sparse.py"
 TINY = "--width-scale 0.125 --sparsity 0.8 --batch-size 32 --updates-per-step 1 --threads 1 --device cpu"
@@ -153,6 +154,10 @@ def test_killed_and_resumed_equals_uninterrupted(reference, tmp_path):
     rows = metric_rows(expected)
     assert len(rows) > 80 and sum(row[3] == "eval/return_mean" for row in rows) == CHECKPOINTS + 1
     assert metric_rows(resumed) == rows
+    tensorboard = EventAccumulator(str(resumed), size_guidance={"scalars": 0}).Reload()
+    for name in ("episode/return", "eval/return_mean", "losses/critic_loss"):
+        points = [(event.step, pytest.approx(event.value, rel=1e-6)) for event in tensorboard.Scalars(name)]
+        assert [(int(row[0]), float(row[4])) for row in rows if row[3] == name] == points
     ours, theirs = load(resumed), load(expected)
     assert ours.keys() == theirs.keys()
     parts = {"actor", "critic", "temperature", "actor_optimizer", "critic_optimizer", "temperature_optimizer"}
@@ -163,6 +168,16 @@ def test_killed_and_resumed_equals_uninterrupted(reference, tmp_path):
             assert ours[name].dtype == value.dtype and torch.equal(ours[name], value), name
         else:
             assert ours[name] == value, name
+
+
+@pytest.mark.parametrize("reference", ["hopper"], indirect=True)
+def test_reset_leaves_the_trained_agent_at_the_end(reference):
+    _, runs, _ = reference
+    state = torch.load(only_run(runs) / "checkpoint.pt", weights_only=True)
+    step, updates = state["counters"][0], state["counters"][1]
+    # Resets at 300, 600 and 900 of 1,200 steps: the optimiser has counted the updates since the last one.
+    assert step == 1200 and updates == 1001
+    assert state["critic_optimizer"]["state"][0]["step"] == 300
 
 
 @cartpole
@@ -214,7 +229,7 @@ def test_eval_only_films_one_episode(reference, tmp_path):
     assert np.abs(frames[0].astype(int) - frames[-1]).max() > 50
 
 
-def test_second_process_on_a_run_is_turned_away(main, tmp_path):
+def test_second_process_on_a_run_may_evaluate_but_not_train(main, tmp_path):
     arguments = flags("cartpole", tmp_path)
     first = start(arguments)
     try:
@@ -222,12 +237,17 @@ def test_second_process_on_a_run_is_turned_away(main, tmp_path):
             assert first.poll() is None
             time.sleep(0.01)
         code, _, err = main(arguments)
+        while not list(tmp_path.glob("*/checkpoint.pt")):
+            assert first.poll() is None
+            time.sleep(0.01)
+        evaluated, out, _ = main([*arguments, "--eval-only"])
         assert first.poll() is None
     finally:
         first.kill()
         first.communicate()
     assert code == 2 and err.count("\n") == 1 and err.startswith("error: another process")
     assert str(only_run(tmp_path)) in err
+    assert evaluated == 0 and "return_mean" in out
 
 
 def test_track_offline(tmp_path):

@@ -98,7 +98,7 @@ def test_three_updates_equal_the_official_code(case, kernel):
     agent.target_critic.encoders[0] = sac.simba(7, 32, 2)
     for name, network in (("actor", agent.actor), ("critic", agent.critic), ("target", agent.target_critic)):
         if name != "actor":
-            network.heads[0] = sac.linear(32, 1)
+            network.heads[0] = sac.init_linear(32, 1)
         install(case, name, network, kernel)
     agent.target_critic.requires_grad_(False)
     with torch.no_grad():

@@ -358,7 +358,7 @@ class MaskedLinear(nn.Module):
 
 def test_twenty_adamw_steps_equal_masked_dense_training(one_thread):
     torch.manual_seed(0)
-    dense = nn.Sequential(sac.simba(12, 32, 2), sac.linear(32, 3))
+    dense = nn.Sequential(sac.simba(12, 32, 2), sac.init_linear(32, 3))
     networks = {kernel: copy.deepcopy(dense) for kernel in KERNELS} | {"masked": copy.deepcopy(dense)}
     for kernel in KERNELS:
         sac.sparsify(networks[kernel], 0.85, "erdos_renyi", 5, kernel, CPU)
