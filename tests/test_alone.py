@@ -20,7 +20,9 @@ TINY = (
     "--total-timesteps 600 --learning-starts 200 --eval-episodes 1 --final-eval-episodes 1 --width-scale 0.125"
     " --sparsity 0.8 --device cpu --threads 1"
 )
-OWN = {"sac_simba_sparse": "--env-id dm_control/cartpole-swingup-v0 --batch-size 16"}
+OWN = dict.fromkeys(
+    ("sac_simba_sparse", "ddpg_simba_sparse"), "--env-id dm_control/cartpole-swingup-v0 --batch-size 16"
+)
 
 
 def header(agent: Path) -> dict:

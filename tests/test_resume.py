@@ -22,7 +22,8 @@ import torch
 from filelock import FileLock
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-AGENT = Path(__file__).parents[1] / "sparse_zoo" / "sac_simba_sparse.py"
+FOLDER = Path(__file__).parents[1] / "sparse_zoo"
+SAC = FOLDER / "sac_simba_sparse.py"
 TINY = "--width-scale 0.125 --sparsity 0.8 --batch-size 32 --updates-per-step 1 --threads 1 --device cpu"
 CASES = {
     "cartpole": "--env-id dm_control/cartpole-swingup-v0 --action-repeat 8 --total-timesteps 6000"
@@ -31,6 +32,8 @@ CASES = {
     "hopper": "--env-id Hopper-v5 --action-repeat 1 --total-timesteps 1200 --learning-starts 200 --eval-interval 200"
     " --checkpoint-interval 200 --diagnostics-interval 400 --buffer-size 500 --reset-interval 300",
 }
+CASES["ddpg"] = CASES["hopper"]
+AGENTS = {"ddpg": FOLDER / "ddpg_simba_sparse.py"}  # the others: SAC
 CHECKPOINTS = 6  # about, in each case
 ENVIRONMENT = {**os.environ, "MUJOCO_GL": "disabled", "WANDB_MODE": "offline"}
 
@@ -40,13 +43,13 @@ def flags(case: str, runs: Path, *more: str) -> list[str]:
     return [*f"{TINY} {CASES[case]} {evaluation}".split(), "--runs-dir", str(runs), *more]
 
 
-def start(arguments: list[str], **environment: str) -> subprocess.Popen:
+def start(arguments: list[str], agent: Path = SAC, **environment: str) -> subprocess.Popen:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
-    return subprocess.Popen([sys.executable, str(AGENT), *arguments], env=ENVIRONMENT | environment, **pipes)
+    return subprocess.Popen([sys.executable, str(agent), *arguments], env=ENVIRONMENT | environment, **pipes)
 
 
-def finish(arguments: list[str], **environment: str) -> str:
-    process = start(arguments, **environment)
+def finish(arguments: list[str], agent: Path = SAC, **environment: str) -> str:
+    process = start(arguments, agent, **environment)
     output, _ = process.communicate()
     assert process.returncode == 0
     return output
@@ -58,10 +61,10 @@ def main(monkeypatch, capsys):
     monkeypatch.setenv("MUJOCO_GL", "disabled")
 
     def run(arguments: list[str]) -> tuple[int | None, str, str]:
-        monkeypatch.setattr(sys, "argv", [str(AGENT), *arguments])
+        monkeypatch.setattr(sys, "argv", [str(SAC), *arguments])
         handler, threads, code = signal.getsignal(signal.SIGINT), torch.get_num_threads(), 0
         try:
-            runpy.run_path(str(AGENT), run_name="__main__")
+            runpy.run_path(str(SAC), run_name="__main__")
         except SystemExit as end:
             code = end.code
         finally:
@@ -107,7 +110,7 @@ def reference(request, tmp_path_factory) -> tuple[str, Path, float]:
     """An uninterrupted run: its case, its folder of runs, and the seconds between two checkpoints."""
     runs = tmp_path_factory.mktemp(request.param)
     began = time.monotonic()
-    finish(flags(request.param, runs))
+    finish(flags(request.param, runs), AGENTS.get(request.param, SAC))
     return request.param, runs, (time.monotonic() - began) / CHECKPOINTS
 
 
@@ -120,10 +123,10 @@ def stamps(runs: Path) -> set[int]:
     return set()
 
 
-def kill_past_a_checkpoint(arguments: list[str], runs: Path, delay: float) -> None:
+def kill_past_a_checkpoint(arguments: list[str], agent: Path, runs: Path, delay: float) -> None:
     """Kills the run `delay` seconds after its first new checkpoint, and at its second one at the latest."""
     old, new, moment = stamps(runs), set(), math.inf
-    process = start(arguments)
+    process = start(arguments, agent)
     while len(new) < 2 and time.monotonic() < moment:
         assert process.poll() is None, "the run ended before it could be killed"
         new |= stamps(runs) - old
@@ -138,16 +141,16 @@ def kill_past_a_checkpoint(arguments: list[str], runs: Path, delay: float) -> No
 @pytest.mark.parametrize("reference", CASES, indirect=True)
 def test_killed_and_resumed_equals_uninterrupted(reference, tmp_path):
     case, reference_runs, seconds = reference
-    arguments = flags(case, tmp_path)
+    arguments, agent = flags(case, tmp_path), AGENTS.get(case, SAC)
     delays = [random.SystemRandom().uniform(0, seconds) for _ in range(2)]
     print(f"{case}: killed {delays[0]:.3f} s and {delays[1]:.3f} s after a checkpoint")
     for delay in delays:
-        kill_past_a_checkpoint(arguments, tmp_path, delay)
+        kill_past_a_checkpoint(arguments, agent, tmp_path, delay)
     resumed, expected = only_run(tmp_path), only_run(reference_runs)
     # The kill that chance is too unlikely to find: between the two renames of a checkpoint, while the next is torn
     (resumed / "checkpoint.pt").replace(resumed / "checkpoint.previous.pt")
     (resumed / "checkpoint.tmp").write_bytes(b"torn")
-    output = finish(arguments)
+    output = finish(arguments, agent)
 
     interval = int(re.search(r"--checkpoint-interval (\d+)", CASES[case])[1])
     assert int(re.search(r"going on from env step (\d+)", output)[1]) >= 2 * interval
@@ -160,8 +163,8 @@ def test_killed_and_resumed_equals_uninterrupted(reference, tmp_path):
         assert [(int(row[0]), float(row[4])) for row in rows if row[3] == name] == points
     ours, theirs = load(resumed), load(expected)
     assert ours.keys() == theirs.keys()
-    parts = {"actor", "critic", "temperature", "actor_optimizer", "critic_optimizer", "temperature_optimizer"}
-    parts |= {"target_critic", "norm", "replay", "generators"}
+    parts = {"actor", "critic", "actor_optimizer", "critic_optimizer", "target_critic", "norm", "replay", "generators"}
+    parts |= {"temperature", "temperature_optimizer"} if agent == SAC else set()
     assert parts <= {name.split("/")[1] for name in ours}
     for name, value in theirs.items():
         if isinstance(value, torch.Tensor):

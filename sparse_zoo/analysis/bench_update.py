@@ -27,12 +27,12 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-MODULES = {"sac": "sac_simba_sparse"}
+MODULES = {"sac": "sac_simba_sparse", "ddpg": "ddpg_simba_sparse"}
 
 
 @dataclass
 class Args:
-    agent: Literal["sac"] = "sac"
+    agent: Literal["sac", "ddpg"] = "sac"
     """which agent's update"""
     width_scale: float = 4.0
     """width of both networks"""
