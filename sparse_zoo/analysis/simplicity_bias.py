@@ -1,0 +1,144 @@
+"""Simplicity bias score against sparsity (Figure 8 of the paper), at initialisation.
+
+    python sparse_zoo/analysis/simplicity_bias.py --width-scale 5 --grid 100 --inits 3
+
+The score of a network family is the mean over random initialisations of 1 / complexity, and the complexity of a
+function is the mean frequency of its Fourier transform, weighted by amplitude (Lee et al. 2024, arXiv:2410.09754,
+after Teney et al. 2024). The paper gives no more; chosen here:
+ - The network is the SimBa critic on humanoid (67 observations, 21 actions). Two of its 88 inputs run over a regular
+   grid on [-100, 100]^2, the others are zero; observation statistics are those at the start, mean 0 and variance 1.
+ - Frequencies are Euclidean, in cycles per grid step (at most 1/2 along an axis); the constant component is left out.
+   The score of a function with jumps grows with the logarithm of the grid's size, so that scores can be compared on one
+   grid only; 300 x 300 gives the differences of the paper's Figure 8.
+ - Every initialisation of the encoder is followed by --heads random heads (unit vectors, as orthogonal initialisation
+   gives), whose scores are averaged: they cost nothing and take most of the noise away.
+ - Plain MLP, for comparison: two hidden layers of 512 units, ReLU, orthogonal weights of gain sqrt(2), no biases.
+"""
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numba
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn as nn
+import tyro
+from matplotlib.figure import Figure
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import sac_simba_sparse as sac
+
+INPUTS = 67 + 21  # observations and actions of humanoid
+
+
+@dataclass
+class Args:
+    width_scale: float = 5.0
+    """critic 512 x scale wide (5: the paper's large network)"""
+    depth_scale: int = 1
+    """critic of 2 x scale residual blocks"""
+    sparsities: tuple[float, ...] = (0.0, 0.2, 0.4, 0.6, 0.8, 0.9)
+    """sparsities of the critic"""
+    sparsity_distribution: Literal["erdos_renyi", "uniform"] = "erdos_renyi"
+    """how sparsity is spread over the layers"""
+    inits: int = 10
+    """random initialisations (and masks) per sparsity, seeds 0, 1, ..."""
+    heads: int = 32
+    """random heads per initialisation"""
+    grid: int = 300
+    """points along each of the two inputs"""
+    reach: float = 100.0
+    """the grid covers [-reach, reach]^2"""
+    threads: int | None = None
+    """CPU threads (default: all cores)"""
+    output: str = "results/simplicity_bias"
+    """folder of the figure and the numbers"""
+
+
+def complexity(outputs: torch.Tensor) -> torch.Tensor:
+    """Mean frequency weighted by amplitude, in cycles per grid step, of functions on a grid (n, n, functions)."""
+    frequency = torch.fft.fftfreq(len(outputs), dtype=torch.float64)
+    radius = torch.hypot(frequency[:, None], frequency[None, :])[:, :, None]
+    amplitude = torch.fft.fft2(outputs.double(), dim=(0, 1)).abs()
+    amplitude[0, 0] = 0
+    return (amplitude * radius).sum((0, 1)) / amplitude.sum((0, 1))
+
+
+@torch.no_grad()
+def score(encoder: nn.Module, inputs: int, hidden: int, heads: int, grid: int, reach: float) -> float:
+    """Mean of 1 / complexity over random heads behind one encoder (points, inputs) -> (points, hidden)."""
+    axis = torch.linspace(-reach, reach, grid)
+    points = torch.zeros(grid * grid, inputs)
+    points[:, :2] = torch.cartesian_prod(axis, axis)
+    head = nn.functional.normalize(torch.randn(hidden, heads), dim=0)
+    outputs = torch.cat([encoder(part) @ head for part in points.split(1024)])
+    return float((1 / complexity(outputs.view(grid, grid, heads))).mean())
+
+
+def plain_mlp(inputs: int, hidden: int = 512) -> nn.Module:
+    """The encoder of a plain MLP critic."""
+    layers = nn.Linear(inputs, hidden, bias=False), nn.Linear(hidden, hidden, bias=False)
+    for layer in layers:
+        nn.init.orthogonal_(layer.weight, gain=2**0.5)
+    return nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU())
+
+
+def simba_encoder(args: Args, sparsity: float, seed: int) -> tuple[nn.Module, int]:
+    """The critic's encoder, pruned as in training, and its width."""
+    hidden = 4 * round(128 * args.width_scale)
+    critic = sac.Critic(67, 21, hidden, 2 * args.depth_scale, count=1)
+    sac.sparsify(critic, sparsity, args.sparsity_distribution, seed, "auto", torch.device("cpu"))
+    return critic.encoders[0], hidden
+
+
+def measure(args: Args) -> pd.DataFrame:
+    """One row per network and initialisation: network, sparsity, seed, score."""
+    rows = []
+    for network, sparsity in [("MLP", 0.0), *(("SimBa", sparsity) for sparsity in args.sparsities)]:
+        began = time.time()
+        for seed in range(args.inits):
+            torch.manual_seed(seed)
+            encoder, hidden = (plain_mlp(INPUTS), 512) if network == "MLP" else simba_encoder(args, sparsity, seed)
+            value = score(encoder, INPUTS, hidden, args.heads, args.grid, args.reach)
+            rows.append({"network": network, "sparsity": sparsity, "seed": seed, "score": value})
+        values = [row["score"] for row in rows[-args.inits :]]
+        error = np.std(values, ddof=1) / args.inits**0.5 if args.inits > 1 else float("nan")
+        print(
+            f"{network} {sparsity:.2f}: {np.mean(values):.2f} +- {error:.2f} ({time.time() - began:.0f} s)", flush=True
+        )
+    return pd.DataFrame(rows)
+
+
+def draw(table: pd.DataFrame, args: Args) -> Figure:
+    """Score against sparsity, mean and standard error over initialisations, with the plain MLP as a line."""
+    axes = (figure := Figure((6, 4), layout="constrained")).subplots()
+    simba = table[table.network == "SimBa"].groupby("sparsity").score.agg(["mean", "sem"])
+    axes.errorbar(simba.index, simba["mean"], simba["sem"], marker="o", capsize=3, label="SimBa critic")
+    mlp = table[table.network == "MLP"].score.mean()
+    axes.axhline(mlp, color="0.5", ls="--", label="plain MLP, dense")
+    axes.set(xlabel="sparsity", ylabel="simplicity bias score")
+    axes.set_title(f"width scale {args.width_scale:g}, grid {args.grid} x {args.grid}, {args.inits} initialisations")
+    axes.legend(frameon=False)
+    return figure
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args)
+    if args.inits < 1 or args.heads < 1 or args.grid < 2:
+        sac.fail("--inits and --heads must be at least 1, --grid at least 2")
+    if not all(0 <= sparsity < 1 for sparsity in args.sparsities):
+        sac.fail(f"--sparsities {args.sparsities}: each must be at least 0 and below 1")
+    threads = args.threads or torch.get_num_threads()
+    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+    torch.set_num_threads(threads)
+    output = Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
+    table = measure(args)
+    table.to_csv(output / "scores.csv", index=False)
+    for kind in ("png", "svg"):
+        draw(table, args).savefig(output / f"simplicity_bias.{kind}", dpi=150)
+    print(f"figure and scores are in {output}")
