@@ -1,0 +1,51 @@
+"""learning_curves.py on runs made by hand: nothing is lost, the published curve is the right one."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import imageio
+import pandas as pd
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "sparse_zoo" / "analysis" / "learning_curves.py"
+sys.path.insert(0, str(SCRIPT.parent))
+import learning_curves  # noqa: E402
+
+
+def write_run(runs: Path, name: str, seed: int, sparsity: float, returns: dict[int, float]) -> None:
+    (runs / name).mkdir(parents=True)
+    flags = {"exp_name": "sac_simba_sparse", "env_id": "dm_control/walker-walk-v0", "width_scale": 1.0}
+    flags |= {"depth_scale": 1, "sparsity": sparsity, "actor_sparsity": None, "critic_sparsity": None, "seed": seed}
+    (runs / name / "args.json").write_text(json.dumps({"args": flags}))
+    rows = [f"{step},0,0,eval/return_mean,{value!r}\n{step},0,0,losses/alpha,0.1\n" for step, value in returns.items()]
+    (runs / name / "metrics.csv").write_text("env_step,agent_step,update_step,metric,value\n" + "".join(rows))
+
+
+def test_every_run_is_kept_as_it_is(tmp_path):
+    write_run(tmp_path / "runs", "a", 1, 0.0, {0: 30.5, 10_000: 1 / 3})
+    write_run(tmp_path / "runs", "b", 2, 0.8, {0: 20.0})
+    command = [sys.executable, str(SCRIPT), "--runs-dir", "runs", "--output", "out"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    table = pd.read_csv(tmp_path / "out" / "returns.csv.gz", float_precision="round_trip")
+    assert list(zip(table.seed, table.sparsity, table.env_step, table.value)) == [
+        (1, 0.0, 0, 30.5),
+        (1, 0.0, 10_000, 1 / 3),
+        (2, 0.8, 0, 20.0),
+    ]
+    assert imageio.imread(tmp_path / "out" / "learning_curves.png").std() > 1
+
+
+def test_published_curve_of_a_task():
+    curve = learning_curves.published("sac_simba_sparse", "dm_control/walker-walk-v0").set_index("env_step")
+    assert curve.loc[50_000, "mean"] == pytest.approx(900.1) and curve.loc[50_000, "std"] == pytest.approx(84.5)
+    assert curve.loc[50_000, "seeds"] == 10
+    assert len(learning_curves.published("ddpg_simba_sparse", "dm_control/humanoid-run-v0")) == 21
+    assert len(learning_curves.published("ddpg_simba_sparse", "Walker2d-v5")) == 0
+
+
+def test_no_runs(tmp_path):
+    done = subprocess.run([sys.executable, str(SCRIPT)], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "error: no run in runs\n")
