@@ -121,7 +121,8 @@ def draw(table: pd.DataFrame, args: Args) -> Figure:
     mlp = table[table.network == "MLP"].score.mean()
     axes.axhline(mlp, color="0.5", ls="--", label="plain MLP, dense")
     axes.set(xlabel="sparsity", ylabel="simplicity bias score")
-    axes.set_title(f"width scale {args.width_scale:g}, grid {args.grid} x {args.grid}, {args.inits} initialisations")
+    where = f"{args.grid} x {args.grid} points on [-{args.reach:g}, {args.reach:g}]$^2$"
+    axes.set_title(f"width scale {args.width_scale:g}, {where}, {args.inits} initialisations", fontsize=10)
     axes.legend(frameon=False)
     return figure
 
