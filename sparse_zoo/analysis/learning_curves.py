@@ -54,6 +54,7 @@ def published(exp_name: str, env_id: str) -> pd.DataFrame:
 def draw(returns: pd.DataFrame) -> Figure:
     """One panel per algorithm and task."""
     panels = returns.groupby(["exp_name", "env_id"])
+    colours = {sparsity: f"C{index}" for index, sparsity in enumerate(np.sort(returns.sparsity.unique()))}
     axes = (figure := Figure((4.2 * len(panels), 3.6), layout="constrained")).subplots(1, len(panels), squeeze=False)[0]
     for ax, ((exp_name, env_id), panel) in zip(axes, panels):
         reference = published(exp_name, env_id)
@@ -62,7 +63,6 @@ def draw(returns: pd.DataFrame) -> Figure:
             how = {"color": "0.4", "fmt": "s", "ms": 4, "capsize": 3, "label": "published, dense (mean, std)"}
             ax.errorbar(reference.env_step, reference["mean"], reference["std"], **how)
         evaluations = panel[panel.metric == "eval/return_mean"]
-        colours = {sparsity: f"C{index}" for index, sparsity in enumerate(np.sort(panel.sparsity.unique()))}
         for (sparsity, seed), run in evaluations.groupby(["sparsity", "seed"]):
             name = f"sparsity {sparsity:g}" if sparsity else "dense"
             ax.plot(run.env_step, run.value, color=colours[sparsity], marker="o", ms=3, label=f"{name}, seed {seed}")
