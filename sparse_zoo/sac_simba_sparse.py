@@ -414,7 +414,7 @@ def run_and_record(encoder: nn.Module, inputs: torch.Tensor) -> tuple[torch.Tens
     """The features of an encoder (batch, hidden), and the outputs of its linear and of its ReLU layers."""
     linear_outputs, relu_outputs, handles = [], [], []
     for module in encoder.modules():
-        for kinds, outputs in (((nn.Linear, SparseLinear), linear_outputs), (nn.ReLU, relu_outputs)):
+        for kinds, outputs in (((nn.Linear, SparseLinear), linear_outputs), ((nn.ReLU, nn.LeakyReLU), relu_outputs)):
             if isinstance(module, kinds):
                 handles.append(module.register_forward_hook(lambda _, __, y, outputs=outputs: outputs.append(y)))
     with torch.no_grad():
