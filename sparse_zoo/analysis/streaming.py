@@ -1,0 +1,169 @@
+"""Figures 12, 13 and 17 of the paper from runs of stream_ac_sparse.py; and the same numbers as files.
+
+    python sparse_zoo/analysis/streaming.py --runs-dir runs --output results/streaming
+
+Returns are those of training episodes, as in Elsayed et al. (2024). A curve is the mean over the episodes that end in
+a stretch of --bin env steps; a run's final return is the mean over the episodes of its last tenth. Runs that are not
+finished are named and left out. Seeds are averaged; bands reach from the lowest to the highest seed. The table gives
+Student's 95 % interval of the mean over seeds, which is wide for few seeds, as it should be.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import tyro
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from scipy import stats
+
+KEYS = ["env_id", "width_scale", "init", "sparsity"]
+
+
+@dataclass
+class Args:
+    runs_dir: str = "runs"
+    """folder that holds one folder per run"""
+    output: str = "results/streaming"
+    """folder of the figures and the numbers"""
+    bin: int = 20_000
+    """env steps averaged into one point of a curve"""
+
+
+def load(runs_dir: Path) -> pd.DataFrame:
+    """One row per training episode of every finished run: KEYS, seed, total_timesteps, env_step, return, length."""
+    tables = []
+    for path in sorted(runs_dir.glob("*/args.json")):
+        flags = json.loads(path.read_text())["args"]
+        if flags["exp_name"] != "stream_ac_sparse":
+            continue
+        metrics = pd.read_csv(path.parent / "metrics.csv", usecols=["env_step", "metric", "value"])
+        if not (metrics.metric == "final/return_mean").any():
+            print(f"left out: {path.parent.name} is at env step {metrics.env_step.max()} of {flags['total_timesteps']}")
+            continue
+        episodes = metrics[metrics.metric.isin(["episode/return", "episode/length"])]
+        episodes = episodes.pivot(index="env_step", columns="metric", values="value").reset_index()
+        episodes = episodes.rename(columns={"episode/return": "return", "episode/length": "length"})
+        names = [*KEYS, "seed", "total_timesteps"]
+        tables.append(
+            episodes.assign(**{name: flags[name] for name in names})[[*names, "env_step", "return", "length"]]
+        )
+    if not tables:
+        print(f"error: no finished run of stream_ac_sparse in {runs_dir}", file=sys.stderr)
+        sys.exit(2)
+    return pd.concat(tables, ignore_index=True)
+
+
+def curves(episodes: pd.DataFrame, size: int) -> pd.DataFrame:
+    """Mean return per bin, named after its end, one row per KEYS, bin and seed."""
+    steps = np.ceil(episodes.env_step / size).astype(int) * size
+    return episodes.assign(env_step=steps).groupby([*KEYS, "seed", "env_step"])["return"].mean().reset_index()
+
+
+def final_returns(episodes: pd.DataFrame) -> pd.DataFrame:
+    """Mean return over the episodes of the last tenth of each run, one row per KEYS and seed."""
+    last = episodes[episodes.env_step > 0.9 * episodes.total_timesteps]
+    return last.groupby([*KEYS, "seed"])["return"].mean().reset_index()
+
+
+def table(final: pd.DataFrame) -> pd.DataFrame:
+    """Seeds, mean, and the ends of Student's 95 % interval (empty for one seed), one row per KEYS."""
+    rows = []
+    for key, group in final.groupby(KEYS):
+        values = group["return"].to_numpy()
+        low = high = np.nan
+        if len(values) > 1:
+            low, high = stats.t.interval(0.95, len(values) - 1, values.mean(), stats.sem(values))
+        rows.append([*key, len(values), values.mean(), low, high, " ".join(f"{value:.0f}" for value in values)])
+    return pd.DataFrame(rows, columns=[*KEYS, "seeds", "mean", "low", "high", "values"])
+
+
+def name(init: str, sparsity: float) -> str:
+    parts = ["SparseInit"] if init == "sparse_init" else []
+    parts += [f"sparsity {sparsity:g}"] if sparsity else []
+    return " + ".join(parts) or "dense"
+
+
+def draw_curves(ax: Axes, data: pd.DataFrame, colours: dict[str, str]) -> None:
+    """Mean over seeds, and a band from the lowest to the highest, for each variant of one task and width."""
+    for (init, sparsity), variant in data.groupby(["init", "sparsity"]):
+        seeds = variant.pivot(index="env_step", columns="seed", values="return")
+        label = f"{name(init, sparsity)} ({seeds.shape[1]} seed{'s' * (seeds.shape[1] > 1)})"
+        colour = colours[name(init, sparsity)]
+        ax.plot(seeds.index / 1e6, seeds.mean(axis=1), color=colour, lw=1.3, label=label)
+        ax.fill_between(seeds.index / 1e6, seeds.min(axis=1), seeds.max(axis=1), color=colour, alpha=0.15, lw=0)
+    ax.set(xlabel="million env steps", ylabel="training return")
+    ax.legend(frameon=False, fontsize=7)
+
+
+def figure_17(data: pd.DataFrame, colours: dict[str, str]) -> Figure:
+    """Learning curves: a row for each task, a column for each width, static sparsity only."""
+    data = data[data.init == "lecun"]
+    tasks, widths = sorted(data.env_id.unique()), sorted(data.width_scale.unique())
+    axes = (figure := Figure((4 * len(widths), 3.2 * len(tasks)), layout="constrained")).subplots(
+        len(tasks), len(widths), squeeze=False, sharey="row"
+    )
+    for row, task in zip(axes, tasks):
+        for ax, width in zip(row, widths):
+            draw_curves(ax, data[(data.env_id == task) & (data.width_scale == width)], colours)
+            ax.set_title(f"{task}, {round(128 * width)} hidden units", fontsize=9)
+    return figure
+
+
+def figure_13(data: pd.DataFrame, colours: dict[str, str]) -> Figure:
+    """Static sparsity, SparseInit and both, at the smallest width for which SparseInit was run."""
+    data = data[data.width_scale == data[data.init == "sparse_init"].width_scale.min()]
+    tasks = sorted(data.env_id.unique())
+    axes = (figure := Figure((4.4 * len(tasks), 3.4), layout="constrained")).subplots(1, len(tasks), squeeze=False)[0]
+    for ax, task in zip(axes, tasks):
+        draw_curves(ax, data[data.env_id == task], colours)
+        ax.set_title(f"{task}, {round(128 * data.width_scale.iloc[0])} hidden units", fontsize=9)
+    return figure
+
+
+def figure_12(final: pd.DataFrame, colours: dict[str, str]) -> Figure:
+    """Final return against width, a line for each sparsity, a dot for each seed."""
+    final = final[final.init == "lecun"]
+    tasks = sorted(final.env_id.unique())
+    axes = (figure := Figure((4 * len(tasks), 3.4), layout="constrained")).subplots(1, len(tasks), squeeze=False)[0]
+    for ax, task in zip(axes, tasks):
+        for sparsity, variant in final[final.env_id == task].groupby("sparsity"):
+            colour, mean = colours[name("lecun", sparsity)], variant.groupby("width_scale")["return"].mean()
+            ax.plot(mean.index, mean, color=colour, marker="_", ms=12, lw=1.2, label=name("lecun", sparsity))
+            ax.plot(variant.width_scale, variant["return"], ".", color=colour, ms=5)
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(
+            sorted(final.width_scale.unique()), [f"{width:g}" for width in sorted(final.width_scale.unique())]
+        )
+        ax.set(title=task, xlabel="width scale", ylabel="training return, last tenth")
+        ax.legend(frameon=False, fontsize=8)
+    return figure
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args)
+    episodes = load(Path(args.runs_dir))
+    data, final = curves(episodes, args.bin), final_returns(episodes)
+    variants = episodes[["init", "sparsity"]].drop_duplicates().sort_values(["init", "sparsity"])
+    colours = {name(init, sparsity): f"C{index}" for index, (init, sparsity) in enumerate(variants.to_numpy())}
+    output = Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
+    compact = episodes.drop(columns="total_timesteps").assign(**{"return": episodes["return"].round(2)})
+    compact.astype({"length": int}).to_csv(
+        output / "returns.csv.gz", index=False, compression={"method": "gzip", "mtime": 0}
+    )
+    figures = {}
+    if (episodes.init == "lecun").any():
+        figures = {"figure_12": figure_12(final, colours), "figure_17": figure_17(data, colours)}
+    if (episodes.init == "sparse_init").any():
+        figures["figure_13"] = figure_13(data, colours)
+    for file, figure in figures.items():
+        for kind in ("png", "svg"):
+            figure.savefig(output / f"{file}.{kind}", dpi=150)
+    summary = table(final)
+    summary.to_csv(output / "final_returns.csv", index=False, float_format="%.1f")
+    print(summary.to_string(index=False, float_format=lambda value: f"{value:.0f}"))
+    print(f"{', '.join(figures)}, final_returns.csv and returns.csv.gz are in {output}")
