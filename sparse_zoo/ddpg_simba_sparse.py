@@ -368,20 +368,44 @@ class SparseLinear(nn.Module):
     def _load_from_state_dict(self, state: dict, prefix: str, *rest) -> None:
         if not torch.equal(state[prefix + "active"].cpu(), self.active.cpu()):
             raise ValueError("the saved mask is not the one drawn here: another version of PyTorch or of this file?")
-        super()._load_from_state_dict(state, prefix, *rest)
+        nn.Module._load_from_state_dict(self, state, prefix, *rest)
+
+    def dense_weight(self) -> torch.Tensor:
+        """The values in their places among zeros, with the shape of the dense weight."""
+        return self.values.new_zeros(math.prod(self.shape)).index_copy_(0, self.index, self.values).view(self.shape)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(batch, in) -> (batch, out)"""
         if self.kernel == "packed":
             return PackedLinear.apply(x, self.values, self.bias, self)
-        weight = self.values.new_zeros(math.prod(self.shape)).index_copy_(0, self.index, self.values)
-        return F.linear(x, weight.view(self.shape), self.bias)
+        return F.linear(x, self.dense_weight(), self.bias)
+
+
+class SparseConv2d(nn.Module):
+    """A convolution that stores its active weights only, as SparseLinear does with the dense kernel.
+
+    `active` (nnz,) lists their places in the flattened weight (out, in, k_h, k_w).
+    """
+
+    _load_from_state_dict, dense_weight = SparseLinear._load_from_state_dict, SparseLinear.dense_weight
+
+    def __init__(self, conv: nn.Conv2d, active: torch.Tensor):
+        super().__init__()
+        self.shape, self.stride, self.padding = tuple(conv.weight.shape), conv.stride, conv.padding
+        self.values = nn.Parameter(conv.weight.detach().flatten()[active])
+        self.bias = conv.bias
+        self.register_buffer("active", active.int())
+        self.register_buffer("index", active, persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(batch, in, height, width) -> (batch, out, height, width)"""
+        return F.conv2d(x, self.dense_weight(), self.bias, self.stride, self.padding)
 
 
 def sparsify(
     network: nn.Module, sparsity: float, distribution: str, mask_seed: int, kernel: str, device: torch.device
 ) -> list[dict]:
-    """Prunes a network once, at random, and moves it: each nn.Linear that loses weights becomes a SparseLinear.
+    """Prunes a network once, at random, and moves it: each linear layer and convolution that loses weights is replaced.
 
     The survivors keep their initial values (no rescaling). `kernel` is auto, packed or dense. Returns the layer
     table: name, shape, active and total weights of each layer. Raises ValueError if the sparsity is out of reach.
@@ -390,18 +414,19 @@ def sparsify(
     layer_sparsity = {"erdos_renyi": erdos_renyi, "uniform": uniform}[distribution](shapes, sparsity)
     generator = torch.Generator().manual_seed(mask_seed)
     table = []
-    for name, linear in list(network.named_modules()):
-        if not isinstance(linear, nn.Linear):
+    for name, layer in list(network.named_modules()):
+        if not isinstance(layer, nn.Linear | nn.Conv2d):
             continue
-        total = linear.weight.numel()
+        total = layer.weight.numel()
         count = max(1, round((1 - layer_sparsity[name + ".weight"]) * total))
-        table.append({"layer": name, "shape": list(linear.weight.shape), "active": count, "total": total})
+        table.append({"layer": name, "shape": list(layer.weight.shape), "active": count, "total": total})
         if count < total:
             permutation = torch.randperm(total, generator=generator, dtype=torch.int32)  # half the memory of int64
             active = permutation[:count].long().sort().values
             packed = device.type == "cpu" and count <= 0.25 * total
             chosen = kernel if kernel != "auto" else "packed" if packed else "dense"
-            network.set_submodule(name, SparseLinear(linear, active, chosen))
+            linear = isinstance(layer, nn.Linear)
+            network.set_submodule(name, SparseLinear(layer, active, chosen) if linear else SparseConv2d(layer, active))
     other = sum(math.prod(shape) for shape in shapes.values()) - sum(row["total"] for row in table)
     table.append({"layer": "biases and norms", "shape": [other], "active": other, "total": other})
     network.to(device)

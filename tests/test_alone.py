@@ -20,9 +20,12 @@ TINY = (
     "--total-timesteps 600 --learning-starts 200 --eval-episodes 1 --final-eval-episodes 1 --width-scale 0.125"
     " --sparsity 0.8 --device cpu --threads 1"
 )
-OWN = dict.fromkeys(
-    ("sac_simba_sparse", "ddpg_simba_sparse"), "--env-id dm_control/cartpole-swingup-v0 --batch-size 16"
-)
+CARTPOLE = "--env-id dm_control/cartpole-swingup-v0 --batch-size 16"
+OWN = {
+    "sac_simba_sparse": CARTPOLE,
+    "ddpg_simba_sparse": CARTPOLE,
+    "drqv2_sparse": f"{CARTPOLE} --action-repeat 40",  # pictures are slow
+}
 
 
 def header(agent: Path) -> dict:
