@@ -46,7 +46,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal, NamedTuple, NoReturn
+from typing import Literal, NoReturn
 
 import gymnasium as gym
 import numba
@@ -706,56 +706,53 @@ class MLP(nn.Module):
         return torch.cat([head(features) for head in self.heads], -1)
 
 
-class Layer(NamedTuple):
-    """A linear layer as the compiled loops see it: views of its network's flat vectors, the pattern, and a memory.
-
-    Group g of row g % out holds the weights pointers[g] <= k < pointers[g + 1]: blocks of 128 columns if it is sparse,
-    whole rows if it is dense.
-    """
-
-    weight: np.ndarray  # (active weights,)
-    weight_trace: np.ndarray
-    bias: np.ndarray  # (out,)
-    bias_trace: np.ndarray
-    pointers: np.ndarray  # (groups + 1,)
-    col: np.ndarray  # (active weights,), or empty if the layer is dense
-    x: np.ndarray  # (in,): the input of the last forward pass
-    inverse_std: np.ndarray  # (1,): 1 / std in the LayerNorm behind it, of the last forward pass
+# A linear layer, as the compiled loops see it, is a plain tuple of numpy arrays (a NamedTuple would be compiled anew in
+# every run):
+#   weight, weight_trace   (active weights,), views of the network's flat vectors
+#   bias, bias_trace       (out,), likewise
+#   pointers               (groups + 1,): group g of row g % out holds the weights pointers[g] <= k < pointers[g + 1],
+#                          blocks of 128 columns if the layer is sparse, whole rows if it is dense
+#   col                    (active weights,), or empty if the layer is dense
+#   last_x, inverse_std    (in,) and (1,): input, and 1 / std in the LayerNorm behind, of the last forward pass
 
 
 @numba.njit(fastmath=REORDER, cache=True)
 def linear(layer, x):
     """y = W x + b for one sample, (in,) -> (out,); remembers x."""
-    layer.x[:] = x
-    y = layer.bias.copy()
-    for group in range(len(layer.pointers) - 1):
-        start, end = layer.pointers[group], layer.pointers[group + 1]
+    weight, _, bias, _, pointers, col, last_x, _ = layer
+    last_x[:] = x
+    y = bias.copy()
+    for group in range(len(pointers) - 1):
+        start, end = pointers[group], pointers[group + 1]
         dot = np.float32(0)
-        if len(layer.col) > 0:
+        if len(col) > 0:
             for k in range(start, end):
-                dot += layer.weight[k] * x[layer.col[k]]
+                dot += weight[k] * x[col[k]]
         else:
             for k in range(start, end):
-                dot += layer.weight[k] * x[k - start]
+                dot += weight[k] * x[k - start]
         y[group % len(y)] += dot
     return y
 
 
 @numba.njit(fastmath=REORDER, cache=True)
-def linear_backward(layer, grad, decay, grad_x):
-    """traces <- decay * traces + gradient, and grad_x (in,) += W^T grad, for grad (out,) with respect to y."""
-    for row in range(len(grad)):
-        layer.bias_trace[row] = decay * layer.bias_trace[row] + grad[row]
-    for group in range(len(layer.pointers) - 1):
-        start, end, g = layer.pointers[group], layer.pointers[group + 1], grad[group % len(grad)]
-        if len(layer.col) > 0:
+def linear_backward(layer, grad, decay):
+    """traces <- decay * traces + gradient, for grad (out,) with respect to y; returns W^T grad, (in,)."""
+    weight, weight_trace, bias, bias_trace, pointers, col, x, _ = layer
+    grad_x = np.zeros_like(x)
+    for row in range(len(bias)):
+        bias_trace[row] = decay * bias_trace[row] + grad[row]
+    for group in range(len(pointers) - 1):
+        start, end, g = pointers[group], pointers[group + 1], grad[group % len(bias)]
+        if len(col) > 0:
             for k in range(start, end):
-                layer.weight_trace[k] = decay * layer.weight_trace[k] + g * layer.x[layer.col[k]]
-                grad_x[layer.col[k]] += g * layer.weight[k]
+                weight_trace[k] = decay * weight_trace[k] + g * x[col[k]]
+                grad_x[col[k]] += g * weight[k]
         else:
             for k in range(start, end):
-                layer.weight_trace[k] = decay * layer.weight_trace[k] + g * layer.x[k - start]
-                grad_x[k - start] += g * layer.weight[k]
+                weight_trace[k] = decay * weight_trace[k] + g * x[k - start]
+                grad_x[k - start] += g * weight[k]
+    return grad_x
 
 
 @numba.njit(fastmath=REORDER, cache=True)
@@ -763,10 +760,10 @@ def forward(hidden, heads, state):
     """The heads' outputs for one state, one behind the other; every layer remembers its input."""
     x = state
     for layer in hidden:
-        y = linear(layer, x)
+        y, inverse_std = linear(layer, x), layer[-1]
         y -= y.mean()
-        layer.inverse_std[0] = 1 / np.sqrt((y * y).mean() + 1e-5)
-        y *= layer.inverse_std[0]
+        inverse_std[0] = 1 / np.sqrt((y * y).mean() + 1e-5)
+        y *= inverse_std[0]
         x = np.where(y > 0, y, np.float32(0.01) * y)
     output = np.empty(0, np.float32)
     for head in heads:
@@ -777,21 +774,20 @@ def forward(hidden, heads, state):
 @numba.njit(fastmath=REORDER, cache=True)
 def backward(hidden, heads, grad_output, decay):
     """traces <- decay * traces + the gradient of <grad_output, output> of the last forward pass"""
-    x = heads[0].x
+    x = heads[0][-2]
     grad = np.zeros_like(x)
     first = 0
     for head in heads:
-        linear_backward(head, grad_output[first : first + len(head.bias)], decay, grad)
-        first += len(head.bias)
+        outputs = len(head[2])
+        grad += linear_backward(head, grad_output[first : first + outputs], decay)
+        first += outputs
     for i in range(len(hidden) - 1, -1, -1):
-        layer = hidden[i]
+        last_x, inverse_std = hidden[i][-2], hidden[i][-1]
         slope = np.where(x > 0, np.float32(1), np.float32(0.01))  # leaky ReLU
         normed = x / slope
         grad *= slope
-        grad = layer.inverse_std[0] * (grad - grad.mean() - normed * (grad * normed).mean())  # LayerNorm
-        x, grad_y = layer.x, grad
-        grad = np.zeros_like(x)
-        linear_backward(layer, grad_y, decay, grad)
+        grad = inverse_std[0] * (grad - grad.mean() - normed * (grad * normed).mean())  # LayerNorm
+        x, grad = last_x, linear_backward(hidden[i], grad, decay)
 
 
 @numba.njit(fastmath=REORDER, cache=True)
@@ -828,7 +824,8 @@ class StreamingNetwork:
         self.heads = tuple(self.view(head) for head in mlp.heads)
 
     @staticmethod
-    def view(layer: nn.Linear | SparseLinear) -> Layer:
+    def view(layer: nn.Linear | SparseLinear) -> tuple[np.ndarray, ...]:
+        """The layer's arrays for the compiled loops."""
         if isinstance(layer, SparseLinear):
             weight, (rows, columns) = layer.values, layer.shape
             row, col = layer.index // columns, layer.index % columns
@@ -839,7 +836,7 @@ class StreamingNetwork:
         arrays = (weight.data.flatten(), weight.grad.flatten(), layer.bias.data, layer.bias.grad)
         pattern = (pointers.to(torch.uint32), col.to(torch.uint32))  # unsigned: no check for indices below zero
         memory = (np.zeros(columns, np.float32), np.zeros(1, np.float32))
-        return Layer(*(array.numpy() for array in arrays + pattern), *memory)
+        return (*(array.numpy() for array in arrays + pattern), *memory)
 
     def __call__(self, state: np.ndarray) -> np.ndarray:
         """(inputs,) -> (outputs,); the next step differentiates the last call."""

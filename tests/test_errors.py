@@ -12,7 +12,8 @@ import pytest
 import torch
 from filelock import FileLock
 
-AGENT = Path(__file__).parents[1] / "sparse_zoo" / "sac_simba_sparse.py"
+FOLDER = Path(__file__).parents[1] / "sparse_zoo"
+AGENT, STREAM = FOLDER / "sac_simba_sparse.py", FOLDER / "stream_ac_sparse.py"
 TINY = (
     "--env-id dm_control/cartpole-swingup-v0 --width-scale 0.125 --sparsity 0.8 --device cpu --threads 1"
     " --action-repeat 20 --total-timesteps 400 --learning-starts 200 --batch-size 8"
@@ -32,11 +33,11 @@ def main(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("MUJOCO_GL", "disabled")
     monkeypatch.chdir(tmp_path)
 
-    def run(*arguments: str) -> tuple[int | None, str]:
-        monkeypatch.setattr(sys, "argv", [str(AGENT), *arguments])
+    def run(*arguments: str, agent: Path = AGENT) -> tuple[int | None, str]:
+        monkeypatch.setattr(sys, "argv", [str(agent), *arguments])
         handler, threads, code = signal.getsignal(signal.SIGINT), torch.get_num_threads(), 0
         try:
-            runpy.run_path(str(AGENT), run_name="__main__")
+            runpy.run_path(str(agent), run_name="__main__")
         except SystemExit as end:
             code = end.code
         finally:
@@ -90,6 +91,42 @@ def test_bad_flag(main, tmp_path, flags, words):
     before = contents(tmp_path)
     check(*main(*TINY.split(), *flags.split()), words)
     assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "flags,words",
+    [
+        ("--sparsity 1.0", "--sparsity 1.0 below 1"),
+        ("--actor-sparsity nan", "--actor-sparsity nan at least 0"),
+        ("--width-scale 0", "--width-scale 0.0 at least 1/128"),
+        ("--trace-lambda 2", "--trace-lambda 2.0 between 0 and 1"),
+        ("--gamma -0.5", "--gamma -0.5 between 0 and 1"),
+        ("--actor-kappa 0", "--actor-kappa 0.0 above 0"),
+        ("--critic-kappa inf", "--critic-kappa inf finite"),
+        ("--learning-rate nan", "--learning-rate nan above 0"),
+        ("--entropy-coefficient -1", "--entropy-coefficient -1.0 at least 0"),
+        ("--learning-starts -1", "--learning-starts -1 at least 0"),
+        ("--total-timesteps 0", "--total-timesteps 0 at least 1"),
+        ("--seed 4294967296", "--seed 4294967296 below 2^32"),
+        ("--exp-name a/b", "--exp-name a/b /"),
+        ("--env-id CartPole-v1", "--env-id CartPole-v1 Discrete(2) Box"),
+        ("--env-id Nope-v0", "--env-id Nope-v0"),
+        ("--runs-dir file", "file --runs-dir"),
+        ("--width-scale 0.0625 --sparsity 0.99", "sparsity 0.99 out of reach"),
+        ("--eval-only", "nothing to evaluate train"),
+    ],
+)
+def test_bad_flag_of_the_streaming_agent(main, tmp_path, flags, words):
+    (tmp_path / "file").write_text("not a folder")
+    before = contents(tmp_path)
+    check(*main("--env-id", "Hopper-v5", *flags.split(), agent=STREAM), words)
+    assert contents(tmp_path) == before
+
+
+def test_streaming_agent_knows_no_cuda(main, tmp_path):
+    code, err = main("--device", "cuda", agent=STREAM)
+    assert code == 2 and "--device" in err and "auto" in err and "cpu" in err and "Traceback" not in err
+    assert contents(tmp_path) == {}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here")

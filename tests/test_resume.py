@@ -24,28 +24,39 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 FOLDER = Path(__file__).parents[1] / "sparse_zoo"
 SAC = FOLDER / "sac_simba_sparse.py"
-TINY = "--width-scale 0.125 --sparsity 0.8 --batch-size 32 --updates-per-step 1 --threads 1 --device cpu"
+TINY = "--width-scale 0.125 --sparsity 0.8 --threads 1 --device cpu"
+REPLAY = "--batch-size 32 --updates-per-step 1"
 CASES = {
     "cartpole": "--env-id dm_control/cartpole-swingup-v0 --action-repeat 8 --total-timesteps 6000"
     " --learning-starts 1000 --eval-interval 1000 --checkpoint-interval 1000 --diagnostics-interval 2000",
     # Episodes that terminate, a replay buffer that wraps, and resets before, between and after the kills
     "hopper": "--env-id Hopper-v5 --action-repeat 1 --total-timesteps 1200 --learning-starts 200 --eval-interval 200"
     " --checkpoint-interval 200 --diagnostics-interval 400 --buffer-size 500 --reset-interval 300",
+    "drqv2": "--env-id dm_control/cartpole-balance-v0 --action-repeat 40 --total-timesteps 6000 --learning-starts 1000"
+    " --eval-interval 1000 --checkpoint-interval 1000 --diagnostics-interval 2000 --buffer-size 100 --batch-size 4",
+    "stream": "--env-id Hopper-v5 --total-timesteps 6000 --learning-starts 300 --eval-interval 1000"
+    " --checkpoint-interval 1000 --diagnostics-interval 2000",
 }
 CASES["ddpg"] = CASES["hopper"]
-AGENTS = {"ddpg": FOLDER / "ddpg_simba_sparse.py"}  # the others: SAC
+AGENTS = {  # the others: SAC
+    "ddpg": FOLDER / "ddpg_simba_sparse.py",
+    "drqv2": FOLDER / "drqv2_sparse.py",
+    "stream": FOLDER / "stream_ac_sparse.py",
+}
 CHECKPOINTS = 6  # about, in each case
 ENVIRONMENT = {**os.environ, "MUJOCO_GL": "disabled", "WANDB_MODE": "offline"}
 
 
 def flags(case: str, runs: Path, *more: str) -> list[str]:
     evaluation = "--eval-episodes 1 --final-eval-episodes 2"
-    return [*f"{TINY} {CASES[case]} {evaluation}".split(), "--runs-dir", str(runs), *more]
+    replay = "" if case in ("drqv2", "stream") else REPLAY
+    return [*f"{TINY} {replay} {CASES[case]} {evaluation}".split(), "--runs-dir", str(runs), *more]
 
 
 def start(arguments: list[str], agent: Path = SAC, **environment: str) -> subprocess.Popen:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
-    return subprocess.Popen([sys.executable, str(agent), *arguments], env=ENVIRONMENT | environment, **pipes)
+    environment = {**ENVIRONMENT, **({"MUJOCO_GL": "egl"} if agent == AGENTS["drqv2"] else {}), **environment}
+    return subprocess.Popen([sys.executable, str(agent), *arguments], env=environment, **pipes)
 
 
 def finish(arguments: list[str], agent: Path = SAC, **environment: str) -> str:
@@ -158,12 +169,15 @@ def test_killed_and_resumed_equals_uninterrupted(reference, tmp_path):
     assert len(rows) > 80 and sum(row[3] == "eval/return_mean" for row in rows) == CHECKPOINTS + 1
     assert metric_rows(resumed) == rows
     tensorboard = EventAccumulator(str(resumed), size_guidance={"scalars": 0}).Reload()
-    for name in ("episode/return", "eval/return_mean", "losses/critic_loss"):
+    loss = "losses/absolute_td_error" if case == "stream" else "losses/critic_loss"
+    for name in ("episode/return", "eval/return_mean", loss):
         points = [(event.step, pytest.approx(event.value, rel=1e-6)) for event in tensorboard.Scalars(name)]
         assert [(int(row[0]), float(row[4])) for row in rows if row[3] == name] == points
     ours, theirs = load(resumed), load(expected)
     assert ours.keys() == theirs.keys()
-    parts = {"actor", "critic", "actor_optimizer", "critic_optimizer", "target_critic", "norm", "replay", "generators"}
+    parts = {"actor", "critic", "generators"}
+    parts |= {"recent"} if case == "stream" else {"actor_optimizer", "critic_optimizer", "target_critic", "replay"}
+    parts |= {"encoder", "encoder_optimizer"} if case == "drqv2" else {"norm"}
     parts |= {"temperature", "temperature_optimizer"} if agent == SAC else set()
     assert parts <= {name.split("/")[1] for name in ours}
     for name, value in theirs.items():
