@@ -650,7 +650,7 @@ class Normalizer:
     def state(self, obs: np.ndarray, length: int, update: bool = True) -> np.ndarray:
         """Observation after `length` steps of an episode -> network input (obs_dim + 1,), float32.
 
-        The last entry runs from -0.5 to 0.5; it starts to move with the second step, as in the original.
+        The last entry grows from -0.5 to nearly 0.5; it starts to move with the second step, as in the original.
         """
         if update:
             self.obs.update(obs)
@@ -1046,8 +1046,8 @@ if __name__ == "__main__":
                 saved_step = agent_step
             obs, _ = env.reset(seed=derive_seed(args.seed, TRAIN, episode))
             state = norm.state(obs, 0)
-            episode, length, episode_return, absolute_delta = episode + 1, 0, 0.0, 0.0
-            started = time.time()
+            episode, length, episode_return = episode + 1, 0, 0.0
+            first_update, absolute_delta, started = update_step, 0.0, time.time()
 
         # Act
         if agent_step < args.learning_starts:
@@ -1065,7 +1065,7 @@ if __name__ == "__main__":
         if agent_step > args.learning_starts:
             delta, *step_sizes = update(agent, state, output, action, reward, next_state, cut, episode_over, args)
             update_step, absolute_delta = update_step + 1, absolute_delta + abs(delta)
-            if not math.isfinite(delta):
+            if not math.isfinite(delta + output.sum()):
                 print(f"error: a value is not finite at {agent_step=}; the last checkpoint is kept", file=sys.stderr)
                 sys.exit(3)
         state = next_state
@@ -1082,9 +1082,9 @@ if __name__ == "__main__":
         bar.update()
         if episode_over:
             log({"return": episode_return, "length": length}, "episode")
-            if update_step > 0:
+            if update_step > first_update:
                 sizes = dict(zip(("actor_step_size", "critic_step_size"), step_sizes))
-                log({"absolute_td_error": absolute_delta / length, **sizes}, "losses")
+                log({"absolute_td_error": absolute_delta / (update_step - first_update), **sizes}, "losses")
             log({"env_steps_per_second": length / (time.time() - started)}, "time")
 
     video = run_dir / "videos" / "final.mp4" if args.capture_video else None
