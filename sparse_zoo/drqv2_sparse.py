@@ -200,22 +200,24 @@ def make_env(args: Args) -> gym.Env:
     """An environment with actions in [-1, 1] that repeats each action and shows (84, 84, 3) uint8 frames."""
     camera = args.camera if args.camera is not None else 2 if "quadruped" in args.env_id else 0
     size = {"width": SIZE, "height": SIZE}
-    if args.env_id.startswith("dm_control/"):
-        import shimmy
-
-        gym.register_envs(shimmy)
-        size = {"render_kwargs": {**size, "camera_id": camera}}
-    elif args.camera is not None:
-        size["camera_id"] = camera
     try:
+        if args.env_id.startswith("dm_control/"):
+            import shimmy  # looks for the renderer
+
+            gym.register_envs(shimmy)
+            size = {"render_kwargs": {**size, "camera_id": camera}}
+        elif args.camera is not None:
+            size["camera_id"] = camera
         env = gym.make(args.env_id, render_mode="rgb_array", disable_env_checker=True, **size)
         env.reset(seed=0)
         frame = env.render()
     except gym.error.Error as error:
         fail(f"--env-id {args.env_id}: {error}")
+    except TypeError:
+        fail(f"--env-id {args.env_id}: takes no width and height of pictures; dm_control/* and MuJoCo tasks do")
     except Exception as error:
-        how = f"MUJOCO_GL={os.environ['MUJOCO_GL']} needs a working renderer (Debian, Ubuntu: libegl1 libgl1-mesa-dri)"
-        fail(f"--env-id {args.env_id}: no pictures ({type(error).__name__}: {error}). {how}; or try MUJOCO_GL=osmesa")
+        how = f"MUJOCO_GL={os.environ['MUJOCO_GL']} needs a renderer: egl (Debian: apt install libegl1 libgl1-mesa-dri)"
+        fail(f"--env-id {args.env_id}: no pictures ({type(error).__name__}: {error}). {how} or osmesa (libosmesa6)")
     space = env.action_space
     if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1 or not space.is_bounded():
         fail(f"--env-id {args.env_id} has actions {space}; this agent needs a bounded Box of one dimension")
