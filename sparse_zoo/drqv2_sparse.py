@@ -694,6 +694,7 @@ class FrameReplay:
 
     def __init__(self, path: Path, capacity: int, slack: int, action_dim: int, n_step: int, gamma: float):
         self.capacity, self.n_step, self.gamma, self.added = capacity, n_step, gamma, 0
+        self.newest = -1  # the last frame with n_step steps of its episode behind it
         size = capacity + slack
         self.path, shape, needed = path, (size, SIZE, SIZE, 3), size * SIZE * SIZE * 3
         on_disk = path.stat().st_size if path.exists() else 0
@@ -718,10 +719,16 @@ class FrameReplay:
         last, new = (self.added - 1) % len(self.frames), self.added % len(self.frames)
         self.action[last], self.reward[last], self.terminated[last] = action, reward, terminated
         self.frames[new], self.start[new] = frame, self.start[last]
+        if self.added - self.start[new] >= self.n_step:
+            self.newest = self.added - self.n_step
         self.added += 1
 
+    def ready(self) -> bool:
+        """Whether there is a transition to sample; episodes shorter than n_step have none."""
+        return self.newest >= max(0, self.added - self.capacity)
+
     def sample(self, batch_size: int, device: torch.device, generator: torch.Generator | None = None) -> Batch:
-        """Uniform over the transitions that have n_step steps of their episode before them."""
+        """Uniform over the frames with n_step steps of their episode behind them; call it when ready()."""
         ring, low = len(self.frames), max(0, self.added - self.capacity)
         index = np.zeros(0, np.int64)
         while len(index) < batch_size:
@@ -743,10 +750,13 @@ class FrameReplay:
         self.frames.base.flush()
         filled = min(self.added, len(self.frames))
         columns = (self.action, self.reward, self.terminated, self.start)
-        return {"added": self.added, "columns": [torch.from_numpy(column[:filled].copy()) for column in columns]}
+        return {
+            "counters": (self.added, self.newest),
+            "columns": [torch.from_numpy(column[:filled].copy()) for column in columns],
+        }
 
     def load_state_dict(self, state: dict) -> None:
-        self.added = state["added"]
+        self.added, self.newest = state["counters"]
         for column, saved in zip((self.action, self.reward, self.terminated, self.start), state["columns"]):
             column[: len(saved)] = saved.numpy()
 
@@ -1057,7 +1067,7 @@ if __name__ == "__main__":
         agent_step += 1
 
         # Learn
-        if env_step >= args.learning_starts and agent_step % args.decisions_per_update == 0:
+        if env_step >= args.learning_starts and agent_step % args.decisions_per_update == 0 and replay.ready():
             batch = replay.sample(args.batch_size, device)
             noise, next_noise = clipped_noise(args, (2, args.batch_size, action_dim), env_step, device)
             losses = update(agent, batch, noise, next_noise, args.tau, args.bf16)
@@ -1072,7 +1082,7 @@ if __name__ == "__main__":
             log(result, "eval")
             draw_learning_curve(run_dir, args.env_id)
             bar.set_postfix_str(f"return {result['return_mean']:.0f}")
-        if due(args.diagnostics_interval):
+        if due(args.diagnostics_interval) and replay.ready():
             generator = torch.Generator().manual_seed(derive_seed(args.seed, DIAGNOSE, agent_step))
             batch = replay.sample(args.batch_size, device, generator)
             noises = clipped_noise(args, (2, args.batch_size, action_dim), env_step, device, generator)

@@ -101,6 +101,21 @@ def test_a_killed_run_finds_the_replay_of_its_checkpoint(tmp_path):
     assert expected.obs.min() == 28 and expected.next_obs.max() == 48
 
 
+def test_there_is_nothing_to_sample_before_a_whole_transition(tmp_path):
+    replay = drq.FrameReplay(tmp_path / "replay.u8", 6, 4, action_dim=1, n_step=3, gamma=0.5)
+    ready = []
+    for length in (2, 4, 2, 2):
+        replay.begin(np.zeros((84, 84, 3), np.uint8))
+        for _ in range(length):
+            replay.add(np.zeros(1), 0.0, False, np.zeros((84, 84, 3), np.uint8))
+            ready.append(replay.ready())
+    # Frames 3 and 4 are followed by three steps; the last six frames hold 4 until frame 10 has come
+    assert ready == [False, False, False, False, True, True, True, False, False, False]
+    restored = drq.FrameReplay(tmp_path / "replay.u8", 6, 4, action_dim=1, n_step=3, gamma=0.5)
+    restored.load_state_dict(replay.state_dict())
+    assert (restored.added, restored.newest) == (14, 4)
+
+
 def test_a_disk_that_is_too_small_is_an_error(tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         drq.FrameReplay(tmp_path / "replay.u8", 10**12, 0, 1, 3, 0.99)
