@@ -187,7 +187,7 @@ class Plain(nn.Module):
         x = obs.permute(0, 3, 1, 2).float() / 255 - 0.5
         for index, stride in ((0, 2), (2, 1), (4, 1), (6, 1)):
             x = F.relu(F.conv2d(x, *self.get(f"encoder_layers_{index}"), stride=stride))
-        return x.flatten(1)
+        return x.permute(0, 2, 3, 1).flatten(1)
 
     def trunk(self, network, x):
         weight, bias = self.get(f"{network}_trunk_1")

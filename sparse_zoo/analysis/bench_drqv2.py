@@ -5,12 +5,16 @@
     python sparse_zoo/analysis/bench_drqv2.py --reference drqv2 --bf16
     python sparse_zoo/analysis/bench_drqv2.py --linear --width-scale 4 --sparsity 0.8
 
-Both sides update on one fixed batch, in one process, in turns; theirs includes its random shifts, ours a draw from a
-replay of 20,000 frames, which is also timed alone. With --linear, ours is compared with itself where every sparse
-layer multiplies a dense weight by a mask: update without the encoder, on fixed features. Times are medians.
+Each side updates on one fixed batch, in a process of its own, in turns; theirs includes its random shifts, ours a draw
+from a replay of 20,000 frames, which is also timed alone. With --linear, ours is compared with itself where every
+sparse layer multiplies a dense weight by a mask: update without the encoder, on fixed features. Times are medians.
+
+Ours asks for large memory pages, theirs does not (THP_MEM_ALLOC_ENABLE=1 before the command gives them to both).
 """
 
 import importlib
+import multiprocessing
+import os
 import statistics
 import sys
 import tempfile
@@ -18,6 +22,8 @@ import time
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -103,7 +109,12 @@ def linear_side(args: Args, masked: bool) -> Callable[[], None]:
     return update
 
 
-def their_side(args: Args, theirs: types.ModuleType) -> Callable[[], None]:
+def their_side(args: Args) -> Callable[[], None]:
+    sys.path.insert(0, args.reference)
+    for name in ("hydra", "omegaconf"):  # which their update does not use
+        sys.modules.setdefault(name, types.ModuleType(name))
+    sys.modules["omegaconf"].__dict__.setdefault("OmegaConf", None)
+    theirs = importlib.import_module("drqv2")
     sizes = {"feature_dim": 50, "hidden_dim": round(1024 * args.width_scale)}
     schedule = {"stddev_schedule": "linear(1.0,0.1,500000)", "stddev_clip": 0.3, "num_expl_steps": 2000}
     rest = {"device": "cpu", "lr": 1e-4, "critic_target_tau": 0.01, "update_every_steps": 2, "use_tb": False}
@@ -114,44 +125,52 @@ def their_side(args: Args, theirs: types.ModuleType) -> Callable[[], None]:
     return lambda: agent.update(iter([(obs, action, reward, discount, next_obs)]), 2)
 
 
-def milliseconds(function: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    function()
-    return 1000 * (time.perf_counter() - start)
-
-
-if __name__ == "__main__":
-    args = tyro.cli(Args)
+def serve(connection: Connection, args: Args, side: str) -> None:
+    """A process for one side, as its users would start it: times one update for each message."""
     threads = args.threads or torch.get_num_threads()
     drq.numba.set_num_threads(threads)
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as folder:
-        if args.linear:
-            sides = {"masked dense": linear_side(args, True), "ours": linear_side(args, False)}
+        if side == "theirs":
+            function = their_side(args)
+        elif args.linear:
+            function = linear_side(args, masked=side == "masked dense")
         else:
             replay = make_replay(folder, args.batch_size)
-            sides = {"ours": our_side(args, replay)}
-            sides["our sampling"] = lambda: replay.sample(args.batch_size, torch.device("cpu"))
-            if args.reference:
-                sys.path.insert(0, args.reference)
-                for name in ("hydra", "omegaconf"):  # which their update does not use
-                    sys.modules.setdefault(name, types.ModuleType(name))
-                sys.modules["omegaconf"].__dict__.setdefault("OmegaConf", None)
-                try:
-                    sides["theirs"] = their_side(args, importlib.import_module("drqv2"))
-                except ImportError as error:
-                    print(f"error: --reference {args.reference}: no clone of drqv2 ({error})", file=sys.stderr)
-                    sys.exit(2)
-        for function in sides.values():
+            sample = partial(replay.sample, args.batch_size, torch.device("cpu"))
+            function = sample if side == "our sampling" else our_side(args, replay)
+        function()
+        connection.send("ready")
+        while connection.recv():
+            start = time.perf_counter()
             function()
-        times = {side: [] for side in sides}
-        for _ in range(args.turns):
-            for side, function in sides.items():
-                times[side].append(milliseconds(function))
+            connection.send(1000 * (time.perf_counter() - start))
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args)
+    other = "masked dense" if args.linear else "theirs" if args.reference else None
+    if args.reference and not (Path(args.reference) / "drqv2.py").exists():
+        print(f"error: --reference {args.reference}: no clone of drqv2", file=sys.stderr)
+        sys.exit(2)
+    times, sides, pages = {}, {}, os.environ.get("THP_MEM_ALLOC_ENABLE", "0")
+    for side in filter(None, ("ours", None if args.linear else "our sampling", other)):
+        os.environ["THP_MEM_ALLOC_ENABLE"] = pages if side == "theirs" else "1"  # as drqv2_sparse.py sets it
+        sides[side], connection = multiprocessing.Pipe()
+        multiprocessing.get_context("spawn").Process(target=serve, args=(connection, args, side), daemon=True).start()
+        connection.close()
+        try:
+            sides[side].recv()
+        except EOFError:
+            sys.exit(1)  # the process has said why
+        times[side] = []
+    for _ in range(args.turns):
+        for side, connection in sides.items():
+            connection.send("update")
+            times[side].append(connection.recv())
     for side, values in times.items():
         print(f"{side:<14}{statistics.median(values):9.1f} ms")
-    other = "masked dense" if args.linear else "theirs"
-    if other in times:
+    if other:
         ratios = [ours / theirs for ours, theirs in zip(times["ours"], times[other])]
         print(f"ratios of single turns: {min(ratios):.3f} to {max(ratios):.3f}")
         print(f"ratio time={statistics.median(ratios):.3f}")
