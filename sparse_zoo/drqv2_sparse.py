@@ -1021,6 +1021,7 @@ if __name__ == "__main__":
         video = run_dir / "videos" / f"eval_{agent_step}.mp4" if args.capture_video else None
         result = evaluate(agent, eval_env, args.final_eval_episodes, (args.seed, FINAL, agent_step), video)
         print("  ".join(f"{name} {value:.1f}" for name, value in result.items()))
+        eval_env.close()
         sys.exit(0)
 
     describe_run(run_dir, args, agent.layers)
@@ -1102,6 +1103,8 @@ if __name__ == "__main__":
     result = evaluate(agent, eval_env, args.final_eval_episodes, (args.seed, FINAL, agent_step), video)
     log(result, "final")
     save(finished=True)
+    env.close()
+    eval_env.close()
     replay.path.unlink()
     metrics.close()
     bar.close()
