@@ -1,6 +1,7 @@
 """Each agent file runs by itself: copied to an empty folder, with the packages that its own header names."""
 
 import csv
+import fnmatch
 import json
 import os
 import re
@@ -17,8 +18,8 @@ import torch
 ROOT = Path(__file__).parents[1]
 AGENTS = pytest.mark.parametrize("agent", sorted((ROOT / "sparse_zoo").glob("*.py")), ids=lambda path: path.stem)
 TINY = (
-    "--total-timesteps 600 --learning-starts 200 --eval-episodes 1 --final-eval-episodes 1 --width-scale 0.125"
-    " --sparsity 0.8 --device cpu --threads 1"
+    "--total-timesteps 1000 --learning-starts 600 --eval-episodes 1 --final-eval-episodes 1 --width-scale 0.125"
+    " --diagnostics-interval 800 --sparsity 0.8 --device cpu --threads 1"
 )
 CARTPOLE = "--env-id dm_control/cartpole-swingup-v0 --batch-size 16"
 OWN = {
@@ -34,6 +35,17 @@ def header(agent: Path) -> dict:
     return tomllib.loads("".join(line[2:] + "\n" for line in block.splitlines()))
 
 
+def documented_metrics(agent: str) -> list[str]:
+    """The metrics in the tables of an agent's docs page and, for diagnostics, of SAC's; * stands for anything."""
+    names = []
+    for page in (agent, "sac_simba_sparse"):
+        for cell in re.findall(r"^\| (`[^|]+`) \|", (ROOT / "docs" / f"{page}.md").read_text(), re.M):
+            full, *endings = re.findall(r"`([^`]+)`", cell)
+            names += [full, *(full.rsplit("_", 1)[0] + ending for ending in endings if ending.startswith("_"))]
+            names += [ending for ending in endings if not ending.startswith("_")]
+    return [name if "/" in name else f"diagnostics/*_{name}" for name in names]
+
+
 @AGENTS
 def test_runs_alone_in_an_empty_folder(agent, tmp_path):
     shutil.copy(agent, tmp_path)
@@ -46,9 +58,12 @@ def test_runs_alone_in_an_empty_folder(agent, tmp_path):
     with open(run_dir / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     returns = [(int(row["env_step"]), row["metric"]) for row in rows if row["metric"].endswith("/return_mean")]
-    assert returns == [(0, "eval/return_mean"), (600, "final/return_mean")]
+    assert returns == [(0, "eval/return_mean"), (1000, "final/return_mean")]
+    logged, documented = {row["metric"] for row in rows}, documented_metrics(agent.stem)
+    assert {name.split("/")[0] for name in logged} == {"eval", "final", "episode", "losses", "time", "diagnostics"}
+    assert not [name for name in logged if not any(fnmatch.fnmatchcase(name, known) for known in documented)]
     assert json.loads((run_dir / "args.json").read_text())["args"]["sparsity"] == 0.8
-    assert torch.load(run_dir / "checkpoint.pt", weights_only=True)["args"]["total_timesteps"] == 600
+    assert torch.load(run_dir / "checkpoint.pt", weights_only=True)["args"]["total_timesteps"] == 1000
     assert imageio.imread(run_dir / "learning_curve.png").std() > 1
 
 

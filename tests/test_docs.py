@@ -1,0 +1,77 @@
+"""Docs do not drift from the code: their flags exist, their links lead somewhere, the patch of "Fork it" applies."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BY_NAME = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+OTHER_PROGRAMS = {"--help", "--scale", "--runner", "--jobs", "--seeds", "--requeue"}  # of tyro, benchmark.sh, Slurm
+
+
+def flags_of(script: Path) -> set[str]:
+    """The flags of a script, from the fields of its Args."""
+    for node in ast.walk(ast.parse(script.read_text())):
+        if isinstance(node, ast.ClassDef) and node.name == "Args":
+            fields = [item for item in node.body if isinstance(item, ast.AnnAssign)]
+            names = {field.target.id.replace("_", "-") for field in fields}
+            switches = {
+                field.target.id.replace("_", "-") for field in fields if ast.unparse(field.annotation) == "bool"
+            }
+            return {f"--{name}" for name in names} | {f"--no-{name}" for name in switches} | {"--help"}
+    return set()
+
+
+FLAGS = {str(script.relative_to(ROOT)): flags_of(script) for script in (ROOT / "sparse_zoo").rglob("*.py")}
+
+
+def anchors(page: Path) -> set[str]:
+    """What can stand behind # in a link to a page, as GitHub makes it of headings."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@BY_NAME
+def test_flags_exist(page):
+    text = page.read_text()
+    known = set.union(OTHER_PROGRAMS, *FLAGS.values())
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", text)) <= known
+    for script, rest in re.findall(r"python (sparse_zoo/\S+\.py)([^\n]*)", text):
+        assert script in FLAGS, f"{script} does not exist"
+        used = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", rest.split(" #")[0]))
+        assert used <= FLAGS[script], f"{script} does not know {used - FLAGS[script]}"
+
+
+@BY_NAME
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if target.startswith("http"):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file), target
+
+
+def test_the_patch_of_fork_it_applies_and_runs(tmp_path):
+    (patch,) = re.findall(r"```diff\n(.+?)```", (ROOT / "docs" / "fork_it.md").read_text(), re.S)
+    copy = tmp_path / "my_sac.py"
+    copy.write_text((ROOT / "sparse_zoo" / "sac_simba_sparse.py").read_text())
+    apply = ["git", "apply", "--unidiff-zero", "-"]
+    done = subprocess.run(apply, cwd=tmp_path, input=patch, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    tiny = "--env-id dm_control/cartpole-swingup-v0 --total-timesteps 20 --learning-starts 10 --eval-episodes 1"
+    tiny += " --final-eval-episodes 1 --width-scale 0.25 --batch-size 8 --threads 1 --device cpu"
+    command = [sys.executable, copy.name, *tiny.split(), "--sparsity", "0.9", "--sparsity-distribution", "dense_input"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (record,) = (tmp_path / "runs").glob("*/args.json")
+    first, *others = json.loads(record.read_text())["layers"]["critic"][:-1]
+    assert first["active"] == first["total"]
+    assert all(row["active"] == max(1, round(0.1 * row["total"])) for row in others)
