@@ -414,9 +414,8 @@ def sparsify(
     layer_sparsity = {"erdos_renyi": erdos_renyi, "uniform": uniform}[distribution](shapes, sparsity)
     generator = torch.Generator().manual_seed(mask_seed)
     table = []
-    for name, layer in list(network.named_modules()):
-        if not isinstance(layer, nn.Linear | nn.Conv2d):
-            continue
+    for name in [name for name, layer in network.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]:
+        layer = network.get_submodule(name)  # one at a time, so that dense weights are freed on the way
         total = layer.weight.numel()
         count = max(1, round((1 - layer_sparsity[name + ".weight"]) * total))
         table.append({"layer": name, "shape": list(layer.weight.shape), "active": count, "total": total})
@@ -674,7 +673,8 @@ def init_linear(in_features: int, out_features: int, he_normal: bool = False) ->
     nn.init.zeros_(layer.bias)
     if he_normal:
         std = math.sqrt(2 / in_features) / 0.87962566103423978
-        nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
+        for rows in layer.weight.detach().split(math.ceil(2**22 / in_features)):  # it needs three times their memory
+            nn.init.trunc_normal_(rows, std=std, a=-2 * std, b=2 * std)
     else:
         nn.init.orthogonal_(layer.weight)
     return layer

@@ -393,9 +393,8 @@ def sparsify(
     layer_sparsity = {"erdos_renyi": erdos_renyi, "uniform": uniform}[distribution](shapes, sparsity)
     generator = torch.Generator().manual_seed(mask_seed)
     table = []
-    for name, layer in list(network.named_modules()):
-        if not isinstance(layer, nn.Linear | nn.Conv2d):
-            continue
+    for name in [name for name, layer in network.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]:
+        layer = network.get_submodule(name)  # one at a time, so that dense weights are freed on the way
         total = layer.weight.numel()
         count = max(1, round((1 - layer_sparsity[name + ".weight"]) * total))
         table.append({"layer": name, "shape": list(layer.weight.shape), "active": count, "total": total})
