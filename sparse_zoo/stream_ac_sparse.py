@@ -43,7 +43,7 @@ import time
 import warnings
 from collections import deque
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from importlib.metadata import distributions
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NoReturn
@@ -561,8 +561,10 @@ def describe_run(run_dir: Path, args, layers: dict[str, list[dict]]) -> None:
         revision = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
     except OSError:  # git is not installed
         revision = None
-    packages = ("torch", "numpy", "numba", "gymnasium", "shimmy", "dm-control", "mujoco")
-    versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
+    packages = {"torch", "numpy", "numba", "gymnasium", "shimmy", "dm-control", "mujoco", "ale-py"}
+    installed = {package.name.lower().replace("_", "-"): package.version for package in distributions()}
+    versions = {"python": platform.python_version()}
+    versions |= {name: installed[name] for name in sorted(packages & installed.keys())}
     record = {"args": asdict(args), "versions": versions, "git_revision": revision, "layers": layers}
     (run_dir / "args.json").write_text(json.dumps(record, indent=1))
 

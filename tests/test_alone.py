@@ -17,15 +17,16 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 AGENTS = pytest.mark.parametrize("agent", sorted((ROOT / "sparse_zoo").glob("*.py")), ids=lambda path: path.stem)
-TINY = (
-    "--total-timesteps 1000 --learning-starts 600 --eval-episodes 1 --final-eval-episodes 1 --width-scale 0.125"
-    " --diagnostics-interval 800 --sparsity 0.8 --device cpu --threads 1"
-)
-CARTPOLE = "--env-id dm_control/cartpole-swingup-v0 --batch-size 16"
+TINY = "--eval-episodes 1 --final-eval-episodes 1 --width-scale 0.125 --sparsity 0.8 --device cpu --threads 1"
+SHORT = "--total-timesteps 1000 --learning-starts 600 --diagnostics-interval 800"
+CARTPOLE = f"{SHORT} --env-id dm_control/cartpole-swingup-v0 --batch-size 16"
 OWN = {
     "sac_simba_sparse": CARTPOLE,
     "ddpg_simba_sparse": CARTPOLE,
     "drqv2_sparse": f"{CARTPOLE} --action-repeat 40",  # pictures are slow
+    "stream_ac_sparse": SHORT,
+    "der_impala_sparse": "--total-timesteps 4000 --learning-starts 3000 --diagnostics-interval 3600 --action-repeat 20"
+    " --batch-size 4",  # a game of Pong is 3,000 env steps
 }
 
 
@@ -50,7 +51,7 @@ def documented_metrics(agent: str) -> list[str]:
 def test_runs_alone_in_an_empty_folder(agent, tmp_path):
     shutil.copy(agent, tmp_path)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    command = [sys.executable, agent.name, *TINY.split(), *OWN.get(agent.stem, "").split()]
+    command = [sys.executable, agent.name, *TINY.split(), *OWN[agent.stem].split()]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert {path.name for path in tmp_path.iterdir()} - {"__pycache__"} == {agent.name, "runs"}
@@ -58,12 +59,13 @@ def test_runs_alone_in_an_empty_folder(agent, tmp_path):
     with open(run_dir / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     returns = [(int(row["env_step"]), row["metric"]) for row in rows if row["metric"].endswith("/return_mean")]
-    assert returns == [(0, "eval/return_mean"), (1000, "final/return_mean")]
+    total = int(re.search(r"--total-timesteps (\d+)", OWN[agent.stem])[1])
+    assert returns == [(0, "eval/return_mean"), (total, "final/return_mean")]
     logged, documented = {row["metric"] for row in rows}, documented_metrics(agent.stem)
     assert {name.split("/")[0] for name in logged} == {"eval", "final", "episode", "losses", "time", "diagnostics"}
     assert not [name for name in logged if not any(fnmatch.fnmatchcase(name, known) for known in documented)]
     assert json.loads((run_dir / "args.json").read_text())["args"]["sparsity"] == 0.8
-    assert torch.load(run_dir / "checkpoint.pt", weights_only=True)["args"]["total_timesteps"] == 1000
+    assert torch.load(run_dir / "checkpoint.pt", weights_only=True)["args"]["total_timesteps"] == total
     assert imageio.imread(run_dir / "learning_curve.png").std() > 1
 
 

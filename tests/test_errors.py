@@ -14,6 +14,7 @@ from filelock import FileLock
 
 FOLDER = Path(__file__).parents[1] / "sparse_zoo"
 AGENT, STREAM = FOLDER / "sac_simba_sparse.py", FOLDER / "stream_ac_sparse.py"
+DER = FOLDER / "der_impala_sparse.py"
 TINY = (
     "--env-id dm_control/cartpole-swingup-v0 --width-scale 0.125 --sparsity 0.8 --device cpu --threads 1"
     " --action-repeat 20 --total-timesteps 400 --learning-starts 200 --batch-size 8"
@@ -120,6 +121,32 @@ def test_bad_flag_of_the_streaming_agent(main, tmp_path, flags, words):
     (tmp_path / "file").write_text("not a folder")
     before = contents(tmp_path)
     check(*main("--env-id", "Hopper-v5", *flags.split(), agent=STREAM), words)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "flags,words",
+    [
+        ("--sparsity 1.0", "--sparsity 1.0 below 1"),
+        ("--width-scale 0.01", "--width-scale 0.01 at least 1/16"),
+        ("--atoms 1", "--atoms 1 at least 2"),
+        ("--v-max 0", "--v-max 0.0 above 0"),
+        ("--noisy-sigma -1", "--noisy-sigma -1.0 at least 0"),
+        ("--sticky-actions 1", "--sticky-actions 1.0 below 1"),
+        ("--eval-epsilon 2", "--eval-epsilon 2.0 between 0 and 1"),
+        ("--priority-exponent nan", "--priority-exponent nan between 0 and 1"),
+        ("--n-step 0", "--n-step 0 at least 1"),
+        ("--env-id Hopper-v5", "--env-id Hopper-v5 Atari ALE/Pong-v5"),
+        ("--env-id ALE/Nope-v5", "--env-id ALE/Nope-v5"),
+        ("--runs-dir file", "file --runs-dir"),
+        ("--width-scale 0.0625 --sparsity 0.9999", "sparsity 0.9999 out of reach"),
+        ("--eval-only", "nothing to evaluate train"),
+    ],
+)
+def test_bad_flag_of_the_atari_agent(main, tmp_path, flags, words):
+    (tmp_path / "file").write_text("not a folder")
+    before = contents(tmp_path)
+    check(*main("--width-scale", "0.125", "--threads", "1", *flags.split(), agent=DER), words)
     assert contents(tmp_path) == before
 
 

@@ -34,6 +34,9 @@ CASES = {
     " --checkpoint-interval 200 --diagnostics-interval 400 --buffer-size 500 --reset-interval 300",
     "drqv2": "--env-id dm_control/cartpole-balance-v0 --action-repeat 40 --total-timesteps 6000 --learning-starts 1000"
     " --eval-interval 1000 --checkpoint-interval 1000 --diagnostics-interval 2000 --buffer-size 100 --batch-size 4",
+    # A game ends after some 3,000 env steps
+    "der": "--env-id ALE/Pong-v5 --action-repeat 32 --total-timesteps 19200 --learning-starts 1600 --eval-interval 3200"
+    " --checkpoint-interval 2400 --diagnostics-interval 1600 --buffer-size 150 --batch-size 4 --target-interval 50",
     "stream": "--env-id Hopper-v5 --total-timesteps 6000 --learning-starts 300 --eval-interval 1000"
     " --checkpoint-interval 1000 --diagnostics-interval 2000",
 }
@@ -41,6 +44,7 @@ CASES["ddpg"] = CASES["hopper"]
 AGENTS = {  # the others: SAC
     "ddpg": FOLDER / "ddpg_simba_sparse.py",
     "drqv2": FOLDER / "drqv2_sparse.py",
+    "der": FOLDER / "der_impala_sparse.py",
     "stream": FOLDER / "stream_ac_sparse.py",
 }
 CHECKPOINTS = 6  # about, in each case
@@ -49,7 +53,7 @@ ENVIRONMENT = {**os.environ, "MUJOCO_GL": "disabled", "WANDB_MODE": "offline"}
 
 def flags(case: str, runs: Path, *more: str) -> list[str]:
     evaluation = "--eval-episodes 1 --final-eval-episodes 2"
-    replay = "" if case in ("drqv2", "stream") else REPLAY
+    replay = "" if case in ("drqv2", "der", "stream") else REPLAY
     return [*f"{TINY} {replay} {CASES[case]} {evaluation}".split(), "--runs-dir", str(runs), *more]
 
 
@@ -169,16 +173,19 @@ def test_killed_and_resumed_equals_uninterrupted(reference, tmp_path):
     assert len(rows) > 80 and sum(row[3] == "eval/return_mean" for row in rows) == CHECKPOINTS + 1
     assert metric_rows(resumed) == rows
     tensorboard = EventAccumulator(str(resumed), size_guidance={"scalars": 0}).Reload()
-    loss = "losses/absolute_td_error" if case == "stream" else "losses/critic_loss"
+    loss = {"stream": "losses/absolute_td_error", "der": "losses/loss"}.get(case, "losses/critic_loss")
     for name in ("episode/return", "eval/return_mean", loss):
         points = [(event.step, pytest.approx(event.value, rel=1e-6)) for event in tensorboard.Scalars(name)]
         assert [(int(row[0]), float(row[4])) for row in rows if row[3] == name] == points
     ours, theirs = load(resumed), load(expected)
     assert ours.keys() == theirs.keys()
-    parts = {"actor", "critic", "generators"}
-    parts |= {"recent"} if case == "stream" else {"actor_optimizer", "critic_optimizer", "target_critic", "replay"}
-    parts |= {"encoder", "encoder_optimizer"} if case == "drqv2" else {"norm"}
-    parts |= {"temperature", "temperature_optimizer"} if agent == SAC else set()
+    sac = {"actor", "critic", "generators", "actor_optimizer", "critic_optimizer", "target_critic", "replay"}
+    parts = {
+        "stream": {"actor", "critic", "generators", "recent", "norm"},
+        "drqv2": sac | {"encoder", "encoder_optimizer"},
+        "der": {"network", "target_network", "optimizer", "replay", "generators"},
+        "ddpg": sac | {"norm"},
+    }.get(case, sac | {"norm", "temperature", "temperature_optimizer"})
     assert parts <= {name.split("/")[1] for name in ours}
     for name, value in theirs.items():
         if isinstance(value, torch.Tensor):

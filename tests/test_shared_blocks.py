@@ -42,6 +42,28 @@ SIMBA_DEFAULTS = {
 PAPER_DEFAULTS = {
     "sac_simba_sparse": {**SIMBA_DEFAULTS, "initial_temperature": 1e-2},
     "ddpg_simba_sparse": {**SIMBA_DEFAULTS, "exploration_noise": 0.1},
+    # Table 5; 1,600 transitions and 100,000 training steps in env steps
+    "der_impala_sparse": {
+        "action_repeat": 4,
+        "total_timesteps": 400_000,
+        "learning_starts": 6_400,
+        "updates_per_step": 1,
+        "batch_size": 32,
+        "n_step": 10,
+        "gamma": 0.99,
+        "target_interval": 2_000,
+        "learning_rate": 1e-4,
+        "adam_eps": 1.5e-4,
+        "atoms": 51,
+        "v_max": 10.0,
+        "noisy_sigma": 0.5,
+        "terminal_on_life_loss": True,
+        "sticky_actions": 0.0,
+        "final_eval_episodes": 100,
+        "width_scale": 1.0,
+        "depth_scale": 1,
+        "sparsity": 0.0,
+    },
     # Table 4; std_decay is linear(1.0, 0.1, 500000) in env steps
     "drqv2_sparse": {
         "action_repeat": 2,
