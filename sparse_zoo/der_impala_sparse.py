@@ -225,7 +225,7 @@ def derive_seed(*key: int) -> int:
 # What a seed derived from (--seed, purpose, ...) is for
 TRAIN, EVAL, FINAL, DIAGNOSE = range(4)
 SIZE, STACK = 84, 4  # pixels of a side, frames in an observation
-PART = 8  # images encoded at a time
+PART = 16  # images encoded at a time
 
 
 # === SPARSE LAYERS (identical in every file) ===
@@ -762,8 +762,8 @@ class PrioritizedReplay:
 class ResidualBlock(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
-        convolutions = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
-        self.layers = nn.Sequential(*(module for conv in convolutions for module in (nn.ReLU(), lecun_normal(conv))))
+        first, second = (lecun_normal(nn.Conv2d(channels, channels, 3, padding=1)) for _ in range(2))
+        self.layers = nn.Sequential(nn.ReLU(), first, nn.ReLU(inplace=True), second)
 
     def forward(self, x):
         return x + self.layers(x)

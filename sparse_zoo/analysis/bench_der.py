@@ -9,6 +9,7 @@ is a whole update (encoder, noisy layers, loss, Adam); `act` chooses one action;
 and changes its priorities, in a replay of 100,000 frames; `env` is one decision of Pong. Times are medians in ms.
 """
 
+import os
 import statistics
 import tempfile
 import time
@@ -112,6 +113,7 @@ def measure(functions: dict[str, Callable], turns: int) -> dict[str, float]:
 
 if __name__ == "__main__":
     args = tyro.cli(Args)
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the agent does, here for both sides
     threads = args.threads or torch.get_num_threads()
     der.numba.set_num_threads(threads)
     torch.set_num_threads(threads)
