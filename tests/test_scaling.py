@@ -23,7 +23,7 @@ def write_run(folder: Path, value: float, finished: bool = True, exp_name: str =
         "sparsity": 0.0,
         "seed": 1,
     } | flags
-    flags |= {"exp_name": exp_name, "total_timesteps": 1_000_000}
+    flags = {"total_timesteps": 1_000_000, "threads": 1, **flags, "exp_name": exp_name}
     run = folder / f"run{len(list(folder.glob('*')))}"
     run.mkdir(parents=True)
     total = round(1000 * flags["width_scale"] ** 2 * flags["depth_scale"])
@@ -190,3 +190,14 @@ def test_errors(tmp_path, main):
     (tmp_path / "runs" / "broken").mkdir()
     code, out, _, _ = main("size")
     assert code == 0 and "left out: broken: no readable args.json and metrics.csv (FileNotFoundError)" in out
+
+
+def test_runs_that_cannot_be_compared(tmp_path, main):
+    write_run(tmp_path / "runs", 1.0, threads=1)
+    write_run(tmp_path / "runs", 1.0, threads=2, seed=2)
+    write_run(tmp_path / "runs", 1.0, exp_name=DDPG, total_timesteps=5)
+    assert main("size")[0] == 0
+    write_run(tmp_path / "runs", 1.0, seed=3, total_timesteps=5)
+    code, _, err, _ = main("size")
+    assert code == 2 and err.count("\n") == 1
+    assert "mixes runs of sac_simba_sparse with --total-timesteps 1000000 and 5; keep such runs apart" in err

@@ -32,6 +32,9 @@ PUBLISHED = sorted((Path(__file__).resolve().parents[2] / "docs" / "results").gl
 ALGORITHMS = {"sac_simba_sparse": "SAC", "ddpg_simba_sparse": "DDPG", "drqv2_sparse": "DrQ-v2"}
 POINT = ["algorithm", "env_id", "width_scale", "depth_scale", "sparsity"]  # runs that differ in their seed only
 NETWORK = ["algorithm", "width_scale", "depth_scale", "sparsity"]
+# Flags in which the runs of one algorithm in one figure may differ
+FREE = {*POINT, "seed", "mask_seed", "device", "threads", "runs_dir", "resume", "eval_only", "capture_video"}
+FREE |= {"sparse_kernel", "track", "wandb_project", "wandb_entity", "checkpoint_interval"}
 DENSE, SPARSE = "#0072B2", "#D55E00"  # blue and orange that colour-blind readers tell apart
 
 
@@ -55,8 +58,11 @@ def fail(message: str) -> NoReturn:
 
 
 def load(runs_dir: Path) -> tuple[pd.DataFrame, list[str]]:
-    """A row for each finished run: run, seed, POINT, weights, active, env_steps, return; and a line for each other."""
-    rows, left_out = [], []
+    """A row for each finished run: run, seed, POINT, weights, active, env_steps, return; and a line for each other.
+
+    Ends the program if they differ in flags that make averages and comparisons meaningless.
+    """
+    rows, left_out, settings = [], [], {}
     for folder in sorted(path for path in runs_dir.glob("[!.]*") if path.is_dir()):
         try:
             record = json.loads((folder / "args.json").read_text())
@@ -68,11 +74,17 @@ def load(runs_dir: Path) -> tuple[pd.DataFrame, list[str]]:
         if final.empty:
             left_out.append(f"{folder.name}: unfinished, at env step {metrics.env_step.max():,.0f}")
             continue
+        for name in flags.keys() - FREE:
+            settings.setdefault((flags["exp_name"], name), set()).add(flags[name])
         layers = [layer for network in record["layers"].values() for layer in network]
         row = {name: flags[name] for name in ("env_id", "width_scale", "depth_scale", "sparsity", "seed")}
         row |= {"run": folder.name, "algorithm": ALGORITHMS.get(flags["exp_name"], flags["exp_name"])}
         row |= {"weights": sum(layer["total"] for layer in layers), "active": sum(layer["active"] for layer in layers)}
         rows.append(row | {"env_steps": flags["total_timesteps"], "return": float(final.value.iloc[-1])})
+    for (agent, name), found in sorted(settings.items()):
+        if len(found) > 1:
+            flag = f"--{name.replace('_', '-')} {' and '.join(sorted(map(str, found)))}"
+            fail(f"{runs_dir} mixes runs of {agent} with {flag}; keep such runs apart")
     if not rows:
         return pd.DataFrame(), left_out
     runs = pd.DataFrame(rows)
