@@ -124,7 +124,7 @@ def der_rows(seconds: float) -> list[dict]:
     for width, sparsity in ((1, 0), (2, 0), (3, 0), (3, 0.8)):
         args = der.Args(width_scale=width, sparsity=sparsity)
         agent = der.Agent(args, 6, CPU)
-        obs, next_obs = torch.randint(0, 256, (2, batch_size, der.STACK, der.SIZE, der.SIZE), dtype=torch.uint8)
+        obs, next_obs = torch.randint(0, 256, (2, batch_size, der.SIZE, der.SIZE, der.STACK), dtype=torch.uint8)
         ones = torch.ones(batch_size)
         batch = der.Batch(obs, torch.zeros(batch_size, dtype=torch.int64), ones, ones, next_obs, ones, None)
 
@@ -135,11 +135,11 @@ def der_rows(seconds: float) -> list[dict]:
         rows.append({"what": "update", **size, "ms": milliseconds(update, seconds)})
     args = der.Args()
     env, agent = der.make_env(args), der.Agent(args, 6, CPU)
-    stack = der.begin_stack(env.reset(seed=0)[0])
+    stack = np.zeros((der.SIZE, der.SIZE, der.STACK), np.uint8)
+    env.reset(seed=0)
 
     def step():
-        env.step(der.act(agent, stack, agent.network.draw_noise()))
-        if der.game_is_over(env):
+        if any(env.step(der.act(agent, stack, agent.network.draw_noise()))[2:4]):
             env.reset()
 
     return [*rows, {"what": "frame", "env_id": args.env_id, "ms": milliseconds(step, seconds) / args.action_repeat}]

@@ -215,7 +215,18 @@ def add_legend(figure: Figure, names: list[str], points: pd.DataFrame, what: str
     labels = {"dense": "dense", "sparse": "sparse, as many active weights as the dense network it starts from"}
     labels["published"] = "published, dense (mean)"
     handles = [Line2D([], [], **STYLES[name], label=labels[name]) for name in names]
-    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, title=f"{what}, {seeds(points)}")
+    figure.legend(
+        handles=handles,
+        loc="outside lower center",
+        ncols=columns(figure, 3),
+        frameon=False,
+        title=f"{what}, {seeds(points)}",
+    )
+
+
+def columns(figure: Figure, most: int) -> int:
+    """Of a legend: one below a narrow figure."""
+    return most if figure.get_figwidth() >= 8 else 1
 
 
 def seeds(points: pd.DataFrame) -> str:
@@ -338,7 +349,9 @@ def draw_sparsity(points: pd.DataFrame) -> Figure:
         label = f"width scale {width:g} ({size} weights)"
         handles.append(Line2D([], [], color=colours[width], marker="o", ms=4, label=label))
     title = f"{INTERVAL}, {seeds(points)}"
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(widths), frameon=False, title=title)
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=columns(figure, len(widths)), frameon=False, title=title
+    )
     return figure
 
 
@@ -421,7 +434,7 @@ def draw_bars(runs: pd.DataFrame, points: pd.DataFrame) -> Figure:
     if marked:
         handles, labels = [*handles, Line2D([], [], **STYLES["published"])], [*labels, "published, dense (mean)"]
     title = f"{INTERVAL}, {seeds(points)} (dots)"
-    how = {"ncols": len(handles), "frameon": False, "title": title}
+    how = {"ncols": columns(figure, len(handles)), "frameon": False, "title": title}
     figure.legend(handles, labels, loc="outside lower center", **how)
     return figure
 

@@ -232,26 +232,24 @@ def drqv2() -> Rows:
 
 
 def der() -> Rows:
-    """Table 5; the target period is in updates, of which there is one a decision."""
+    """Table 5; rewards are clipped in the training loop, so their bounds are read off the source."""
     module = importlib.import_module("der_impala_sparse")
     args = module.Args()
     env = module.make_env(args)
     agent = module.Agent(args, int(env.action_space.n), CPU)
     settings, frame = agent.optimizer.param_groups[0], env.reset(seed=0)[0]
-    stack = module.begin_stack(frame)
-    kinds = {type(part).__name__ for part in agent.network.encoder.layers}
-    residual = kinds == {"Conv2d", "MaxPool2d", "ResidualBlock", "ReLU", "Flatten"}
-    noisy = any(
-        not torch.equal(noise, torch.zeros_like(noise)) for pair in agent.network.draw_noise() for noise in pair
-    )
-    logits = agent.network(torch.from_numpy(stack)[None])
+    kinds = {type(part).__name__ for part in agent.network.encoder}
+    impala = kinds == {"Conv2d", "MaxPool2d", "ResidualBlock", "ReLU"}
+    noisy = any(noise.any() for pair in agent.network.draw_noise() for noise in pair)
+    logits = agent.network(torch.zeros(1, *frame.shape, module.STACK, dtype=torch.uint8))
+    bounds = re.search(r"np\.clip\(reward, (\S+), (\S+)\)", Path(module.__file__).read_text())
     ours = {
         "Gray-scaling": frame.ndim == 2,
         "Observation down-sampling": "x".join(map(str, frame.shape[:2])),
-        "Frames stacked": len(stack),
+        "Frames stacked": module.STACK,
         "Action repetitions": args.action_repeat,
-        "Reward clipping": f"[{-args.reward_clip:g}, {args.reward_clip:g}]",
-        "Terminal on loss of life": args.life_loss_terminal,
+        "Reward clipping": f"[{bounds[1]}, {bounds[2]}]" if bounds else "not found",
+        "Terminal on loss of life": args.terminal_on_life_loss,
         "Update": "Distributional Q" if logits.shape[-1] == args.atoms else "Q",
         "Dueling": {"advantage", "value"} <= dict(agent.network.named_children()).keys(),
         "Support of Q-distribution": len(agent.support),
@@ -260,15 +258,15 @@ def der() -> Rows:
         "Optimizer": type(agent.optimizer).__name__,
         "Optimizer: learning rate": settings["lr"],
         "Optimizer: epsilon": settings["eps"],
-        "Exploration": "Noisy nets" if noisy and args.train_epsilon == 0 else "epsilon-greedy",
+        "Exploration": "Noisy nets" if noisy else "none",
         "Noisy nets parameter": args.noisy_sigma,
         "Training steps": f"{args.total_timesteps / args.action_repeat / 1000:g}K",
         "Evaluation trajectories": args.final_eval_episodes,
         "Min replay size for sampling": args.learning_starts // args.action_repeat,
         "Updates per step": args.updates_per_step,
         "Multi-step return length": args.n_step,
-        "CNN network": "IMPALA CNN" if residual else " + ".join(sorted(kinds)),
-        "Target network update period": args.target_interval // args.action_repeat * args.updates_per_step,
+        "CNN network": "IMPALA CNN" if impala else " + ".join(sorted(kinds)),
+        "Target network update period": args.target_interval,
     }
     return compare(ours, DER)
 
