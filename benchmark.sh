@@ -236,7 +236,7 @@ code=0
 while read -r command; do \$command </dev/null || code=\$?; done < <(sed -n "\$SLURM_ARRAY_TASK_ID~${size}p" "$job.txt")
 exit \$code
 JOB
-  sbatch ${SBATCH_OPTIONS:-} "$job"
+  sbatch ${SBATCH_OPTIONS:-} "$job" || return
   echo "when it has ended: ./benchmark.sh plot $target --scale $scale${seeds:+ --seeds $seeds}"
 }
 
@@ -288,7 +288,9 @@ elif ! $python -c "import tyro" 2>/dev/null; then
 elif [[ $action == status ]]; then
   commands $targets | analysis plan status
 else
+  mkdir -p "$runs" "$results" 2>/dev/null || fail "cannot write to $runs and $results; set RUNS and RESULTS to other folders"
   if [[ $action == run && $target != table* ]]; then
+    [[ $runner == local ]] || command -v sbatch >/dev/null || fail "--runner slurm: there is no sbatch here"
     list=$(commands $targets)
     todo=$(analysis plan unfinished <<<"$list") # and prints how long that takes
     [[ $runner != local ]] || list=$todo

@@ -26,6 +26,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter, NullFormatter
 
 PUBLISHED = sorted((Path(__file__).resolve().parents[2] / "docs" / "results").glob("published_curves_*.csv"))
@@ -170,7 +171,7 @@ def draw_line(ax: Axes, x, points: pd.DataFrame, spread: str = "interval", **sty
     """Interquartile means with intervals, or means with standard deviations."""
     middle = points["mean"] if spread == "std" else points.iqm
     low, high = (points["std"], points["std"]) if spread == "std" else (middle - points.low, points.high - middle)
-    error = np.nan_to_num(np.array([low, high], float)).clip(0)
+    error = np.array([low, high], float).clip(0)
     ax.errorbar(x, middle, error, capsize=2.5, elinewidth=1, **style)
 
 
@@ -210,23 +211,18 @@ def make_grid(down: int, across: int, width: float = 3.3, height: float = 2.7) -
     return figure, axes
 
 
-def add_legend(figure: Figure, names: list[str], points: pd.DataFrame, what: str) -> None:
-    """One legend below the panels, its title saying what points and bars are and over how many seeds."""
+def add_legend(figure: Figure, handles: list, what: str, points: pd.DataFrame) -> None:
+    """Below the panels; its title says what points and bars are, and of how many seeds."""
+    wide = figure.get_figwidth() >= 8
+    title = f"{what},{' ' if wide else chr(10)}{seeds(points)}"
+    how = {"loc": "outside lower center", "ncols": len(handles) if wide else 1, "frameon": False}
+    figure.legend(handles=handles, title=title, **how)
+
+
+def make_handles(*names: str) -> list[Line2D]:
     labels = {"dense": "dense", "sparse": "sparse, as many active weights as the dense network it starts from"}
     labels["published"] = "published, dense (mean)"
-    handles = [Line2D([], [], **STYLES[name], label=labels[name]) for name in names]
-    figure.legend(
-        handles=handles,
-        loc="outside lower center",
-        ncols=columns(figure, 3),
-        frameon=False,
-        title=f"{what}, {seeds(points)}",
-    )
-
-
-def columns(figure: Figure, most: int) -> int:
-    """Of a legend: one below a narrow figure."""
-    return most if figure.get_figwidth() >= 8 else 1
+    return [Line2D([], [], **STYLES[name], label=labels[name]) for name in names]
 
 
 def seeds(points: pd.DataFrame) -> str:
@@ -259,7 +255,7 @@ def draw_size(runs: pd.DataFrame, points: pd.DataFrame, scale: str) -> Figure:
             ax.set_ylabel("return")
         if row == len(algorithms) - 1:
             ax.set_xlabel("weights, pruned ones included")
-    add_legend(figure, ["dense", "sparse", *(["published"] if marked else [])], points, INTERVAL)
+    add_legend(figure, make_handles("dense", "sparse", *["published"] * marked), INTERVAL, points)
     return figure
 
 
@@ -301,7 +297,7 @@ def draw_aggregate(points: pd.DataFrame) -> Figure:
         axes[row, column].set_title(f"{algorithm}, {axis.split('_')[0]} scaling", fontsize=11)
         axes[row, 0].set_ylabel("return")
     tasks = int(points.tasks.max())
-    add_legend(figure, ["dense", "sparse"], points, f"{INTERVAL}, {tasks} task{'s' * (tasks > 1)}")
+    add_legend(figure, make_handles("dense", "sparse"), f"{INTERVAL}, {tasks} task{'s' * (tasks > 1)}", points)
     return figure
 
 
@@ -323,7 +319,7 @@ def draw_tasks(runs: pd.DataFrame, points: pd.DataFrame, axis: str) -> Figure:
         ax.title.set_fontsize(11)
     for ax in axes.flat[len(panels) :]:
         ax.set_visible(False)
-    add_legend(figure, ["dense", "sparse", *(["published"] if marked else [])], points, "mean, standard deviation")
+    add_legend(figure, make_handles("dense", "sparse", *["published"] * marked), "mean, standard deviation", points)
     return figure
 
 
@@ -348,10 +344,7 @@ def draw_sparsity(points: pd.DataFrame) -> Figure:
         size = EngFormatter(places=1, sep="")(points[points.width_scale == width].weights.mean())
         label = f"width scale {width:g} ({size} weights)"
         handles.append(Line2D([], [], color=colours[width], marker="o", ms=4, label=label))
-    title = f"{INTERVAL}, {seeds(points)}"
-    figure.legend(
-        handles=handles, loc="outside lower center", ncols=columns(figure, len(widths)), frameon=False, title=title
-    )
+    add_legend(figure, handles, INTERVAL, points)
     return figure
 
 
@@ -399,7 +392,7 @@ def draw_gain(table: pd.DataFrame, scores: pd.DataFrame | None) -> Figure:
         axes[0, 0].set(xlabel="sparsity", ylabel="simplicity bias score")
         axes[0, 0].set_title(f"at the start, {count} initialisations\n(mean, standard error)", fontsize=10)
     ax = axes[0, -1]
-    error = np.nan_to_num(np.array([table.gain - table.low, table.high - table.gain])).clip(0)
+    error = np.array([table.gain - table.low, table.high - table.gain]).clip(0)
     ax.bar(table.sparsity, table.gain, 0.06, color=SPARSE, yerr=error, capsize=2.5, error_kw={"elinewidth": 1})
     ax.axhline(0, color="0.3", lw=0.8)
     ax.set(xlabel="sparsity", ylabel="gain over the dense network (%)", xlim=(0, 1))
@@ -419,10 +412,9 @@ def draw_bars(runs: pd.DataFrame, points: pd.DataFrame) -> Figure:
         for index, sparsity in enumerate(sparsities):
             bars = panel[panel.sparsity == sparsity]
             x = np.array([widths.index(width) for width in bars.width_scale]) + (index + 0.5) * room - 0.4
-            error = np.nan_to_num(np.array([bars.iqm - bars.low, bars.high - bars.iqm])).clip(0)
-            label = f"sparsity {sparsity:g}" if sparsity else "dense"
+            error = np.array([bars.iqm - bars.low, bars.high - bars.iqm]).clip(0)
             how = {"color": colours[sparsity], "error_kw": {"elinewidth": 1}, "capsize": 2.5}
-            ax.bar(x, bars.iqm, 0.9 * room, yerr=error, label=label, **how)
+            ax.bar(x, bars.iqm, 0.9 * room, yerr=error, **how)
             for place, width in zip(x, bars.width_scale):
                 own = runs[(runs.env_id == env_id) & (runs.sparsity == sparsity) & (runs.width_scale == width)]
                 ax.plot(np.full(len(own), place), own["return"], ".", color="k", ms=3.5, alpha=0.6)
@@ -430,12 +422,9 @@ def draw_bars(runs: pd.DataFrame, points: pd.DataFrame) -> Figure:
         marked |= mark_published(ax, own, -0.4 + 0.5 * room)
         ax.set_xticks(range(len(widths)), [f"{width:g}" for width in widths])
         ax.set(title=task_name(env_id), xlabel="width scale of the critic", ylabel="return")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    if marked:
-        handles, labels = [*handles, Line2D([], [], **STYLES["published"])], [*labels, "published, dense (mean)"]
-    title = f"{INTERVAL}, {seeds(points)} (dots)"
-    how = {"ncols": columns(figure, len(handles)), "frameon": False, "title": title}
-    figure.legend(handles, labels, loc="outside lower center", **how)
+    names = [f"sparsity {sparsity:g}" if sparsity else "dense" for sparsity in sparsities]
+    handles = [Patch(color=colours[sparsity], label=name) for sparsity, name in zip(sparsities, names)]
+    add_legend(figure, handles + make_handles(*["published"] * marked), f"{INTERVAL}, a dot for each run", points)
     return figure
 
 
