@@ -75,6 +75,16 @@ def final_returns(episodes: pd.DataFrame) -> pd.DataFrame:
     return last.groupby([*KEYS, "seed"])["return"].mean().reset_index()
 
 
+def name_missing(episodes: pd.DataFrame, final: pd.DataFrame) -> list[str]:
+    """One line for each run without a final return."""
+    runs = episodes[[*KEYS, "seed"]].drop_duplicates().merge(final, how="left", on=[*KEYS, "seed"])
+    return [
+        f"no final return: {run.env_id}, width scale {run.width_scale:g}, {name(run.init, run.sparsity)}, "
+        f"seed {run.seed}: no episode ended in its last tenth"
+        for run in runs[runs["return"].isna()].itertuples()
+    ]
+
+
 def table(final: pd.DataFrame) -> pd.DataFrame:
     """Seeds, mean, and the ends of Student's 95 % interval (empty for one seed), one row per KEYS."""
     rows = []
@@ -154,6 +164,8 @@ if __name__ == "__main__":
     args = tyro.cli(Args)
     episodes = load(Path(args.runs_dir))
     data, final = curves(episodes, args.bin), final_returns(episodes)
+    for line in name_missing(episodes, final):
+        print(line)
     variants = episodes[["init", "sparsity"]].drop_duplicates().sort_values(["init", "sparsity"])
     colours = {name(*variant): COLOURS[index % len(COLOURS)] for index, variant in enumerate(variants.to_numpy())}
     output = Path(args.output)
