@@ -63,7 +63,7 @@ LABELS = {
     "feature_norm": "feature norm (L2)",
     "return_mean": "evaluation return",
 }
-ALGORITHMS = {"sac_simba_sparse": "SAC", "ddpg_simba_sparse": "DDPG"}
+ALGORITHMS = {"sac_simba_sparse": "SAC", "ddpg_simba_sparse": "DDPG", "drqv2_sparse": "DrQ-v2"}
 # Flags that do not change results, as in the agents
 EXECUTION_FLAGS = {
     *("device", "threads", "runs_dir", "resume", "eval_only", "capture_video", "sparse_kernel"),

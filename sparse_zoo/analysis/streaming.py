@@ -12,15 +12,19 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pandas as pd
 import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 from scipy import stats
 
 KEYS = ["env_id", "width_scale", "init", "sparsity"]
+# Okabe and Ito's colours, which colour-blind readers tell apart
+COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000", "#999933"]
 
 
 @dataclass
@@ -29,6 +33,8 @@ class Args:
     """folder that holds one folder per run"""
     output: str = "results/streaming"
     """folder of the figures and the numbers"""
+    figures: tuple[Literal[12, 13, 17], ...] = (12, 13, 17)
+    """which to draw; those that need SparseInit runs (13) or runs without it (12, 17) are left out without them"""
     bin: int = 20_000
     """env steps averaged into one point of a curve"""
 
@@ -69,6 +75,16 @@ def final_returns(episodes: pd.DataFrame) -> pd.DataFrame:
     return last.groupby([*KEYS, "seed"])["return"].mean().reset_index()
 
 
+def name_missing(episodes: pd.DataFrame, final: pd.DataFrame) -> list[str]:
+    """One line for each run without a final return."""
+    runs = episodes[[*KEYS, "seed"]].drop_duplicates().merge(final, how="left", on=[*KEYS, "seed"])
+    return [
+        f"no final return: {run.env_id}, width scale {run.width_scale:g}, {name(run.init, run.sparsity)}, "
+        f"seed {run.seed}: no episode ended in its last tenth"
+        for run in runs[runs["return"].isna()].itertuples()
+    ]
+
+
 def table(final: pd.DataFrame) -> pd.DataFrame:
     """Seeds, mean, and the ends of Student's 95 % interval (empty for one seed), one row per KEYS."""
     rows = []
@@ -93,9 +109,10 @@ def draw_curves(ax: Axes, data: pd.DataFrame, colours: dict[str, str]) -> None:
         seeds = variant.pivot(index="env_step", columns="seed", values="return")
         label = f"{name(init, sparsity)} ({seeds.shape[1]} seed{'s' * (seeds.shape[1] > 1)})"
         colour = colours[name(init, sparsity)]
-        ax.plot(seeds.index / 1e6, seeds.mean(axis=1), color=colour, lw=1.3, label=label)
-        ax.fill_between(seeds.index / 1e6, seeds.min(axis=1), seeds.max(axis=1), color=colour, alpha=0.15, lw=0)
-    ax.set(xlabel="million env steps", ylabel="training return")
+        ax.plot(seeds.index, seeds.mean(axis=1), color=colour, lw=1.3, label=label)
+        ax.fill_between(seeds.index, seeds.min(axis=1), seeds.max(axis=1), color=colour, alpha=0.15, lw=0)
+    ax.set(xlabel="env steps", ylabel="training return")
+    ax.xaxis.set_major_formatter(EngFormatter(sep=" "))
     ax.legend(frameon=False, fontsize=7)
 
 
@@ -147,23 +164,27 @@ if __name__ == "__main__":
     args = tyro.cli(Args)
     episodes = load(Path(args.runs_dir))
     data, final = curves(episodes, args.bin), final_returns(episodes)
+    for line in name_missing(episodes, final):
+        print(line)
     variants = episodes[["init", "sparsity"]].drop_duplicates().sort_values(["init", "sparsity"])
-    colours = {name(init, sparsity): f"C{index}" for index, (init, sparsity) in enumerate(variants.to_numpy())}
+    colours = {name(*variant): COLOURS[index % len(COLOURS)] for index, variant in enumerate(variants.to_numpy())}
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     compact = episodes.drop(columns="total_timesteps").assign(**{"return": episodes["return"].round(2)})
     compact.astype({"length": int}).to_csv(
         output / "returns.csv.gz", index=False, compression={"method": "gzip", "mtime": 0}
     )
-    figures = {}
-    if (episodes.init == "lecun").any():
-        figures = {"figure_12": figure_12(final, colours), "figure_17": figure_17(data, colours)}
-    if (episodes.init == "sparse_init").any():
+    wanted, figures = args.figures if (episodes.init == "lecun").any() else (), {}
+    if 12 in wanted:
+        figures["figure_12"] = figure_12(final, colours)
+    if 17 in wanted:
+        figures["figure_17"] = figure_17(data, colours)
+    if 13 in args.figures and (episodes.init == "sparse_init").any():
         figures["figure_13"] = figure_13(data, colours)
     for file, figure in figures.items():
         for kind in ("png", "svg"):
             figure.savefig(output / f"{file}.{kind}", dpi=150)
     summary = table(final)
-    summary.to_csv(output / "final_returns.csv", index=False, float_format="%.1f")
-    print(summary.to_string(index=False, float_format=lambda value: f"{value:.0f}"))
+    summary.to_csv(output / "final_returns.csv", index=False, float_format="%.5g")
+    print(summary.to_string(index=False, float_format="{:.4g}".format))
     print(f"{', '.join(figures)}, final_returns.csv and returns.csv.gz are in {output}")

@@ -1,0 +1,302 @@
+#!/usr/bin/env bash
+# Every table and every figure of the paper from one command. Docs: docs/benchmark.md.
+# shellcheck disable=SC2086  # lists and flags are split into words on purpose
+usage="usage: ./benchmark.sh TARGET [--scale paper|cpu|smoke] [--runner local|slurm|dry-run] [--jobs N] [--seeds N]
+       ./benchmark.sh plot TARGET [--scale ...] [--seeds N]      draw from the runs that are finished
+       ./benchmark.sh status TARGET [--scale ...] [--seeds N]    how far each run is
+       ./benchmark.sh list
+TARGET: table1 to table5, fig1 to fig18, all. Default: --scale cpu --runner local.
+
+environment: RUNS (folder of runs, default runs/SCALE), RESULTS (of pictures and tables, default results/SCALE),
+             PYTHON (default python), THREADS (CPU threads of a run, default cores / jobs; slurm: 1),
+             FLAGS (more flags for every agent, such as '--device cuda'), SBATCH_OPTIONS (more options for sbatch)"
+set -euo pipefail
+cd "$(dirname "$0")"
+
+# === SCALES ===
+set_scale() {
+  case $1 in
+    paper) # the agents' defaults are the paper's protocol
+      dmc_hard="dog-run dog-trot dog-walk humanoid-run humanoid-stand humanoid-walk" # Table 1
+      four_hardest="humanoid-run dog-run humanoid-walk dog-trot" # not in the text: lowest published returns of SAC SimBa
+      two_hardest="humanoid-run dog-run"                         # likewise
+      visual="quadruped-run hopper-hop" # the text names one; the other is a medium task too, as Table 4's schedule
+      streaming="Ant-v4 Walker2d-v4"    # appendix C.2
+      games="Alien Amidar Assault Asterix BankHeist BattleZone Boxing Breakout ChopperCommand CrazyClimber DemonAttack
+        Freeway Frostbite Gopher Hero Jamesbond Kangaroo Krull KungFuMaster MsPacman Pong PrivateEye Qbert RoadRunner
+        Seaquest UpNDown" # Atari-100k
+      unit=1                      # width scale of the default SimBa network
+      simba_seeds=8 other_seeds=5 # 8 in appendix B.1; 5 in Figures 10 and 12, taken for 11, 13, 17 and 18 too
+      reset=200000                # env steps, not in the text: that of Nikishin et al. (2022) for SAC
+      simba_flags="" visual_flags="" streaming_flags="" atari_flags=""
+      bias_flags="--width-scale 5 --grid 300 --inits 10" curve_bin=20000 samples=256
+      ;;
+    cpu) # easier tasks, networks an eighth as wide, fewer steps and seeds: docs/benchmark.md has the list
+      dmc_hard="cheetah-run walker-run" four_hardest="cheetah-run walker-run" two_hardest="cheetah-run walker-run"
+      visual="cartpole-swingup" streaming="Ant-v4 Walker2d-v4" games="Boxing Pong"
+      unit=0.125 simba_seeds=3 other_seeds=3 reset=20000
+      simba_flags="--total-timesteps 100000 --batch-size 128 --learning-starts 5000 --eval-interval 5000"
+      simba_flags+=" --eval-episodes 5 --final-eval-episodes 20 --diagnostics-interval 2000"
+      visual_flags="--total-timesteps 100000 --batch-size 32 --std-decay 50000 --buffer-size 50000 --eval-episodes 3"
+      streaming_flags="--total-timesteps 500000 --final-eval-episodes 20"
+      atari_flags="--total-timesteps 40000 --eval-interval 20000 --eval-episodes 3 --final-eval-episodes 10"
+      bias_flags="--width-scale 0.5 --reach 31.6 --grid 300 --inits 5" curve_bin=20000 samples=256
+      ;;
+    smoke) # does every step of every target work? The numbers mean nothing
+      dmc_hard="humanoid-run" four_hardest="humanoid-run" two_hardest="humanoid-run"
+      visual="quadruped-run" streaming="Walker2d-v4" games="Pong"
+      unit=0.125 simba_seeds=1 other_seeds=1 reset=500
+      local tiny="--eval-episodes 1 --final-eval-episodes 1"
+      simba_flags="--total-timesteps 1000 --learning-starts 400 --action-repeat 20 --batch-size 16 $tiny"
+      simba_flags+=" --eval-interval 500 --diagnostics-interval 200"
+      visual_flags="--total-timesteps 300 --learning-starts 100 --action-repeat 20 --batch-size 4 --buffer-size 100 $tiny"
+      visual_flags+=" --eval-interval 300 --diagnostics-interval 100"
+      streaming_flags="--total-timesteps 2000 --eval-interval 1000 --diagnostics-interval 1000 $tiny"
+      atari_flags="--total-timesteps 3000 --learning-starts 2000 --action-repeat 20 --batch-size 4 $tiny"
+      atari_flags+=" --eval-interval 3000 --diagnostics-interval 1000"
+      bias_flags="--width-scale 0.5 --reach 31.6 --grid 30 --inits 2" curve_bin=500 samples=20
+      ;;
+    *) fail "--scale $1: must be paper, cpu or smoke" ;;
+  esac
+  hardest=${two_hardest%% *} # of Figures 4, 7 and 9: Humanoid Run
+}
+
+# === EXPERIMENTS: each function prints one command per run; widths and depths are the paper's Width and Depth Scale ===
+sparsities="0 0.1 0.2 0.3 0.4 0.5 0.6 0.7 0.8 0.9"
+
+fig1() { # dense and sparse, wider, then wider and deeper (which widths and depths are combined is not in the text)
+  for w in 0.5 1 2 3 4 5; do simba "sac ddpg" "$four_hardest" $w 1 0; done
+  for w in 3 4 5; do simba "sac ddpg" "$four_hardest" $w 1 "1 - 4 / $w^2"; done # as many active weights as width 2 dense
+  for w in 4 5; do
+    simba "sac ddpg" "$four_hardest" $w 2 0
+    simba "sac ddpg" "$four_hardest" $w 2 "1 - 4 / (2 * $w^2)"
+  done
+}
+fig2() { fig15 && fig16; } # the average over DMC Hard
+fig3() {                   # default and large network against sparsity
+  for w in 1 5; do for s in $sparsities; do simba "sac ddpg" "$four_hardest" $w 1 $s; done; done
+}
+fig4() { # stable rank, runs of Figure 3
+  for w in 1 5; do for s in $sparsities; do simba sac "$hardest" $w 1 $s; done; done
+}
+fig5() { # plasticity of small dense, large dense and large sparse networks, runs of Figure 3
+  simba "sac ddpg" "$two_hardest" 1 1 0
+  for s in 0 0.9; do simba "sac ddpg" "$two_hardest" 5 1 $s; done
+}
+fig6() { # large networks with and without resets (tasks, algorithm and interval are not in the text)
+  for s in 0 0.9; do
+    simba sac "$two_hardest" 5 1 $s
+    simba sac "$two_hardest" 5 1 $s --reset-interval $reset
+  done
+}
+fig7() { # parameter norms, runs of Figure 5
+  simba sac "$hardest" 1 1 0
+  for s in 0 0.9; do simba sac "$hardest" 5 1 $s; done
+}
+fig8() { # gains of the large networks of Figure 3 over dense ones, beside the simplicity bias, which needs no runs
+  for s in $sparsities; do simba "sac ddpg" "$four_hardest" 5 1 $s; done
+}
+fig9() { # gradient interference of large networks before and after training, one run of Figure 3 each
+  for s in 0 0.9; do seeds=1 simba sac "$hardest" 5 1 $s; done
+}
+fig10() { # DrQ-v2, the critic scaled (of the widths only 1 and 4, of the sparsities only 0.8 are in the text)
+  for w in 1 2 4; do for s in 0 0.4 0.8; do drqv2 "$visual" $w $s; done; done
+}
+fig11() { # learning curves and active units at width 4, runs of Figure 10
+  for s in 0 0.4 0.8; do drqv2 "${visual%% *}" 4 $s; done
+}
+fig12() { # Stream AC(lambda), static sparsity (widths and sparsities are not in the text)
+  for w in 1 2 4 8; do for s in 0 0.4 0.8 0.9; do stream $w $s lecun; done; done
+}
+fig13() { # default width: static sparsity, or SparseInit, or neither
+  for s in 0 0.9; do stream 1 $s lecun; done
+  stream 1 0 sparse_init
+}
+fig14() { fig1; } # linear axis
+fig15() {         # width, task by task
+  for w in 0.5 1 2 3 4 5; do simba "sac ddpg" "$dmc_hard" $w 1 0; done
+  for w in 3 4 5; do simba "sac ddpg" "$dmc_hard" $w 1 "1 - 4 / $w^2"; done
+}
+fig16() { # depth, task by task, at width 2
+  for d in 1 2 3 4; do simba "sac ddpg" "$dmc_hard" 2 $d 0; done
+  for d in 2 3 4; do simba "sac ddpg" "$dmc_hard" 2 $d "1 - 1 / $d"; done
+}
+fig17() { fig12; } # learning curves
+fig18() {          # Atari-100k: the default dense network, and 3 times as wide
+  der 1 0
+  for s in 0 0.4 0.8; do der 3 $s; done
+}
+
+simba() { # simba "ALGORITHMS" "TASKS" WIDTH DEPTH SPARSITY [FLAG...]
+  local size algorithm task
+  size="--width-scale $(calc "$unit * $3") --depth-scale $4 --sparsity $(calc "$5")"
+  for algorithm in $1; do for task in $2; do
+    run "$simba_seeds" "${algorithm}_simba_sparse" --env-id "dm_control/$task-v0" $size "${@:6}" $simba_flags
+  done; done
+}
+drqv2() { # drqv2 "TASKS" WIDTH SPARSITY
+  for task in $1; do
+    run "$other_seeds" drqv2_sparse --env-id "dm_control/$task-v0" --width-scale "$2" --sparsity "$3" $visual_flags
+  done
+}
+stream() { # stream WIDTH SPARSITY INIT
+  for task in $streaming; do
+    run "$other_seeds" stream_ac_sparse --env-id "$task" --width-scale "$1" --sparsity "$2" --init "$3" $streaming_flags
+  done
+}
+der() { # der WIDTH SPARSITY
+  for game in $games; do
+    run "$other_seeds" der_impala_sparse --env-id "ALE/$game-v5" --width-scale "$1" --sparsity "$2" $atari_flags
+  done
+}
+run() { # run SEEDS AGENT FLAG...: one command for each seed
+  for ((seed = 1; seed <= ${seeds:-$1}; seed++)); do
+    echo $python "sparse_zoo/$2.py" "${@:3}" --seed $seed --runs-dir "$runs" --threads "$threads" ${FLAGS:-}
+  done
+}
+calc() { awk "BEGIN { printf \"%.4g\", $1 }"; }
+commands() { # commands TARGET...: their runs, shared ones once
+  for name in "$@"; do [[ $name == table* ]] || "$name"; done | awk '!seen[$0]++'
+}
+
+# === PICTURES AND TABLES ===
+analysis() { $python "sparse_zoo/analysis/$1.py" "${@:2}"; }
+plot() { # plot TARGET: from its finished runs; the others are named
+  local out=$results/$1 from large variants
+  if [[ $1 == table* ]]; then # beside the paper's values, so with the paper's widths and depths
+    (set_scale paper && commands $figures) | analysis tables --table "${1#table}" --output "$out"
+    return
+  fi
+  commands "$1" | analysis plan link --output "$out/runs" || return
+  from="--runs-dir $out/runs --output $out" large=$(calc "5 * $unit")
+  variants="--variants $unit:0 $large:0 $large:0.9"
+  case $1 in
+    fig1) analysis scaling --figure size $from ;;
+    fig2) analysis scaling --figure aggregate $from ;;
+    fig3) analysis scaling --figure sparsity $from ;;
+    fig4) analysis plasticity --figure srank $from $variants ;;
+    fig5) analysis plasticity --figure over-training $from $variants ;;
+    fig6) analysis plasticity --figure reset $from ;;
+    fig7) analysis plasticity --figure param-norm $from $variants ;;
+    fig8) # the score takes long and does not depend on the runs, so it is measured once
+      [[ -e $out/scores.csv ]] || analysis simplicity_bias $bias_flags --threads "$threads" --output "$out" || return
+      analysis scaling --figure gain $from --scores "$out/scores.csv"
+      ;;
+    fig9) analysis gradient_interference "$out"/runs/* --samples $samples --output "$out" ;;
+    fig10) analysis scaling --figure bars $from ;;
+    fig11) analysis plasticity $from --metrics eval/return_mean diagnostics/critic_active_units ;;
+    fig12 | fig13 | fig17) analysis streaming --figures "${1#fig}" $from --bin $curve_bin ;;
+    fig14) analysis scaling --figure size-linear $from ;;
+    fig15) analysis scaling --figure width $from ;;
+    fig16) analysis scaling --figure depth $from ;;
+    fig18) analysis atari_scores $from ;;
+  esac
+}
+
+# === RUNNERS: commands on standard input ===
+run_local() { # keeps $jobs runs going until all are done; a signal ends them, and the same command goes on
+  local group
+  export logs=$runs/logs
+  mkdir -p "$logs"
+  rm -f "$logs/failures.txt"
+  export -f run_one
+  cat >"$logs/commands.txt"
+  set -m # the runs get a process group of their own, so that a signal can be sent to all of them
+  # shellcheck disable=SC2016
+  tr '\n' '\0' <"$logs/commands.txt" | xargs -0 -n 1 -P "$jobs" bash -c 'run_one "$1" 2>/dev/null' _ &
+  group=$(jobs -p %%)
+  disown
+  trap 'interrupted=1; kill -TERM -- "-$group"' INT TERM HUP
+  while kill -0 -- "-$group" 2>/dev/null; do sleep 0.2; done
+  trap - INT TERM HUP
+  [[ -z ${interrupted:-} ]] || fail "interrupted; the same command goes on from the last checkpoints" 130
+  [[ ! -e $logs/failures.txt ]] || { echo "these runs failed, their logs say why:" && cat "$logs/failures.txt"; } >&2
+  [[ ! -e $logs/failures.txt ]]
+}
+run_one() { # run_one COMMAND
+  local code=0 log
+  log=$logs/$(cksum <<<"$1" | cut -d ' ' -f 1).log
+  trap 'exit 255' TERM # upon which xargs starts no more
+  echo "$ $1" >>"$log"
+  $1 >>"$log" 2>&1 </dev/null || code=$?
+  if ((code)); then echo "$log (exit code $code): $1" | tee -a "$logs/failures.txt"; else echo "finished: ${1#*sparse_zoo/}"; fi
+}
+run_slurm() { # one array job; Slurm restarts preempted tasks, which resume; sbatch reads SBATCH_PARTITION and so on
+  local folder job size max=${MAX_ARRAY:-1000} # Slurm's default limit; beyond it, tasks take several runs each
+  folder=$(mkdir -p "$runs/slurm" && cd "$runs/slurm" && pwd)
+  job=$(mktemp "$folder/$target.XXXXXX")
+  cat >"$job.txt"
+  size=$(awk -v max="$max" 'END { print NR < max ? NR : max }' "$job.txt")
+  cat >"$job" <<JOB
+#!/usr/bin/env bash
+#SBATCH --job-name=$target --array=1-$size${limit:+%$limit} --cpus-per-task=$threads
+#SBATCH --requeue --open-mode=append --output=$job.%a.log
+cd "$PWD"
+code=0
+while read -r command; do \$command </dev/null || code=\$?; done < <(sed -n "\$SLURM_ARRAY_TASK_ID~${size}p" "$job.txt")
+exit \$code
+JOB
+  sbatch ${SBATCH_OPTIONS:-} "$job" || return
+  echo "when it has ended: ./benchmark.sh plot $target --scale $scale${seeds:+ --seeds $seeds}"
+}
+
+# === COMMAND LINE ===
+fail() { echo "error: $1" >&2 && exit "${2:-2}"; } # fail MESSAGE [EXIT_CODE]
+number() { [[ $2 =~ ^[1-9][0-9]*$ ]] || fail "$1 $2: must be a whole number above 0"; }
+
+tables="table1 table2 table3 table4 table5"
+figures=$(printf 'fig%d ' {1..18})
+action=run scale=cpu runner=local seeds="" limit="" code=0
+case ${1:-} in
+  "" | -h | --help) echo "$usage" && exit ;;
+  plot | status) action=$1 && shift ;;
+esac
+target=${1:-}
+shift $(($# > 0))
+[[ -n $target && " $tables $figures all list " == *" $target "* ]] || fail "no target '$target'; ./benchmark.sh list names them"
+while (($#)); do
+  (($# > 1)) || fail "$1: unknown, or its value is missing; ./benchmark.sh --help"
+  case $1 in
+    --scale) scale=$2 ;;
+    --runner) runner=$2 ;;
+    --jobs) number "$1" "$2" && limit=$2 ;;
+    --seeds) number "$1" "$2" && seeds=$2 ;;
+    *) fail "$1: unknown flag; ./benchmark.sh --help" ;;
+  esac
+  shift 2
+done
+[[ $runner =~ ^(local|slurm|dry-run)$ ]] || fail "--runner $runner: must be local, slurm or dry-run"
+set_scale "$scale"
+python=${PYTHON:-python} runs=${RUNS:-runs/$scale} results=${RESULTS:-results/$scale}
+[[ $runs$results != *[[:space:]]* ]] || fail "RUNS and RESULTS: no spaces in the names of folders, please"
+cores=$(getconf _NPROCESSORS_ONLN)
+jobs=${limit:-$cores}
+threads=$((cores > jobs ? cores / jobs : 1))
+[[ $runner != slurm ]] || threads=1
+threads=${THREADS:-$threads}
+targets=$target
+[[ $target != all && $target != list ]] || targets="$tables $figures"
+
+if [[ $target == list ]]; then
+  for name in $tables; do echo "$name: from the code"; done
+  for name in $figures; do echo "$name: $(commands $name | wc -l) runs"; done
+  echo "all: $(commands $figures | wc -l) runs"
+elif [[ $action == run && $runner == dry-run ]]; then
+  commands $targets
+elif ! $python -c "import tyro" 2>/dev/null; then
+  fail "$python lacks what requirements.txt lists; activate the virtual environment, or set PYTHON"
+elif [[ $action == status ]]; then
+  commands $targets | analysis plan status
+else
+  mkdir -p "$runs" "$results" 2>/dev/null || fail "cannot write to $runs and $results; set RUNS and RESULTS to other folders"
+  if [[ $action == run && $target != table* ]]; then
+    [[ $runner == local ]] || command -v sbatch >/dev/null || fail "--runner slurm: there is no sbatch here"
+    list=$(commands $targets)
+    todo=$(analysis plan unfinished <<<"$list") # and prints how long that takes
+    [[ $runner != local ]] || list=$todo
+    [[ -z $list ]] || "run_$runner" <<<"$list" || code=1
+    [[ $runner == local ]] || exit $code
+  fi
+  for name in $targets; do plot "$name" || code=$((code ? code : $?)); done
+  exit $code
+fi

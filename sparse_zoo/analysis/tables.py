@@ -1,0 +1,300 @@
+"""Tables 1 to 5 of the paper, printed from the code and the live environments, beside the paper's own values.
+
+    ./benchmark.sh table2
+    ./benchmark.sh all --scale paper --runner dry-run | python sparse_zoo/analysis/tables.py --table 2
+
+Our values are read off environments, Args, networks, optimisers and, for the target entropy, an update; the sets of
+widths and depths in Tables 2 and 3 are those of the commands on standard input. Rows that differ are marked.
+Docs: docs/benchmark.md.
+"""
+
+import importlib
+import os
+import re
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NoReturn
+
+import torch
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+CPU = torch.device("cpu")
+
+
+@dataclass
+class Args:
+    table: Literal[1, 2, 3, 4, 5] = 1
+    """1: tasks; 2: SAC; 3: DDPG; 4: DrQ-v2; 5: DER"""
+    output: str = "results/tables"
+    """folder of table.md"""
+
+
+Rows = list[tuple[str, str, str]]  # what, ours, the paper's
+
+# The values of the paper
+TASKS = {
+    **dict.fromkeys(("dog-run", "dog-trot", "dog-walk"), (223, 38)),
+    **dict.fromkeys(("humanoid-run", "humanoid-stand", "humanoid-walk"), (67, 24)),
+}
+SIMBA = {
+    "Critic block type": "SimBa",
+    "Critic num blocks": "2, 4, 6, 8",
+    "Critic hidden dim": "256, 512, 1024, 1536, 2048, 2560",
+    "Critic learning rate": "0.0001",
+    "Target critic momentum (tau)": "0.005",
+    "Actor block type": "SimBa",
+    "Actor num blocks": "1, 2, 3, 4",
+    "Actor hidden dim": "64, 128, 256, 384, 512, 640",
+    "Actor learning rate": "0.0001",
+    "Initial temperature": "0.01",
+    "Temperature learning rate": "0.0001",
+    "Target entropy": "dim(A)/2",
+    "Exploration noise": "N(0, 0.1^2)",
+    "Batch size": "256",
+    "Optimizer": "AdamW",
+    "Optimizer momentum": "0.9, 0.999",
+    "Weight decay": "0.01",
+    "Discount": "heuristic",
+    "Replay ratio": "2",
+    "Clipped Double Q": "False",
+}
+DRQV2 = {
+    "Replay buffer capacity": "1000000",
+    "Action repeat": "2",
+    "Seed frames": "4000",
+    "Exploration steps": "2000",
+    "n-step returns": "3",
+    "Mini-batch size": "256",
+    "Discount": "0.99",
+    "Optimizer": "Adam",
+    "Learning rate": "0.0001",
+    "Critic Q-function soft-update rate": "0.01",
+    "Features dim.": "50",
+    "Repr. dim.": "32 x 35 x 35",
+    "Hidden dim.": "1024",
+    "Exploration stddev. clip": "0.3",
+    "Exploration stddev. schedule": "linear(1, 0.1, 500000)",
+}
+
+DER = {
+    "Gray-scaling": "True",
+    "Observation down-sampling": "84x84",
+    "Frames stacked": "4",
+    "Action repetitions": "4",
+    "Reward clipping": "[-1, 1]",
+    "Terminal on loss of life": "True",
+    "Update": "Distributional Q",
+    "Dueling": "True",
+    "Support of Q-distribution": "51",
+    "Discount factor": "0.99",
+    "Minibatch size": "32",
+    "Optimizer": "Adam",
+    "Optimizer: learning rate": "0.0001",
+    "Optimizer: epsilon": "0.00015",
+    "Exploration": "Noisy nets",
+    "Noisy nets parameter": "0.5",
+    "Training steps": "100K",
+    "Evaluation trajectories": "100",
+    "Min replay size for sampling": "1600",
+    "Updates per step": "1",
+    "Multi-step return length": "10",
+    "CNN network": "IMPALA CNN",
+    "Target network update period": "2000",
+}
+
+
+def fail(message: str) -> NoReturn:
+    """Ends the program with one line for a person and exit code 2."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def compare(ours: dict[str, object], papers: dict[str, str]) -> Rows:
+    """A row for each value of either side, in the paper's order; floats as short as they can be written."""
+    text = {name: f"{value:g}" if isinstance(value, float) else str(value) for name, value in ours.items()}
+    return [(name, text.get(name, "missing"), value) for name, value in papers.items()]
+
+
+def tasks() -> Rows:
+    """Table 1, from the environments."""
+    sac, rows = importlib.import_module("sac_simba_sparse"), []
+    for task, paper in TASKS.items():
+        env = sac.make_env(sac.Args(env_id=f"dm_control/{task}-v0"))
+        ours = (env.observation_space.shape[0], env.action_space.shape[0])
+        for what, mine, theirs in zip(("observation dim", "action dim"), ours, paper):
+            rows.append((f"{task.replace('-', ' ').title()}, {what}", str(mine), str(theirs)))
+    return rows
+
+
+def sizes(module, commands: str) -> dict[str, str]:
+    """Blocks and hidden units of the networks that the commands train, built on no device."""
+    own = [line for line in commands.splitlines() if f"/{module.__name__}.py" in line]
+    if not own:
+        fail(
+            f"no command of {module.__name__}.py on standard input; pipe ./benchmark.sh all --runner dry-run into this"
+        )
+    found = {}
+    for flag in ("width_scale", "depth_scale"):
+        values = {match for line in own for match in re.findall(f"--{flag.replace('_', '-')} (\\S+)", line)}
+        for value in sorted(values, key=float):
+            flags = module.Args(**{flag: float(value) if flag == "width_scale" else int(value)})
+            with torch.device("meta"):
+                agent = module.Agent(flags, 67, 21, torch.device("meta"))
+            for name, encoder in (("Actor", agent.actor.encoder), ("Critic", agent.critic.encoders[0])):
+                blocks = sum(isinstance(part, module.ResidualBlock) for part in encoder)
+                what, size = (
+                    ("hidden dim", encoder[0].out_features) if flag == "width_scale" else ("num blocks", blocks)
+                )
+                found.setdefault(f"{name} {what}", []).append(str(size))
+    return {name: ", ".join(values) for name, values in found.items()}
+
+
+def simba(name: str, commands: str) -> Rows:
+    """Tables 2 and 3."""
+    module = importlib.import_module(name)
+    args = module.Args(width_scale=0.125)
+    agent = module.Agent(args, 3, 2, CPU)
+    optimizer, settings = type(agent.critic_optimizer).__name__, agent.critic_optimizer.param_groups[0]
+    kinds = {type(part).__name__ for network in (agent.actor.encoder, agent.critic.encoders[0]) for part in network}
+    block = "SimBa" if kinds == {"Linear", "ResidualBlock", "LayerNorm"} else " + ".join(sorted(kinds))
+    env = module.make_env(args)
+    gamma = module.default_gamma(env, args.action_repeat) if args.gamma is None else args.gamma
+    ours = {
+        **sizes(module, commands),
+        "Critic block type": block,
+        "Actor block type": block,
+        "Critic learning rate": settings["lr"],
+        "Actor learning rate": agent.actor_optimizer.param_groups[0]["lr"],
+        "Target critic momentum (tau)": args.tau,
+        "Batch size": args.batch_size,
+        "Optimizer": optimizer,
+        "Optimizer momentum": ", ".join(f"{beta:g}" for beta in settings["betas"]),
+        "Weight decay": settings["weight_decay"],
+        "Discount": "heuristic" if args.gamma is None else gamma,
+        "Replay ratio": args.updates_per_step,
+        "Clipped Double Q": args.clipped_double_q,
+    }
+    papers = dict(SIMBA)
+    if name == "sac_simba_sparse":
+        ours["Initial temperature"] = float(agent.alpha().detach())
+        ours["Temperature learning rate"] = agent.temperature_optimizer.param_groups[0]["lr"]
+        ours["Target entropy"] = target_entropy(module, agent, action_dim=2)
+        del papers["Exploration noise"]
+    else:
+        ours["Exploration noise"] = f"N(0, {args.exploration_noise:g}^2)"
+        for what in ("Initial temperature", "Temperature learning rate", "Target entropy"):
+            del papers[what]
+    rows = compare(ours, papers)
+    return [(what, f"heuristic ({gamma:g})" if mine == "heuristic" else mine, paper) for what, mine, paper in rows]
+
+
+def target_entropy(module, agent, action_dim: int) -> str:
+    """In actions, read off one update: the temperature's gradient is alpha * (entropy - target entropy)."""
+    alpha, obs = float(agent.alpha().detach()), torch.randn(4, 3)
+    batch = module.Batch(obs, torch.rand(4, action_dim), torch.rand(4), obs, torch.zeros(4))
+    entropy = module.update(agent, batch, *torch.randn(2, 4, action_dim), 0.99, 0.005)["entropy"]
+    ratio = float(entropy - agent.temperature["log_alpha"].grad / alpha) / action_dim
+    return f"{'-' * (ratio < 0)}dim(A)/{1 / abs(ratio):.3g}"
+
+
+def drqv2() -> Rows:
+    """Table 4."""
+    drq = importlib.import_module("drqv2_sparse")
+    args = drq.Args()
+    agent = drq.Agent(args, 12, CPU)
+    with torch.no_grad():
+        image = torch.zeros(1, drq.SIZE, drq.SIZE, 3 * drq.STACK, dtype=torch.uint8)
+        representation = agent.encoder.layers(image.permute(0, 3, 1, 2).float()).shape[1:]
+        assert agent.encoder(image).shape[1] == representation.numel()
+    hidden = max(row["shape"][0] for row in agent.layers["critic"] if len(row["shape"]) == 2)
+    schedule = (args.std_start, args.std_end, args.std_decay // args.action_repeat)
+    ours = {
+        "Replay buffer capacity": args.buffer_size,
+        "Action repeat": args.action_repeat,
+        "Seed frames": args.learning_starts,
+        "Exploration steps": args.learning_starts // args.action_repeat,
+        "n-step returns": args.n_step,
+        "Mini-batch size": args.batch_size,
+        "Discount": args.gamma,
+        "Optimizer": type(agent.critic_optimizer).__name__,
+        "Learning rate": agent.critic_optimizer.param_groups[0]["lr"],
+        "Critic Q-function soft-update rate": args.tau,
+        "Features dim.": args.feature_dim,
+        "Repr. dim.": " x ".join(map(str, representation)),
+        "Hidden dim.": hidden,
+        "Exploration stddev. clip": args.noise_clip,
+        "Exploration stddev. schedule": "linear({:g}, {:g}, {})".format(*schedule),
+    }
+    return compare(ours, DRQV2)
+
+
+def der() -> Rows:
+    """Table 5; rewards are clipped in the training loop, so their bounds are read off the source."""
+    module = importlib.import_module("der_impala_sparse")
+    args = module.Args()
+    env = module.make_env(args)
+    agent = module.Agent(args, int(env.action_space.n), CPU)
+    settings, frame = agent.optimizer.param_groups[0], env.reset(seed=0)[0]
+    kinds = {type(part).__name__ for part in agent.network.encoder}
+    impala = kinds == {"Conv2d", "MaxPool2d", "ResidualBlock", "ReLU"}
+    noisy = any(noise.any() for pair in agent.network.draw_noise() for noise in pair)
+    logits = agent.network(torch.zeros(1, *frame.shape, module.STACK, dtype=torch.uint8))
+    bounds = re.search(r"np\.clip\(reward, (\S+), (\S+)\)", Path(module.__file__).read_text())
+    ours = {
+        "Gray-scaling": frame.ndim == 2,
+        "Observation down-sampling": "x".join(map(str, frame.shape[:2])),
+        "Frames stacked": module.STACK,
+        "Action repetitions": args.action_repeat,
+        "Reward clipping": f"[{bounds[1]}, {bounds[2]}]" if bounds else "not found",
+        "Terminal on loss of life": args.terminal_on_life_loss,
+        "Update": "Distributional Q" if logits.shape[-1] == args.atoms else "Q",
+        "Dueling": {"advantage", "value"} <= dict(agent.network.named_children()).keys(),
+        "Support of Q-distribution": len(agent.support),
+        "Discount factor": args.gamma,
+        "Minibatch size": args.batch_size,
+        "Optimizer": type(agent.optimizer).__name__,
+        "Optimizer: learning rate": settings["lr"],
+        "Optimizer: epsilon": settings["eps"],
+        "Exploration": "Noisy nets" if noisy else "none",
+        "Noisy nets parameter": args.noisy_sigma,
+        "Training steps": f"{args.total_timesteps / args.action_repeat / 1000:g}K",
+        "Evaluation trajectories": args.final_eval_episodes,
+        "Min replay size for sampling": args.learning_starts // args.action_repeat,
+        "Updates per step": args.updates_per_step,
+        "Multi-step return length": args.n_step,
+        "CNN network": "IMPALA CNN" if impala else " + ".join(sorted(kinds)),
+        "Target network update period": args.target_interval,
+    }
+    return compare(ours, DER)
+
+
+def to_markdown(rows: Rows) -> str:
+    rows = [(*row, "" if row[1] == row[2] or row[1].startswith(f"{row[2]} (") else "differs") for row in rows]
+    rows = [("", "here", "the paper", ""), *rows]
+    widths = [max(3, *(len(row[column]) for row in rows)) for column in range(4)]
+    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]) + "\n"
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args)
+    warnings.filterwarnings("ignore", category=UserWarning, module="gymnasium")
+    os.environ.setdefault("MUJOCO_GL", "disabled")
+    torch.manual_seed(0)
+    match args.table:
+        case 1:
+            rows = tasks()
+        case 2 | 3:
+            rows = simba("sac_simba_sparse" if args.table == 2 else "ddpg_simba_sparse", sys.stdin.read())
+        case 4:
+            rows = drqv2()
+        case 5:
+            rows = der()
+    text = to_markdown(rows)
+    folder = Path(args.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "table.md").write_text(text)
+    print(f"Table {args.table}\n\n{text}")

@@ -1,0 +1,65 @@
+"""streaming.py on hand-made runs: which figures it draws, exact numbers in its table, what is missing is named."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from analysis import streaming
+from matplotlib.image import imread
+
+
+def write_run(folder: Path, returns: dict[int, float], finished: bool = True, **flags) -> None:
+    """A run of 1,000 env steps whose episodes end at some of them."""
+    flags = {"env_id": "Ant-v4", "width_scale": 1.0, "init": "lecun", "sparsity": 0.0, "seed": 1, **flags}
+    run = folder / f"run{len(list(folder.glob('*')))}"
+    run.mkdir(parents=True)
+    (run / "args.json").write_text(
+        json.dumps({"args": {**flags, "exp_name": "stream_ac_sparse", "total_timesteps": 1000}})
+    )
+    rows = [f"{step},{m},{value}" for step, r in returns.items() for m, value in (("return", r), ("length", 10))]
+    rows = [row.replace(",return", ",episode/return").replace(",length", ",episode/length") for row in rows]
+    rows += ["1000,final/return_mean,0.0"] if finished else []
+    (run / "metrics.csv").write_text("env_step,metric,value\n" + "\n".join(rows) + "\n")
+
+
+@pytest.fixture
+def main(monkeypatch, capsys, tmp_path):
+    def run(*flags: str) -> tuple[int, str, Path]:
+        out = tmp_path / "out"
+        where = ["--runs-dir", str(tmp_path / "runs"), "--output", str(out), "--bin", "500"]
+        monkeypatch.setattr(sys, "argv", ["streaming.py", *where, *flags])
+        try:
+            runpy.run_path(streaming.__file__, run_name="__main__")
+        except SystemExit as end:
+            return end.code, capsys.readouterr().err, out
+        return 0, capsys.readouterr().out, out
+
+    return run
+
+
+def test_figures_and_numbers(tmp_path, main):
+    for seed, last in ((1, 10.0), (2, 20.0)):
+        write_run(tmp_path / "runs", {400: 1.0, 950: last, 990: last + 2}, seed=seed, sparsity=0.84, width_scale=0.25)
+        write_run(tmp_path / "runs", {400: 1.0, 950: 5.0}, seed=seed)
+        write_run(tmp_path / "runs", {400: 1.0, 950: 7.0}, seed=seed, init="sparse_init")
+    write_run(tmp_path / "runs", {400: 1.0}, seed=3)
+    write_run(tmp_path / "runs", {400: 1.0}, seed=4, finished=False)
+    code, text, out = main("--figures", "13")
+    assert code == 0 and [path.name for path in out.glob("*.png")] == ["figure_13.png"]
+    assert "left out: run7 is at env step 400 of 1000" in text
+    assert "no final return: Ant-v4, width scale 1, dense, seed 3: no episode ended in its last tenth" in text
+    table = pd.read_csv(out / "final_returns.csv").set_index(["width_scale", "init", "sparsity"])
+    assert table.loc[(0.25, "lecun", 0.84), "mean"] == 16 and table.loc[(0.25, "lecun", 0.84), "seeds"] == 2
+    assert table.loc[(1.0, "sparse_init", 0.0), "mean"] == 7
+
+    code, _, out = main()
+    assert code == 0 and len(list(out.glob("*.png"))) == len(list(out.glob("*.svg"))) == 3
+    assert all(imread(path).std() > 0.01 for path in out.glob("*.png"))
+
+
+def test_no_runs(main):
+    code, text, _ = main()
+    assert code == 2 and text.startswith("error: no finished run") and text.count("\n") == 1
