@@ -284,11 +284,12 @@ if __name__ == "__main__":
     warnings.filterwarnings("ignore", category=UserWarning, module="gymnasium")
     os.environ.setdefault("MUJOCO_GL", "disabled")
     torch.manual_seed(0)
+    commands = "" if sys.stdin.isatty() else sys.stdin.read()  # always, or who writes them dies of a broken pipe
     match args.table:
         case 1:
             rows = tasks()
         case 2 | 3:
-            rows = simba("sac_simba_sparse" if args.table == 2 else "ddpg_simba_sparse", sys.stdin.read())
+            rows = simba("sac_simba_sparse" if args.table == 2 else "ddpg_simba_sparse", commands)
         case 4:
             rows = drqv2()
         case 5:
