@@ -105,6 +105,9 @@ def name(init: str, sparsity: float) -> str:
 
 def draw_curves(ax: Axes, data: pd.DataFrame, colours: dict[str, str]) -> None:
     """Mean over seeds, and a band from the lowest to the highest, for each variant of one task and width."""
+    if data.empty:
+        ax.text(0.5, 0.5, "no finished run", ha="center", transform=ax.transAxes)
+        return
     for (init, sparsity), variant in data.groupby(["init", "sparsity"]):
         seeds = variant.pivot(index="env_step", columns="seed", values="return")
         label = f"{name(init, sparsity)} ({seeds.shape[1]} seed{'s' * (seeds.shape[1] > 1)})"
