@@ -705,7 +705,7 @@ class PrioritizedReplay:
         self.action[last], self.reward[last], self.terminal[last] = action, reward, terminal
         self._append(frame, self.start[last])
         newest = self.added - 1
-        first = max(self.start[last], newest - self.n_step)
+        first = max(self.start[last], newest - self.n_step, newest - self.capacity + 1)
         whole = np.arange(first, newest if terminal else newest - self.n_step + 1)  # the new starting points
         self.priority[whole % len(self.frames)] = self.largest
 

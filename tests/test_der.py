@@ -153,6 +153,16 @@ def test_a_full_ring_forgets_the_oldest(tmp_path):
     assert np.array_equal(batch.next_obs[0, ..., 3], film[(int(batch.action[0]) + 2) % 7])
 
 
+def test_a_replay_too_small_for_a_return_has_nothing_to_sample(tmp_path):
+    replay, frame = make_replay(tmp_path, capacity=5, n_step=10), frames(1)[0]
+    replay.begin(frame)
+    for _ in range(40):
+        replay.add(0, 0.0, False, frame)
+    assert not replay.ready()
+    replay.add(0, 0.0, True, frame)
+    assert set(np.flatnonzero(replay.priority)) == {(40 - k) % 25 for k in range(4)}
+
+
 def test_replay_comes_back_from_its_state(replay, tmp_path):
     replay.set_priorities(torch.tensor([1, 4]), torch.tensor([2.0, 3.0]))
     other = make_replay(tmp_path, n_step=3, gamma=0.5)
