@@ -2,25 +2,31 @@
 
     python sparse_zoo/analysis/bench_der.py
     python sparse_zoo/analysis/bench_der.py --bf16
+    THP_MEM_ALLOC_ENABLE=1 python sparse_zoo/analysis/bench_der.py    # large memory pages for plain PyTorch as well
 
-For each width and sparsity, in one process, in turns: `plain` is the encoder in PyTorch's default layout, the whole
-batch at once, with two passes without gradient and one with; `encoder` is the same with our layout and parts; `update`
-is a whole update (encoder, noisy layers, loss, Adam); `act` chooses one action; `replay` adds a frame, draws a batch
-and changes its priorities, in a replay of 100,000 frames; `env` is one decision of Pong. Times are medians in ms.
+For each width and sparsity, in turns: `plain` is the dense encoder in PyTorch's default layout, the whole batch at
+once, with two passes without gradient and one with, in a process of its own with PyTorch's defaults; `encoder` is the
+same with our layout, parts and pages; `update` is a whole update (encoder, noisy layers, loss, Adam); `act` chooses one
+action; `replay` adds a frame, draws a batch and changes its priorities, in a replay of 100,000 frames; `env` is one
+decision of Pong. Times are medians in ms. GFLOP/s are those of `encoder`; a product of two matrices of 2048 x 2048, the
+first line, shows what PyTorch reaches here.
 """
 
+import multiprocessing
 import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from sys import path
 
 import numpy as np
 import torch
 import tyro
+from torch.utils.flop_counter import FlopCounterMode
 
 path.insert(0, str(Path(__file__).resolve().parents[1]))
 import der_impala_sparse as der
@@ -67,11 +73,24 @@ def passes(encode: Callable[[], torch.Tensor]) -> Callable[[], None]:
     return run
 
 
-def parts(args: Args, width: float, sparsity: float, replay: der.PrioritizedReplay, env) -> dict[str, Callable]:
+def serve_plain(connection: Connection, threads: int) -> None:
+    """A process that runs the encoder as PyTorch comes, once for each width that it is sent."""
+    torch.set_num_threads(threads)
+    images, encoders = torch.rand(der.Args.batch_size, der.STACK, der.SIZE, der.SIZE), {}
+    while width := connection.recv():
+        if width not in encoders:
+            encoders[width] = der.impala(width, 2)
+        passes(lambda: encoders[width](images))()
+        connection.send("done")
+
+
+def parts(
+    args: Args, width: float, sparsity: float, replay: der.PrioritizedReplay, env, plain: Connection
+) -> dict[str, Callable]:
     flags = der.Args(width_scale=width, sparsity=sparsity, bf16=args.bf16)
-    agent, plain = der.Agent(flags, ACTIONS, CPU), der.impala(width, 2)
+    agent = der.Agent(flags, ACTIONS, CPU)
     batch = replay.sample(flags.batch_size, CPU)
-    images, stack = batch.obs.permute(0, 3, 1, 2).contiguous().float() / 255, batch.obs[0].numpy()
+    stack = batch.obs[0].numpy()
     last = replay.frames[(replay.added - 1) % len(replay.frames)].copy()
 
     def update() -> None:
@@ -88,7 +107,7 @@ def parts(args: Args, width: float, sparsity: float, replay: der.PrioritizedRepl
             env.reset()
 
     return {
-        "plain": passes(lambda: plain(images)),
+        "plain": lambda: (plain.send(width), plain.recv()),
         "encoder": passes(lambda: agent.network.encode(batch.obs)),
         "update": update,
         "act": lambda: der.act(agent, stack, agent.network.draw_noise()),
@@ -113,20 +132,32 @@ def measure(functions: dict[str, Callable], turns: int) -> dict[str, float]:
 
 if __name__ == "__main__":
     args = tyro.cli(Args)
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the agent does, here for both sides
     threads = args.threads or torch.get_num_threads()
+    plain, theirs = multiprocessing.Pipe()
+    multiprocessing.get_context("spawn").Process(target=serve_plain, args=(theirs, threads), daemon=True).start()
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the agent does
     der.numba.set_num_threads(threads)
     torch.set_num_threads(threads)
     env = der.make_env(der.Args())
     env.reset(seed=0)
     names = ["plain", "encoder", "update", "act", "replay", "env"]
+    matrix = torch.rand(2048, 2048)
+    print(f"matrix product: {2 * 2048**3 / measure({'': lambda: matrix @ matrix}, args.turns)[''] / 1e6:.0f} GFLOP/s")
     with tempfile.TemporaryDirectory() as folder:
         replay = make_replay(folder)
-        print("width  sparsity" + "".join(f"{name:>9}" for name in names) + "  steps/s  encoder/plain  replay+env")
+        print(
+            "width  sparsity"
+            + "".join(f"{name:>9}" for name in names)
+            + "  steps/s  encoder/plain  replay+env  GFLOP/s"
+        )
         for width in args.width_scale:
             for sparsity in args.sparsity:
-                ms = measure(parts(args, width, sparsity, replay, env), args.turns)
+                functions = parts(args, width, sparsity, replay, env, plain)
+                with FlopCounterMode(display=False) as counter:
+                    functions["encoder"]()
+                ms = measure(functions, args.turns)
                 decision = ms["update"] + ms["act"] + ms["replay"] + ms["env"]
                 print(f"{width:5g}{sparsity:10g}" + "".join(f"{ms[name]:9.2f}" for name in names), end="")
                 share = (ms["replay"] + ms["env"]) / decision
-                print(f"{1000 / decision:9.2f}{ms['encoder'] / ms['plain']:15.3f}{share:12.1%}", flush=True)
+                print(f"{1000 / decision:9.2f}{ms['encoder'] / ms['plain']:15.3f}{share:12.1%}", end="")
+                print(f"{counter.get_total_flops() / ms['encoder'] / 1e6:9.0f}", flush=True)
