@@ -37,6 +37,14 @@ def test_every_run_is_kept_as_it_is(tmp_path):
     ]
     assert imageio.imread(tmp_path / "out" / "learning_curves.png").std() > 1
 
+    write_run(tmp_path / "more", "c", 3, 0.9, {0: 25.0})
+    command = [sys.executable, str(SCRIPT), "--runs-dir", "more", "--earlier", "out/returns.csv.gz", "--output", "both"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    both = pd.read_csv(tmp_path / "both" / "returns.csv.gz", float_precision="round_trip")
+    pd.testing.assert_frame_equal(both[:3], table)
+    assert list(both.loc[3, ["seed", "sparsity", "env_step", "value"]]) == [3, 0.9, 0, 25.0]
+
 
 def test_published_curve_of_a_task():
     curve = learning_curves.published("sac_simba_sparse", "dm_control/walker-walk-v0").set_index("env_step")
@@ -44,6 +52,13 @@ def test_published_curve_of_a_task():
     assert curve.loc[50_000, "seeds"] == 10
     assert len(learning_curves.published("ddpg_simba_sparse", "dm_control/humanoid-run-v0")) == 21
     assert len(learning_curves.published("ddpg_simba_sparse", "Walker2d-v5")) == 0
+    pixels = learning_curves.published("drqv2_sparse", "dm_control/cartpole-balance-v0").set_index("env_step")
+    assert pixels.loc[60_000, "mean"] == pytest.approx(984.6)
+
+
+def test_scores_of_atari_games():
+    assert learning_curves.atari_scores("ALE/Pong-v5") == {"random": -20.7, "human": 14.6}
+    assert learning_curves.atari_scores("ALE/Tetris-v5") == {}
 
 
 def test_no_runs(tmp_path):

@@ -1,10 +1,12 @@
 """Evaluation returns over training, task by task, beside published curves; and the same numbers as one small file.
 
     python sparse_zoo/analysis/learning_curves.py --runs-dir runs --output results/learning_curves
+    python sparse_zoo/analysis/learning_curves.py --runs-dir runs --earlier returns.csv.gz --output results/both
 
-Every run of the folder is drawn as a line of its own, unfinished ones as far as they came. The published curves (mean
-and one standard deviation over 10 seeds, dense networks) are those of the SimBa repository (SonyResearch/simba,
-Apache-2.0): docs/results/published_curves_dmc.csv.
+Every run of the folder is drawn as a line of its own, unfinished ones as far as they came, and beside them those of
+earlier calls. The published curves (mean and one standard deviation over seeds, dense networks) are those of the
+repositories of SimBa (SonyResearch/simba, Apache-2.0) and DrQ-v2 (facebookresearch/drqv2, MIT), in docs/results. Atari
+games show the scores of random play and of humans (atari26_scores.csv) where they are in the picture.
 """
 
 import json
@@ -17,8 +19,14 @@ import pandas as pd
 import tyro
 from matplotlib.figure import Figure
 
-PUBLISHED = Path(__file__).resolve().parents[2] / "docs" / "results" / "published_curves_dmc.csv"
-ALGORITHMS = {"sac_simba_sparse": "SAC SimBa", "ddpg_simba_sparse": "DDPG SimBa"}
+PUBLISHED = sorted((Path(__file__).resolve().parents[2] / "docs" / "results").glob("published_curves_*.csv"))
+ATARI = Path(__file__).with_name("atari26_scores.csv")
+ALGORITHMS = {
+    "sac_simba_sparse": "SAC SimBa",
+    "ddpg_simba_sparse": "DDPG SimBa",
+    "drqv2_sparse": "DrQ-v2",
+    "der_impala_sparse": "DER IMPALA",
+}
 FLAGS = ["exp_name", "env_id", "width_scale", "depth_scale", "sparsity", "actor_sparsity", "critic_sparsity", "seed"]
 
 
@@ -26,13 +34,15 @@ FLAGS = ["exp_name", "env_id", "width_scale", "depth_scale", "sparsity", "actor_
 class Args:
     runs_dir: str = "runs"
     """folder that holds one folder per run"""
+    earlier: tuple[str, ...] = ()
+    """returns.csv.gz files that earlier calls left, whose runs are drawn as well"""
     output: str = "results/learning_curves"
     """folder of the figure and the numbers"""
 
 
-def load(runs_dir: Path) -> pd.DataFrame:
+def load(runs_dir: Path, earlier: tuple[str, ...] = ()) -> pd.DataFrame:
     """One row per return: the flags that name a run, env_step, metric (eval/, final/ or episode/), value."""
-    tables = []
+    tables = [pd.read_csv(path) for path in earlier]
     for path in sorted(runs_dir.glob("*/args.json")):
         flags = json.loads(path.read_text())["args"]
         metrics = pd.read_csv(path.parent / "metrics.csv", usecols=["env_step", "metric", "value"])
@@ -46,9 +56,16 @@ def load(runs_dir: Path) -> pd.DataFrame:
 
 def published(exp_name: str, env_id: str) -> pd.DataFrame:
     """The published curve of a task: env_step, mean, std; empty if there is none."""
-    curves = pd.read_csv(PUBLISHED)
+    curves = pd.concat([pd.read_csv(path) for path in PUBLISHED])
     task = env_id.removeprefix("dm_control/").removesuffix("-v0").replace("-", "_")
     return curves[(curves.algorithm == ALGORITHMS.get(exp_name)) & (curves.task == task)]
+
+
+def atari_scores(env_id: str) -> dict[str, float]:
+    """Scores of random and human play, {} for what is not one of the 26 games of Atari-100k."""
+    scores = pd.read_csv(ATARI, index_col="game")
+    game = env_id.removeprefix("ALE/").removesuffix("-v5")
+    return scores.loc[game].to_dict() if game in scores.index else {}
 
 
 def draw(returns: pd.DataFrame) -> Figure:
@@ -66,6 +83,10 @@ def draw(returns: pd.DataFrame) -> Figure:
         for (sparsity, seed), run in evaluations.groupby(["sparsity", "seed"]):
             name = f"sparsity {sparsity:g}" if sparsity else "dense"
             ax.plot(run.env_step, run.value, color=colours[sparsity], marker="o", ms=3, label=f"{name}, seed {seed}")
+        low, high = evaluations.value.agg(["min", "max"])
+        for play, score in atari_scores(env_id).items():
+            if play == "random" or low <= score <= high:
+                ax.axhline(score, color="0.4", ls=":" if play == "random" else "--", label=f"{play} play")
         ax.set(title=f"{ALGORITHMS.get(exp_name, exp_name)}, {env_id}", xlabel="env steps", ylabel="evaluation return")
         ax.title.set_fontsize(9)
         ax.legend(frameon=False, fontsize=8)
@@ -74,7 +95,7 @@ def draw(returns: pd.DataFrame) -> Figure:
 
 if __name__ == "__main__":
     args = tyro.cli(Args)
-    returns = load(Path(args.runs_dir))
+    returns = load(Path(args.runs_dir), args.earlier)
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     returns.to_csv(output / "returns.csv.gz", index=False, compression={"method": "gzip", "mtime": 0})
