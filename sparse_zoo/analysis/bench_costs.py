@@ -52,7 +52,7 @@ def simba_rows(agent: str, seconds: float) -> list[dict]:
     module, short = importlib.import_module(agent), agent.split("_")[0]
     rows = []
     for width, sparsity in ((0.25, 0), (0.5, 0), (1, 0), (2, 0), (1, 0.9), (2, 0.9), (4, 0.8), (4, 0.9)):
-        update = build(UpdateArgs(agent=short, width_scale=width, sparsity=sparsity, threads=1), "ours")
+        update, _ = build(UpdateArgs(agent=short, width_scale=width, sparsity=sparsity, threads=1), "ours")
         size = {"width_scale": width, "depth_scale": 1, "sparsity": sparsity, "batch_size": 256}
         rows.append({"what": "update", **size, "ms": milliseconds(update, seconds)})
     for task in ("humanoid-run", "dog-run", "cheetah-run", "walker-run"):

@@ -1,0 +1,38 @@
+"""bench_update.py: it measures, and its count of arithmetic is that of PyTorch's own counter."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from torch.utils.flop_counter import FlopCounterMode
+
+SCRIPT = Path(__file__).parents[1] / "sparse_zoo" / "analysis" / "bench_update.py"
+sys.path.insert(0, str(SCRIPT.parent))
+import bench_update  # noqa: E402
+
+
+def test_one_row():
+    flags = ["--width-scale", "0.25", "--sparsity", "0.9", "--turns", "1", "--turn-seconds", "0.01", "--threads", "1"]
+    done = subprocess.run([sys.executable, str(SCRIPT), *flags], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    ratio = dict(part.split("=") for part in done.stdout.splitlines()[-1].removeprefix("ratio ").split())
+    assert 0.05 < float(ratio["time"]) < 20 and 0.2 < float(ratio["memory"]) < 2
+
+
+@pytest.mark.parametrize("agent", ["sac", "ddpg"])
+def test_arithmetic_of_a_dense_update(agent):
+    args = bench_update.Args(agent=agent, width_scale=1.0, sparsity=0.0, threads=1)
+    update, weights = bench_update.build(args, "ours")
+    with FlopCounterMode(display=False) as counter:
+        update()
+    assert bench_update.gflop(args, weights) == pytest.approx(counter.get_total_flops() / 1e9, rel=0.02)
+
+
+def test_figure():
+    row = {"twin_ms": 90.0, "ours_ms": 40.0, "twin_mib": 700.0, "ours_mib": 600.0, "gflop": 3.0}
+    table = pd.DataFrame({"width_scale": width, "sparsity": s, **row} for width in (1.0, 2.0) for s in (0.0, 0.9))
+    axes = bench_update.draw(table).axes
+    assert [len(ax.lines) for ax in axes] == [3, 3, 2]
+    assert list(axes[0].lines[-1].get_ydata()) == [90.0, 90.0]
