@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numba
 import numpy as np
 import pandas as pd
 import torch
@@ -151,8 +152,10 @@ if __name__ == "__main__":
         if agent not in AGENTS:
             print(f"error: --agents {agent}: must be of {' '.join(AGENTS)}", file=sys.stderr)
             sys.exit(2)
-    torch.set_num_threads(1)
+    numba.set_num_threads(1)
+    torch.set_num_threads(1)  # after numba, whose start sets the number for both
     os.environ.setdefault("MUJOCO_GL", "egl")
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as drqv2_sparse.py and der_impala_sparse.py do
     for agent in args.agents:
         others = {"drqv2_sparse": drqv2_rows, "stream_ac_sparse": stream_rows, "der_impala_sparse": der_rows}
         measure = others.get(agent)
