@@ -10,6 +10,7 @@ games show the scores of random play and of humans (atari26_scores.csv) where th
 """
 
 import json
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,8 +73,11 @@ def draw(returns: pd.DataFrame) -> Figure:
     """One panel per algorithm and task."""
     panels = returns.groupby(["exp_name", "env_id"])
     colours = {sparsity: f"C{index}" for index, sparsity in enumerate(np.sort(returns.sparsity.unique()))}
-    axes = (figure := Figure((4.2 * len(panels), 3.6), layout="constrained")).subplots(1, len(panels), squeeze=False)[0]
-    for ax, ((exp_name, env_id), panel) in zip(axes, panels):
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure((4.2 * columns, 3.6 * rows), layout="constrained")
+    axes = iter(figure.subplots(rows, columns, squeeze=False).flat)
+    for ((exp_name, env_id), panel), ax in zip(panels, axes):
         reference = published(exp_name, env_id)
         reference = reference[reference.env_step <= panel.env_step.max()]
         if len(reference):
@@ -89,7 +93,9 @@ def draw(returns: pd.DataFrame) -> Figure:
                 ax.axhline(score, color="0.4", ls=":" if play == "random" else "--", label=f"{play} play")
         ax.set(title=f"{ALGORITHMS.get(exp_name, exp_name)}, {env_id}", xlabel="env steps", ylabel="evaluation return")
         ax.title.set_fontsize(9)
-        ax.legend(frameon=False, fontsize=8)
+        ax.legend(frameon=False, fontsize=8, loc="lower right")
+    for ax in axes:  # those that are left
+        ax.axis("off")
     return figure
 
 
