@@ -162,7 +162,7 @@ def compare(args: Args) -> dict[str, float]:
     for side, pipe in pipes.items():
         pipe.send(0)
         result[f"{side}_ms"] = 1000 * statistics.median(seconds[side])
-        result[f"{side}_mib"], weights = pipe.recv()
+        result[f"{side}_mib"], weights = pipe.recv()  # ours comes last, so these are its weights
     for process in processes:
         process.join()
     ratios = [ours / twin for ours, twin in zip(seconds["ours"], seconds["twin"])]
