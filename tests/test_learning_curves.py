@@ -64,3 +64,7 @@ def test_scores_of_atari_games():
 def test_no_runs(tmp_path):
     done = subprocess.run([sys.executable, str(SCRIPT)], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (2, "error: no run in runs\n")
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--earlier", "no.gz"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (2, "error: --earlier no.gz: no such file\n")

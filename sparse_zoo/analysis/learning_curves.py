@@ -43,6 +43,10 @@ class Args:
 
 def load(runs_dir: Path, earlier: tuple[str, ...] = ()) -> pd.DataFrame:
     """One row per return: the flags that name a run, env_step, metric (eval/, final/ or episode/), value."""
+    for path in earlier:
+        if not Path(path).is_file():
+            print(f"error: --earlier {path}: no such file", file=sys.stderr)
+            sys.exit(2)
     tables = [pd.read_csv(path) for path in earlier]
     for path in sorted(runs_dir.glob("*/args.json")):
         flags = json.loads(path.read_text())["args"]
