@@ -38,11 +38,13 @@ def test_every_run_is_kept_as_it_is(tmp_path):
     assert imageio.imread(tmp_path / "out" / "learning_curves.png").std() > 1
 
     write_run(tmp_path / "more", "c", 3, 0.9, {0: 25.0})
+    write_run(tmp_path / "more", "a", 1, 0.0, {0: 30.5, 10_000: 1 / 3})  # is among the earlier ones
     command = [sys.executable, str(SCRIPT), "--runs-dir", "more", "--earlier", "out/returns.csv.gz", "--output", "both"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     both = pd.read_csv(tmp_path / "both" / "returns.csv.gz")
     pd.testing.assert_frame_equal(both[:3], table)
+    assert len(both) == 4
     assert list(both.loc[3, ["seed", "sparsity", "env_step", "value"]]) == [3, 0.9, 0, 25.0]
 
 
@@ -54,6 +56,22 @@ def test_published_curve_of_a_task():
     assert len(learning_curves.published("ddpg_simba_sparse", "Walker2d-v5")) == 0
     pixels = learning_curves.published("drqv2_sparse", "dm_control/cartpole-balance-v0").set_index("env_step")
     assert pixels.loc[60_000, "mean"] == pytest.approx(984.6)
+
+
+def test_networks_of_two_widths_are_two_lines():
+    rows = [(0.5, 0.0, 1), (0.5, 0.8, 1), (1.0, 0.8, 1), (1.0, 0.8, 2)]
+    columns = {"depth_scale": 1, "actor_sparsity": None, "critic_sparsity": None, "metric": "eval/return_mean"}
+    columns |= {"exp_name": "sac_simba_sparse", "env_id": "dm_control/walker-walk-v0"}
+    table = pd.DataFrame(rows, columns=["width_scale", "sparsity", "seed"]).assign(**columns)
+    table = pd.concat([table.assign(env_step=step, value=step / 100) for step in (0, 10_000)])
+    axes = learning_curves.draw(table).axes[0]
+    lines = [line for line in axes.lines if len(line.get_xdata()) == 2]
+    assert len(lines) == 4 and len({line.get_color() for line in lines}) == 3
+    assert [text.get_text() for text in axes.get_legend().get_texts()][:3] == [
+        "dense, width scale 0.5, seed 1",
+        "sparsity 0.8, width scale 0.5, seed 1",
+        "sparsity 0.8, width scale 1, 2 seeds",
+    ]
 
 
 def test_scores_of_atari_games():

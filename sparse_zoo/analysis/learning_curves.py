@@ -15,7 +15,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import tyro
 from matplotlib.figure import Figure
@@ -56,7 +55,7 @@ def load(runs_dir: Path, earlier: tuple[str, ...] = ()) -> pd.DataFrame:
     if not tables:
         print(f"error: no run in {runs_dir}", file=sys.stderr)
         sys.exit(2)
-    return pd.concat(tables, ignore_index=True)
+    return pd.concat(tables).drop_duplicates(ignore_index=True)  # a run may be among the earlier ones as well
 
 
 def published(exp_name: str, env_id: str) -> pd.DataFrame:
@@ -73,10 +72,23 @@ def atari_scores(env_id: str) -> dict[str, float]:
     return scores.loc[game].to_dict() if game in scores.index else {}
 
 
+def network_names(panel: pd.DataFrame) -> pd.Series:
+    """What a legend calls the network of each row: its sparsity, and those flags in which the networks differ."""
+    names = panel.sparsity.map(lambda sparsity: f"sparsity {sparsity:g}" if sparsity else "dense")
+    for flag in ("width_scale", "depth_scale", "actor_sparsity", "critic_sparsity"):
+        values = panel[flag].astype(float)
+        if values.nunique(dropna=False) > 1:
+            given = values.map(lambda value, flag=flag: f", {flag.replace('_', ' ')} {value:g}")
+            names += given.where(values.notna(), "")
+    return names
+
+
 def draw(returns: pd.DataFrame) -> Figure:
-    """One panel per algorithm and task."""
+    """One panel per algorithm and task; the seeds of a network share a colour."""
+    names = pd.concat([network_names(panel) for _, panel in returns.groupby(["exp_name", "env_id"])])
+    returns = returns.assign(network=names).sort_values(["width_scale", "sparsity"], kind="stable")
     panels = returns.groupby(["exp_name", "env_id"])
-    colours = {sparsity: f"C{index}" for index, sparsity in enumerate(np.sort(returns.sparsity.unique()))}
+    colours = {network: f"C{index % 10}" for index, network in enumerate(returns.network.unique())}
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
     figure = Figure((4.2 * columns, 3.6 * rows), layout="constrained")
@@ -88,16 +100,19 @@ def draw(returns: pd.DataFrame) -> Figure:
             how = {"color": "0.4", "fmt": "s", "ms": 4, "capsize": 3, "label": "published, dense (mean, std)"}
             ax.errorbar(reference.env_step, reference["mean"], reference["std"], **how)
         evaluations = panel[panel.metric == "eval/return_mean"]
-        for (sparsity, seed), run in evaluations.groupby(["sparsity", "seed"]):
-            name = f"sparsity {sparsity:g}" if sparsity else "dense"
-            ax.plot(run.env_step, run.value, color=colours[sparsity], marker="o", ms=3, label=f"{name}, seed {seed}")
+        for network, runs in evaluations.groupby("network", sort=False):
+            count = runs.seed.nunique()
+            label = f"{network}, seed {runs.seed.iloc[0]}" if count == 1 else f"{network}, {count} seeds"
+            for _, run in runs.groupby("seed"):
+                ax.plot(run.env_step, run.value, color=colours[network], marker="o", ms=3, label=label)
+                label = None
         low, high = evaluations.value.agg(["min", "max"])
         for play, score in atari_scores(env_id).items():
             if play == "random" or low <= score <= high:
                 ax.axhline(score, color="0.4", ls=":" if play == "random" else "--", label=f"{play} play")
         ax.set(title=f"{ALGORITHMS.get(exp_name, exp_name)}, {env_id}", xlabel="env steps", ylabel="evaluation return")
         ax.title.set_fontsize(9)
-        ax.legend(frameon=False, fontsize=8, loc="lower right")
+        ax.legend(frameon=False, fontsize=8)
     for ax in axes:  # those that are left
         ax.axis("off")
     return figure
