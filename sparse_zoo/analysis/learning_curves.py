@@ -49,8 +49,7 @@ def load(runs_dir: Path, earlier: tuple[str, ...] = ()) -> pd.DataFrame:
     tables = [pd.read_csv(path, float_precision="round_trip") for path in earlier]
     for path in sorted(runs_dir.glob("*/args.json")):
         flags = json.loads(path.read_text())["args"]
-        columns = ["env_step", "metric", "value"]
-        metrics = pd.read_csv(path.parent / "metrics.csv", usecols=columns, float_precision="round_trip")
+        metrics = pd.read_csv(path.parent / "metrics.csv", usecols=["env_step", "metric", "value"])
         metrics = metrics[metrics.metric.str.contains("/return")]
         tables.append(metrics.assign(**{name: flags.get(name) for name in FLAGS})[[*FLAGS, *metrics]])
     if not tables:
