@@ -46,7 +46,7 @@ def load(runs_dir: Path, earlier: tuple[str, ...] = ()) -> pd.DataFrame:
         if not Path(path).is_file():
             print(f"error: --earlier {path}: no such file", file=sys.stderr)
             sys.exit(2)
-    tables = [pd.read_csv(path, float_precision="round_trip") for path in earlier]
+    tables = [pd.read_csv(path) for path in earlier]
     for path in sorted(runs_dir.glob("*/args.json")):
         flags = json.loads(path.read_text())["args"]
         metrics = pd.read_csv(path.parent / "metrics.csv", usecols=["env_step", "metric", "value"])
