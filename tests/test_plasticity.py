@@ -258,6 +258,14 @@ def test_chosen_metrics_and_variants(main, tmp_path):
     }
 
 
+@pytest.mark.parametrize("variant,columns", [("1:0", 1), ("4:0", 2)])
+def test_tasks_without_a_chosen_network_are_not_drawn(variant, columns, main, tmp_path):
+    write_study(tmp_path / "runs")
+    assert main("plasticity.py", "--figure", "over-training", "--output", "out", "--variants", variant)[0] == 0
+    assert len(pd.read_csv(tmp_path / "out" / "over-training.csv").algorithm.unique()) == columns
+    assert imread(tmp_path / "out" / "over-training.png").shape[1] == pytest.approx(150 * max(4.2 * columns, 6), abs=1)
+
+
 def test_legend_says_how_many_seeds():
     seeds = [[1, 1], [3, 3], [1, 4], [3, 2]]
     said = [plasticity.count_seeds(pd.Series(counts)) for counts in seeds]

@@ -18,6 +18,7 @@ from pathlib import Path
 import pandas as pd
 import tyro
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
 PUBLISHED = sorted((Path(__file__).resolve().parents[2] / "docs" / "results").glob("published_curves_*.csv"))
 ATARI = Path(__file__).with_name("atari26_scores.csv")
@@ -112,7 +113,8 @@ def draw(returns: pd.DataFrame) -> Figure:
                 ax.axhline(score, color="0.4", ls=":" if play == "random" else "--", label=f"{play} play")
         ax.set(title=f"{ALGORITHMS.get(exp_name, exp_name)}, {env_id}", xlabel="env steps", ylabel="evaluation return")
         ax.title.set_fontsize(9)
-        ax.legend(frameon=False, fontsize=8)
+        ax.xaxis.set_major_formatter(EngFormatter(sep=" "))
+        ax.legend(fontsize=8, framealpha=0.7, edgecolor="none")
     for ax in axes:  # those that are left
         ax.axis("off")
     return figure

@@ -307,7 +307,8 @@ def draw(curves: pd.DataFrame, ends: pd.DataFrame, metrics: tuple[str, ...], pan
     styles = {line: {"marker": marker, "color": grey} for line, (marker, grey) in zip(ends["line"].unique(), greys)}
     handles = make_legend(curves, ends if "end" in panels else ends.iloc[:0], colours, styles)
     rows = list(product(metrics, panels))
-    columns = sorted(set(ends[COLUMN].itertuples(index=False, name=None)))
+    shown = ends if "end" in panels else curves  # not the tasks that --variants leaves empty
+    columns = sorted(set(shown[COLUMN].itertuples(index=False, name=None)))
     abreast = (len(rows), len(columns)) == (2, 1)
     down, across = (1, 2) if abreast else (len(rows), len(columns))
     figure = Figure((max(4.2 * across, 6), 2.4 * down + 0.8 + 0.2 * len(handles)), layout="constrained")
