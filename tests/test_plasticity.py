@@ -234,6 +234,10 @@ def test_pictures_and_tables(figure, main, tmp_path):
     assert len({line.count("|") for line in table}) == 1
     assert len(table) == 2 + len(ends.drop_duplicates(plasticity.CONFIGURATION))
     assert any("| width x4, depth x1, sparsity 0.9 | never | 2 | " in line and "55 [50, 60]" in line for line in table)
+    every = pd.read_csv(tmp_path / "out" / f"{figure}_runs.csv.gz")
+    assert set(every.metric) == {*DIAGNOSTICS, RETURN} and not every.duplicated(["run", "env_step", "metric"]).any()
+    value = every[(every.run == "w4.0_s0.9_2_None") & (every.metric == RETURN) & (every.env_step == 300)].value
+    assert value.tolist() == pytest.approx([3 * (10 * 4 * 0.1 + 2)])
     if figure == "against-sparsity":
         assert not (tmp_path / "out" / f"{figure}.csv").exists()
         return

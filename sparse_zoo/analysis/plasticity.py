@@ -379,7 +379,7 @@ if __name__ == "__main__":
             fail(f"--metrics {metric}: in no finished run; there are {', '.join(sorted(set(data.metric)))}")
     for line in find_gaps(data, metrics):
         print(f"missing: {line}")
-    data = data[data.metric.isin(metrics)]
+    everything, data = data, data[data.metric.isin(metrics)]
     chosen = select_variants(data, args.variants) if "training" in panels else data.iloc[:0]
     if (count := len(chosen[["size", "sparsity"]].drop_duplicates())) > 10:
         fail(f"{count} networks are more than 10 colours; choose some with --variants WIDTH_SCALE:SPARSITY ...")
@@ -395,5 +395,7 @@ if __name__ == "__main__":
     if "training" in panels:
         curves.to_csv(folder / f"{args.figure}.csv", index=False)
     ends.to_csv(folder / f"{args.figure}_end.csv", index=False)
+    gzip = {"method": "gzip", "mtime": 0}  # without the time, so that the same runs give the same file
+    everything.to_csv(folder / f"{args.figure}_runs.csv.gz", index=False, compression=gzip)
     (folder / f"{args.figure}_end.md").write_text(to_markdown(ends, metrics))
     print(f"{data.run.nunique()} runs: pictures and tables are {folder / args.figure}*")
