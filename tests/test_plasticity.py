@@ -4,6 +4,7 @@ import json
 import math
 import re
 import runpy
+import shutil
 import sys
 from itertools import product
 from pathlib import Path
@@ -248,6 +249,31 @@ def test_pictures_and_tables(figure, main, tmp_path):
     assert len(dense) == (2 if figure == "reset" else 1)
     assert dense[["mean", "low", "high", "seeds"]].iloc[0].tolist() == pytest.approx([34.5, 33, 36, 2])
     assert set(curves.reset_interval) == ({0, 400} if figure == "reset" else {0})
+
+
+def test_runs_of_earlier_calls(main, tmp_path):
+    """Half of the runs from the table that an earlier call left: the same as all of them from their folders."""
+    write_study(tmp_path / "runs")
+    assert main("plasticity.py", "--output", "whole")[0] == 0
+    everything = pd.read_csv(tmp_path / "whole" / "over-training_runs.csv.gz")
+    names = everything.run.unique()
+    first = everything[everything.run.isin(names[: len(names) // 2 + 1])]
+    first.to_csv(tmp_path / "first.csv.gz", index=False)
+    for name in names[: len(names) // 2]:  # one run is in both
+        shutil.rmtree(tmp_path / "runs" / name)
+    twice = ("--earlier", "first.csv.gz", "first.csv.gz")
+    code, out, _ = main("plasticity.py", *twice, "--output", "parts")
+    assert code == 0 and f"{len(names)} runs" in out
+    for table in ("over-training.csv", "over-training_end.csv"):
+        whole, parts = (pd.read_csv(tmp_path / folder / table) for folder in ("whole", "parts"))
+        key = [column for column in whole if column not in ("mean", "low", "high")]
+        assert len(key) < len(whole.columns)
+        pd.testing.assert_frame_equal(
+            whole.sort_values(key, ignore_index=True), parts.sort_values(key, ignore_index=True)
+        )
+    for bad in ("nowhere.csv.gz", "whole/over-training_end.csv"):
+        code, _, err = main("plasticity.py", "--earlier", bad)
+        assert code == 2 and bad in err and err.count("\n") == 1
 
 
 def test_chosen_metrics_and_variants(main, tmp_path):

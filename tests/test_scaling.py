@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -146,6 +147,29 @@ def test_pictures_of_single_tasks(tmp_path, main, figure):
     assert table[table.width_scale == 4]["mean"].tolist() == [402, 402]
     assert table[table.width_scale == 4]["std"].tolist() == [1, 1]
     assert len(pd.read_csv(tmp_path / "out" / "runs.csv")) == 30
+
+
+def test_runs_of_earlier_calls(tmp_path, main):
+    """Half of the runs from the table that an earlier call left: the same as all of them from their folders."""
+    runs, first = tmp_path / "runs", tmp_path / "first.csv"
+    for seed in (1, 2, 3):
+        for sparsity in (0, 0.5):
+            write_run(runs, 100 + 7.3 * seed**2 + 50 * sparsity, seed=seed, sparsity=sparsity)
+            write_run(runs, 200 + 7.3 * seed**2, seed=seed, sparsity=sparsity, exp_name=DDPG)
+    _, _, _, whole = main("sparsity")
+    pd.read_csv(tmp_path / "out" / "runs.csv").head(5).to_csv(first, index=False)
+    for name in pd.read_csv(first).run.head(4):  # the fifth is in both
+        shutil.rmtree(runs / name)
+    code, out, _, table = main("sparsity", "--earlier", str(first))
+    assert code == 0 and "12 runs" in out and "left out" not in out
+    pd.testing.assert_frame_equal(table, whole)
+
+    pd.read_csv(first).assign(env_steps=50_000).to_csv(first, index=False)
+    code, _, err, _ = main("sparsity", "--earlier", str(first))
+    assert code == 2 and "50,000 and 1,000,000 env steps" in err and err.count("\n") == 1
+    for bad in ("nowhere.csv", str(tmp_path / "out" / "sparsity.csv")):
+        code, _, err, _ = main("sparsity", "--earlier", bad)
+        assert code == 2 and bad in err and err.count("\n") == 1
 
 
 def test_gain(tmp_path, main):

@@ -33,6 +33,8 @@ class Args:
     the end of training, as in the left half of Figure 4"""
     runs_dir: str = "runs"
     """folder that holds one folder per run"""
+    earlier: tuple[str, ...] = ()
+    """*_runs.csv.gz files that earlier calls left, whose runs are averaged as well, by the names of their networks"""
     metrics: tuple[str, ...] = ()
     """one row each, by their names in metrics.csv: diagnostics/* or eval/* (default: those of the paper's figure)"""
     variants: tuple[str, ...] = ()
@@ -72,6 +74,7 @@ EXECUTION_FLAGS = {
 NEEDED_FLAGS = ("env_id", "exp_name", "seed", "total_timesteps", "width_scale", "depth_scale", "sparsity")
 COLUMN = ["env_id", "algorithm"]  # one column of panels
 CONFIGURATION = [*COLUMN, "size", "sparsity", "actor_sparsity", "critic_sparsity", "reset_interval"]
+COLUMNS = ["env_step", "metric", "value", "run", "seed", "width_scale", *CONFIGURATION]  # those of *_runs.csv.gz
 
 
 def fail(message: str) -> NoReturn:
@@ -140,10 +143,11 @@ def in_words(actor_sparsity: float, critic_sparsity: float) -> str:
     return f"sparsity {critic_sparsity:g}" if critic_sparsity else "dense"
 
 
-def load_runs(runs_dir: str | Path) -> tuple[pd.DataFrame, list[str]]:
+def load_runs(runs_dir: str | Path, earlier: tuple[str, ...] = ()) -> tuple[pd.DataFrame, list[str]]:
     """Every measurement of every finished run, and one line for each folder that is left out.
 
-    Columns: run, seed, width_scale, those of CONFIGURATION, env_step, metric, value.
+    Columns: run, seed, width_scale, those of CONFIGURATION, env_step, metric, value. Those of the tables `earlier`
+    stand behind those of the folder.
     """
     rows, measurements, left_out = {}, {}, []
     for folder in sorted(path for path in Path(runs_dir).glob("[!.]*") if path.is_dir()):
@@ -151,14 +155,27 @@ def load_runs(runs_dir: str | Path) -> tuple[pd.DataFrame, list[str]]:
             rows[folder.name], measurements[folder.name] = read_run(folder)
         except ValueError as reason:
             left_out.append(f"{folder.name}: {reason}")
-    if not rows:
+    parts = []
+    if rows:
+        runs = describe(pd.DataFrame(list(rows.values()), index=list(rows), dtype=object))
+        runs = runs[["seed", "width_scale", *CONFIGURATION]]
+        parts = [measurements[name].assign(run=name, **flags) for name, flags in runs.iterrows()]
+    for path in earlier:
+        try:
+            table = pd.read_csv(path)[COLUMNS]
+        except (OSError, ValueError, KeyError) as error:
+            fail(f"--earlier {path}: {error}")
+        known = {name for part in parts for name in part.run.unique()}
+        parts.append(table[~table.run.isin(known)])  # a run may be in the folder as well
+    if not parts:
         return pd.DataFrame(), left_out
-    runs = describe(pd.DataFrame(list(rows.values()), index=list(rows), dtype=object))
-    twice = runs.duplicated([*CONFIGURATION, "seed"])
-    left_out += [f"{name}: a second run of the same flags and seed" for name in runs.index[twice]]
-    runs = runs.loc[~twice, ["seed", "width_scale", *CONFIGURATION]]
-    parts = [measurements[name].assign(run=name, **flags) for name, flags in runs.iterrows()]
-    return pd.concat(parts, ignore_index=True), left_out
+    data = pd.concat(parts, ignore_index=True)
+    if earlier:
+        data = data.sort_values(["width_scale", "critic_sparsity", "actor_sparsity", "reset_interval"], kind="stable")
+    runs = data.drop_duplicates("run")
+    twice = runs.run[runs.duplicated([*CONFIGURATION, "seed"])]
+    left_out += [f"{name}: a second run of the same flags and seed" for name in twice]
+    return data[~data.run.isin(twice)].reset_index(drop=True), left_out
 
 
 def find_gaps(data: pd.DataFrame, metrics: tuple[str, ...]) -> list[str]:
@@ -361,7 +378,7 @@ def to_markdown(ends: pd.DataFrame, metrics: tuple[str, ...]) -> str:
 if __name__ == "__main__":
     args = tyro.cli(Args)
     metrics, panels = args.metrics or METRICS[args.figure], PANELS.get(args.figure, ("training",))
-    data, left_out = load_runs(args.runs_dir)
+    data, left_out = load_runs(args.runs_dir, args.earlier)
     if not data.empty and args.figure == "reset":
         data, alone = with_and_without_reset(data)
         left_out += alone

@@ -2,6 +2,7 @@
 
     python sparse_zoo/analysis/scaling.py --runs-dir results/cpu/fig2/runs --figure aggregate
     python sparse_zoo/analysis/scaling.py --runs-dir results/cpu/fig8/runs --figure gain
+    python sparse_zoo/analysis/scaling.py --runs-dir runs --earlier others/runs.csv --figure sparsity
 
 A run's return is that of its trained policy over the last evaluation (final/return_mean). Points are interquartile
 means over seeds (and tasks) with their 95 % bootstrap interval, resampled within tasks; in Figures 15 and 16 mean and
@@ -32,6 +33,8 @@ from matplotlib.ticker import EngFormatter, NullFormatter
 PUBLISHED = sorted((Path(__file__).resolve().parents[2] / "docs" / "results").glob("published_curves_*.csv"))
 ALGORITHMS = {"sac_simba_sparse": "SAC", "ddpg_simba_sparse": "DDPG", "drqv2_sparse": "DrQ-v2"}
 POINT = ["algorithm", "env_id", "width_scale", "depth_scale", "sparsity"]  # runs that differ in their seed only
+COLUMNS = ["env_id", "width_scale", "depth_scale", "sparsity", "seed", "run", "algorithm", "weights", "active"]
+COLUMNS += ["env_steps", "return"]  # those of runs.csv
 NETWORK = ["algorithm", "width_scale", "depth_scale", "sparsity"]
 # Flags in which the runs of one algorithm in one figure may differ
 FREE = {*POINT, "seed", "mask_seed", "device", "threads", "runs_dir", "resume", "eval_only", "capture_video"}
@@ -46,6 +49,8 @@ class Args:
     16; gain: Figure 8; bars: Figure 10"""
     runs_dir: str = "runs"
     """folder that holds one folder per run"""
+    earlier: tuple[str, ...] = ()
+    """runs.csv files that earlier calls left, whose runs are counted as well"""
     scores: Path | None = None
     """scores.csv of simplicity_bias.py, drawn beside the gains"""
     output: str = "results/scaling"
@@ -58,10 +63,11 @@ def fail(message: str) -> NoReturn:
     sys.exit(2)
 
 
-def load(runs_dir: Path) -> tuple[pd.DataFrame, list[str]]:
+def load(runs_dir: Path, earlier: tuple[str, ...] = ()) -> tuple[pd.DataFrame, list[str]]:
     """A row for each finished run: run, seed, POINT, weights, active, env_steps, return; and a line for each other.
 
-    Ends the program if they differ in flags that make averages and comparisons meaningless.
+    Those of the tables `earlier` stand behind those of the folder. Ends the program if runs differ in flags that make
+    averages and comparisons meaningless; of earlier runs only the number of env steps is known.
     """
     rows, left_out, settings = [], [], {}
     for folder in sorted(path for path in runs_dir.glob("[!.]*") if path.is_dir()):
@@ -86,9 +92,19 @@ def load(runs_dir: Path) -> tuple[pd.DataFrame, list[str]]:
         if len(found) > 1:
             flag = f"--{name.replace('_', '-')} {' and '.join(sorted(map(str, found)))}"
             fail(f"{runs_dir} mixes runs of {agent} with {flag}; keep such runs apart")
-    if not rows:
-        return pd.DataFrame(), left_out
-    runs = pd.DataFrame(rows)
+    try:
+        tables = [pd.read_csv(path)[COLUMNS] for path in earlier]
+    except (OSError, ValueError, KeyError) as error:
+        fail(f"--earlier {' '.join(earlier)}: {error}")
+    runs = pd.concat([pd.DataFrame(rows, columns=COLUMNS)] * bool(rows) + tables) if rows or tables else pd.DataFrame()
+    if runs.empty:
+        return runs, left_out
+    runs = runs.drop_duplicates("run")  # a run may be among the earlier ones as well
+    for algorithm, lengths in runs.groupby("algorithm").env_steps.unique().items():
+        if len(lengths) > 1:
+            fail(
+                f"{algorithm} has runs of {' and '.join(f'{n:,}' for n in sorted(lengths))} env steps; keep such apart"
+            )
     order = runs.algorithm.map({name: index for index, name in enumerate(ALGORITHMS.values())}).fillna(9)
     runs = runs.assign(order=order).sort_values(["order", *POINT[1:], "seed"], ignore_index=True).drop(columns="order")
     twice = runs.duplicated([*POINT, "seed"])
@@ -430,7 +446,7 @@ def draw_bars(runs: pd.DataFrame, points: pd.DataFrame) -> Figure:
 
 if __name__ == "__main__":
     args = tyro.cli(Args)
-    runs, left_out = load(Path(args.runs_dir))
+    runs, left_out = load(Path(args.runs_dir), args.earlier)
     if not runs.empty and args.figure == "aggregate":
         runs, gaps = without_gaps(runs)
         left_out += gaps
