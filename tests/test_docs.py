@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BY_NAME = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-OTHER_PROGRAMS = {"--help", "--scale", "--runner", "--jobs", "--seeds", "--requeue"}  # of tyro, benchmark.sh, Slurm
+OTHER_PROGRAMS = {"--help", "--scale", "--runner", "--jobs", "--seeds", "--requeue", "--dist"}  # tyro to pytest-xdist
 
 
 def flags_of(script: Path) -> set[str]:

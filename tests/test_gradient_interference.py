@@ -184,6 +184,7 @@ def write_run(run_dir: Path, module, seed: int = 3, trained: bool = False, **fla
 def main(monkeypatch, capsys, tmp_path):
     """Runs the tool's command line in this process: exit code, stdout and stderr."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MUJOCO_GL", "disabled")  # which the tool would leave set for the tests after these
 
     def run(*arguments) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", [gi.__file__, "--threads", "1", *map(str, arguments)])
