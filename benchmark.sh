@@ -140,6 +140,8 @@ drqv2() { # drqv2 "TASKS" WIDTH SPARSITY
   done
 }
 stream() { # stream WIDTH SPARSITY INIT
+  local FLAGS=${FLAGS:-}
+  FLAGS=${FLAGS/--device?cuda/} # one sample at a time is work for a CPU
   for task in $streaming; do
     run "$other_seeds" stream_ac_sparse --env-id "$task" --width-scale "$1" --sparsity "$2" --init "$3" $streaming_flags
   done
@@ -154,7 +156,7 @@ run() { # run SEEDS AGENT FLAG...: one command for each seed
     echo $python "sparse_zoo/$2.py" "${@:3}" --seed $seed --runs-dir "$runs" --threads "$threads" ${FLAGS:-}
   done
 }
-calc() { awk "BEGIN { printf \"%.4g\", $1 }"; }
+calc() { LC_ALL=C awk "BEGIN { printf \"%.4g\", $1 }"; }
 commands() { # commands TARGET...: their runs, shared ones once
   for name in "$@"; do [[ $name == table* ]] || "$name"; done | awk '!seen[$0]++'
 }

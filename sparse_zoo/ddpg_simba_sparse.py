@@ -516,7 +516,7 @@ def open_run(args) -> tuple[Path, dict | None]:
         if not args.resume and not args.eval_only and any(run_dir.glob("[!.]*")):
             old = next(path for n in range(1, 10**6) if not (path := Path(f"{run_dir}.old{n}")).exists())
             old.mkdir()
-            for path in run_dir.glob("[!.]*"):
+            for path in sorted(run_dir.glob("[!.]*")):  # checkpoints before what they count on
                 path.rename(old / path.name)
             print(f"the previous run of these flags is now in {old}")
     except Timeout:
@@ -547,11 +547,8 @@ def save_checkpoint(run_dir: Path, args, state: dict) -> None:
     Every random number is drawn on the CPU, so there are three generators.
     """
     kind, keys, *position = np.random.get_state()
-    generators = {
-        "python": random.getstate(),
-        "numpy": [kind, keys.tolist(), *position],
-        "torch": torch.get_rng_state(),
-    }
+    numpy_state = [kind, keys.tolist(), *position]
+    generators = {"python": random.getstate(), "numpy": numpy_state, "torch": torch.get_rng_state()}
     path, temporary = run_dir / "checkpoint.pt", run_dir / "checkpoint.tmp"
     with open(temporary, "wb") as file:
         torch.save({**state, "args": asdict(args), "generators": generators}, file)
@@ -595,6 +592,8 @@ class Metrics:
 
     def __init__(self, run_dir: Path, args, csv_bytes: int, env_step: int):
         self.file = open(run_dir / "metrics.csv", "a")  # noqa: SIM115
+        if os.fstat(self.file.fileno()).st_size < csv_bytes:
+            fail(f"{self.file.name} lacks what came before the checkpoint; bring it back, or start with --no-resume")
         self.file.truncate(csv_bytes)  # what came after the checkpoint will be written again
         if csv_bytes == 0:
             self.file.write("env_step,agent_step,update_step,metric,value\n")
@@ -973,8 +972,9 @@ if __name__ == "__main__":
                 noise, next_noise = args.exploration_noise * torch.randn(noise_shape).to(device)
                 losses = update(agent, batch, noise, next_noise, gamma, args.tau)
                 update_step += 1
-            if not torch.stack(list(losses.values())).isfinite().all():
-                print(f"error: a loss is not finite at {agent_step=}; the last checkpoint is kept", file=sys.stderr)
+            weights = get_total_norm(p for part in (agent.actor, agent.critic) for p in part.parameters())
+            if not torch.stack([*losses.values(), weights]).isfinite().all():
+                print(f"error: a value is not finite at {agent_step=}; the last checkpoint is kept", file=sys.stderr)
                 sys.exit(3)
 
         # Measure

@@ -185,6 +185,7 @@ def check_flags(args: Args) -> None:
         ("at least 0 and finite", lambda x: 0 <= x < math.inf, "noisy_sigma"),
         ("at least 1/16 (one channel) and finite", lambda x: 1 / 16 <= x < math.inf, "width_scale"),
         ("at least 1", lambda x: x >= 1, counts),
+        ("above --n-step", lambda x: x > args.n_step, "buffer_size"),
         ("at least 2", lambda x: x >= 2, "atoms"),
         ("at least 0", lambda x: x >= 0, "learning_starts diagnostics_interval"),
         ("at least 0 and below 2^32", lambda x: 0 <= x < 2**32, "seed mask_seed"),
@@ -518,7 +519,7 @@ def open_run(args) -> tuple[Path, dict | None]:
         if not args.resume and not args.eval_only and any(run_dir.glob("[!.]*")):
             old = next(path for n in range(1, 10**6) if not (path := Path(f"{run_dir}.old{n}")).exists())
             old.mkdir()
-            for path in run_dir.glob("[!.]*"):
+            for path in sorted(run_dir.glob("[!.]*")):  # checkpoints before what they count on
                 path.rename(old / path.name)
             print(f"the previous run of these flags is now in {old}")
     except Timeout:
@@ -549,11 +550,8 @@ def save_checkpoint(run_dir: Path, args, state: dict) -> None:
     Every random number is drawn on the CPU, so there are three generators.
     """
     kind, keys, *position = np.random.get_state()
-    generators = {
-        "python": random.getstate(),
-        "numpy": [kind, keys.tolist(), *position],
-        "torch": torch.get_rng_state(),
-    }
+    numpy_state = [kind, keys.tolist(), *position]
+    generators = {"python": random.getstate(), "numpy": numpy_state, "torch": torch.get_rng_state()}
     path, temporary = run_dir / "checkpoint.pt", run_dir / "checkpoint.tmp"
     with open(temporary, "wb") as file:
         torch.save({**state, "args": asdict(args), "generators": generators}, file)
@@ -597,6 +595,8 @@ class Metrics:
 
     def __init__(self, run_dir: Path, args, csv_bytes: int, env_step: int):
         self.file = open(run_dir / "metrics.csv", "a")  # noqa: SIM115
+        if os.fstat(self.file.fileno()).st_size < csv_bytes:
+            fail(f"{self.file.name} lacks what came before the checkpoint; bring it back, or start with --no-resume")
         self.file.truncate(csv_bytes)  # what came after the checkpoint will be written again
         if csv_bytes == 0:
             self.file.write("env_step,agent_step,update_step,metric,value\n")
@@ -679,18 +679,17 @@ class PrioritizedReplay:
     killed run finds its replay as it was. Priorities: Schaul et al. 2016, arXiv:1511.05952, proportional.
     """
 
-    def __init__(self, path: Path, args: Args, capacity: int, slack: int):
+    def __init__(self, path: Path, args: Args, capacity: int, slack: int, mode: str = "w+"):
         self.capacity, self.n_step, self.gamma, self.added, self.largest = capacity, args.n_step, args.gamma, 0, 1.0
         self.priority_exponent, self.importance_exponent = args.priority_exponent, args.importance_exponent
         size = capacity + slack
         self.path, shape, needed = path, (size, SIZE, SIZE), size * SIZE * SIZE
-        on_disk = path.stat().st_size if path.exists() else 0
-        if on_disk != needed:
-            free = shutil.disk_usage(path.parent).free
-            if free < needed:
-                fail(f"{path} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; lower --buffer-size")
-            on_disk = 0
-        self.frames = np.asarray(np.memmap(path, np.uint8, "r+" if on_disk else "w+", shape=shape))
+        if mode == "r+" and (not path.exists() or path.stat().st_size != needed):
+            fail(f"{path} is not as the checkpoint left it; bring it back, or start with --no-resume")
+        free = shutil.disk_usage(path.parent).free
+        if mode == "w+" and free < needed:
+            fail(f"{path} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; lower --buffer-size")
+        self.frames = np.asarray(np.memmap(path, np.uint8, mode, shape=shape))
         self.action, self.start = np.zeros(size, np.int64), np.full(size, -1)
         self.reward, self.terminal = np.zeros(size, np.float32), np.zeros(size, np.float32)
         self.priority = np.zeros(size)
@@ -847,10 +846,10 @@ class Network(nn.Module):
     def encode(self, obs):
         """Stacks of uint8 (batch, SIZE, SIZE, STACK) -> features (batch, 11 x 11 x 32 x scale), float32
 
-        PART images at a time, whose activations stay in a CPU's cache. Features lie as in memory: channels last.
+        On a CPU PART images at a time, whose activations stay in its cache. Features lie as in memory: channels last.
         """
         features = []
-        for part in obs.split(PART):
+        for part in obs.split(PART if obs.device.type == "cpu" else len(obs)):
             images = part.permute(0, 3, 1, 2).float().div_(255)
             with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
                 features.append(self.encoder(images).permute(0, 2, 3, 1).float().flatten(1))
@@ -991,6 +990,7 @@ if __name__ == "__main__":
         fail(str(error))
     run_dir, checkpoint = open_run(args)
     if checkpoint and checkpoint["finished"] and not args.eval_only:
+        (run_dir / "replay.u8").unlink(missing_ok=True)  # if it was killed before it could
         print(f"this run is finished: its results are in {run_dir} (--no-resume runs it again)")
         sys.exit(0)
     parts_to_save = {name: getattr(agent, name) for name in ("network", "target_network", "optimizer")}
@@ -999,7 +999,7 @@ if __name__ == "__main__":
         total_steps = math.ceil(args.total_timesteps / args.action_repeat)
         capacity = min(args.buffer_size, 2 * total_steps)  # frames; a life of T decisions has T + 1
         slack = math.ceil(2 * (args.checkpoint_interval + 2 * 108_000) / args.action_repeat)  # the longest game
-        replay = PrioritizedReplay(run_dir / "replay.u8", args, capacity, slack)
+        replay = PrioritizedReplay(run_dir / "replay.u8", args, capacity, slack, "r+" if checkpoint else "w+")
         parts_to_save["replay"] = replay
 
     if checkpoint:
@@ -1075,7 +1075,7 @@ if __name__ == "__main__":
                 replay.set_priorities(batch.index, each)
                 if update_step % args.target_interval == 0:
                     for slow, fast in zip(agent.target_network.parameters(), agent.network.parameters()):
-                        slow.copy_(fast)
+                        slow.copy_(fast.detach())
 
         # Measure
         if due(args.eval_interval):

@@ -80,7 +80,7 @@ class Args:
     threads: int | None = None
     """CPU threads (default: all cores); a resumed run is bit-equal only with the same number"""
     bf16: bool = False
-    """convolutions in bfloat16: faster, less exact"""
+    """convolutions of updates in bfloat16: faster, less exact"""
     runs_dir: str = "runs"
     """folder that holds one folder per run, replay included"""
     resume: bool = True
@@ -183,6 +183,7 @@ def check_flags(args: Args) -> None:
         ("at least 0 and finite", lambda x: 0 <= x < math.inf, "std_start std_end noise_clip"),
         ("at least 1/1024 (one hidden unit) and finite", lambda x: 1 / 1024 <= x < math.inf, "width_scale"),
         ("at least 1", lambda x: x >= 1, counts),
+        ("above --n-step", lambda x: x > args.n_step, "buffer_size"),
         ("at least 0", lambda x: x >= 0, "learning_starts diagnostics_interval camera"),
         ("at least 0 and below 2^32", lambda x: 0 <= x < 2**32, "seed mask_seed"),
     ]
@@ -529,7 +530,7 @@ def open_run(args) -> tuple[Path, dict | None]:
         if not args.resume and not args.eval_only and any(run_dir.glob("[!.]*")):
             old = next(path for n in range(1, 10**6) if not (path := Path(f"{run_dir}.old{n}")).exists())
             old.mkdir()
-            for path in run_dir.glob("[!.]*"):
+            for path in sorted(run_dir.glob("[!.]*")):  # checkpoints before what they count on
                 path.rename(old / path.name)
             print(f"the previous run of these flags is now in {old}")
     except Timeout:
@@ -560,11 +561,8 @@ def save_checkpoint(run_dir: Path, args, state: dict) -> None:
     Every random number is drawn on the CPU, so there are three generators.
     """
     kind, keys, *position = np.random.get_state()
-    generators = {
-        "python": random.getstate(),
-        "numpy": [kind, keys.tolist(), *position],
-        "torch": torch.get_rng_state(),
-    }
+    numpy_state = [kind, keys.tolist(), *position]
+    generators = {"python": random.getstate(), "numpy": numpy_state, "torch": torch.get_rng_state()}
     path, temporary = run_dir / "checkpoint.pt", run_dir / "checkpoint.tmp"
     with open(temporary, "wb") as file:
         torch.save({**state, "args": asdict(args), "generators": generators}, file)
@@ -608,6 +606,8 @@ class Metrics:
 
     def __init__(self, run_dir: Path, args, csv_bytes: int, env_step: int):
         self.file = open(run_dir / "metrics.csv", "a")  # noqa: SIM115
+        if os.fstat(self.file.fileno()).st_size < csv_bytes:
+            fail(f"{self.file.name} lacks what came before the checkpoint; bring it back, or start with --no-resume")
         self.file.truncate(csv_bytes)  # what came after the checkpoint will be written again
         if csv_bytes == 0:
             self.file.write("env_step,agent_step,update_step,metric,value\n")
@@ -695,18 +695,17 @@ class FrameReplay:
     are written: a killed run finds its replay as it was.
     """
 
-    def __init__(self, path: Path, capacity: int, slack: int, action_dim: int, n_step: int, gamma: float):
+    def __init__(self, path: Path, capacity: int, slack: int, action_dim: int, n_step: int, gamma: float, mode="w+"):
         self.capacity, self.n_step, self.gamma, self.added = capacity, n_step, gamma, 0
         self.newest = -1  # the last frame with n_step steps of its episode behind it
         size = capacity + slack
         self.path, shape, needed = path, (size, SIZE, SIZE, 3), size * SIZE * SIZE * 3
-        on_disk = path.stat().st_size if path.exists() else 0
-        if on_disk != needed:
-            free = shutil.disk_usage(path.parent).free
-            if free < needed:
-                fail(f"{path} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; lower --buffer-size")
-            on_disk = 0
-        self.frames = np.asarray(np.memmap(path, np.uint8, "r+" if on_disk else "w+", shape=shape))
+        if mode == "r+" and (not path.exists() or path.stat().st_size != needed):
+            fail(f"{path} is not as the checkpoint left it; bring it back, or start with --no-resume")
+        free = shutil.disk_usage(path.parent).free
+        if mode == "w+" and free < needed:
+            fail(f"{path} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; lower --buffer-size")
+        self.frames = np.asarray(np.memmap(path, np.uint8, mode, shape=shape))
         self.action = np.zeros((size, action_dim), np.float32)
         self.reward, self.terminated = np.zeros(size, np.float32), np.zeros(size, np.float32)
         self.start = np.full(size, -1)
@@ -751,12 +750,9 @@ class FrameReplay:
     def state_dict(self) -> dict:
         """All but the frames, which are brought to the disk where they are."""
         self.frames.base.flush()
-        filled = min(self.added, len(self.frames))
         columns = (self.action, self.reward, self.terminated, self.start)
-        return {
-            "counters": (self.added, self.newest),
-            "columns": [torch.from_numpy(column[:filled].copy()) for column in columns],
-        }
+        saved = [torch.from_numpy(column[: self.added].copy()) for column in columns]
+        return {"counters": (self.added, self.newest), "columns": saved}
 
     def load_state_dict(self, state: dict) -> None:
         self.added, self.newest = state["counters"]
@@ -788,10 +784,10 @@ class Encoder(nn.Module):
     def forward(self, obs: torch.Tensor, bf16: bool = False) -> torch.Tensor:
         """Stacks of uint8 (batch, SIZE, SIZE, 3 STACK) -> (batch, features), float32
 
-        32 images at a time, whose activations stay in a CPU's cache. Features lie as in memory: channels last.
+        On a CPU 32 images at a time, whose activations stay in its cache. Features lie as in memory: channels last.
         """
         features = []
-        for part in obs.split(32):
+        for part in obs.split(32 if obs.device.type == "cpu" else len(obs)):
             images = part.permute(0, 3, 1, 2).float().div_(255).sub_(0.5)  # channels stay last in memory
             with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
                 features.append(self.layers(images).permute(0, 2, 3, 1).float().flatten(1))
@@ -998,6 +994,7 @@ if __name__ == "__main__":
         fail(str(error))
     run_dir, checkpoint = open_run(args)
     if checkpoint and checkpoint["finished"] and not args.eval_only:
+        (run_dir / "replay.u8").unlink(missing_ok=True)  # if it was killed before it could
         print(f"this run is finished: its results are in {run_dir} (--no-resume runs it again)")
         sys.exit(0)
     parts_to_save = {name: part for name, part in vars(agent).items() if name != "layers"}
@@ -1007,7 +1004,8 @@ if __name__ == "__main__":
         episode_limit = env.spec.max_episode_steps or 1000
         capacity = min(args.buffer_size, 2 * total_steps)  # frames; an episode of T decisions has T + 1
         slack = math.ceil(2 * (args.checkpoint_interval + 2 * episode_limit) / args.action_repeat)
-        replay = FrameReplay(run_dir / "replay.u8", capacity, slack, action_dim, args.n_step, args.gamma)
+        mode = "r+" if checkpoint else "w+"
+        replay = FrameReplay(run_dir / "replay.u8", capacity, slack, action_dim, args.n_step, args.gamma, mode)
         parts_to_save["replay"] = replay
 
     if checkpoint:
@@ -1031,7 +1029,8 @@ if __name__ == "__main__":
     metrics = Metrics(run_dir, args, csv_bytes, agent_step * args.action_repeat)
     bar = tqdm(total=args.total_timesteps, initial=agent_step * args.action_repeat, unit=" env steps")
     bar.mininterval = 0.5 if sys.stderr.isatty() else 30
-    saved_step, losses, episode_over = agent_step, {}, True
+    trained = [p for part in (agent.encoder, agent.actor, agent.critic) for p in part.parameters()]
+    saved_step, episode_over = agent_step, True
 
     def log(values: dict, prefix: str) -> None:
         values = {f"{prefix}/{name}": value for name, value in values.items()}
@@ -1057,7 +1056,7 @@ if __name__ == "__main__":
             stack = np.tile(frame, STACK)
             replay.begin(frame)
             episode, episode_start, episode_return = episode + 1, agent_step, 0.0
-            started = time.time()
+            losses, started = {}, time.time()
 
         # Act
         env_step = agent_step * args.action_repeat
@@ -1077,8 +1076,8 @@ if __name__ == "__main__":
             noise, next_noise = clipped_noise(args, (2, args.batch_size, action_dim), env_step, device)
             losses = update(agent, batch, noise, next_noise, args.tau, args.bf16)
             update_step += 1
-            if not torch.stack(list(losses.values())).isfinite().all():
-                print(f"error: a loss is not finite at {agent_step=}; the last checkpoint is kept", file=sys.stderr)
+            if not torch.stack([*losses.values(), get_total_norm(trained)]).isfinite().all():
+                print(f"error: a value is not finite at {agent_step=}; the last checkpoint is kept", file=sys.stderr)
                 sys.exit(3)
 
         # Measure

@@ -74,7 +74,7 @@ class Args:
     device: Literal["auto", "cpu"] = "auto"
     """one sample at a time is work for a CPU: auto is cpu"""
     threads: int = 1
-    """CPU threads of PyTorch, which serves evaluation and diagnostics; the stream itself runs on one"""
+    """CPU threads of PyTorch, which serves diagnostics (and all with --sparse-kernel dense); the stream runs on one"""
     runs_dir: str = "runs"
     """folder that holds one folder per run"""
     resume: bool = True
@@ -495,7 +495,7 @@ def open_run(args) -> tuple[Path, dict | None]:
         if not args.resume and not args.eval_only and any(run_dir.glob("[!.]*")):
             old = next(path for n in range(1, 10**6) if not (path := Path(f"{run_dir}.old{n}")).exists())
             old.mkdir()
-            for path in run_dir.glob("[!.]*"):
+            for path in sorted(run_dir.glob("[!.]*")):  # checkpoints before what they count on
                 path.rename(old / path.name)
             print(f"the previous run of these flags is now in {old}")
     except Timeout:
@@ -526,11 +526,8 @@ def save_checkpoint(run_dir: Path, args, state: dict) -> None:
     Every random number is drawn on the CPU, so there are three generators.
     """
     kind, keys, *position = np.random.get_state()
-    generators = {
-        "python": random.getstate(),
-        "numpy": [kind, keys.tolist(), *position],
-        "torch": torch.get_rng_state(),
-    }
+    numpy_state = [kind, keys.tolist(), *position]
+    generators = {"python": random.getstate(), "numpy": numpy_state, "torch": torch.get_rng_state()}
     path, temporary = run_dir / "checkpoint.pt", run_dir / "checkpoint.tmp"
     with open(temporary, "wb") as file:
         torch.save({**state, "args": asdict(args), "generators": generators}, file)
@@ -574,6 +571,8 @@ class Metrics:
 
     def __init__(self, run_dir: Path, args, csv_bytes: int, env_step: int):
         self.file = open(run_dir / "metrics.csv", "a")  # noqa: SIM115
+        if os.fstat(self.file.fileno()).st_size < csv_bytes:
+            fail(f"{self.file.name} lacks what came before the checkpoint; bring it back, or start with --no-resume")
         self.file.truncate(csv_bytes)  # what came after the checkpoint will be written again
         if csv_bytes == 0:
             self.file.write("env_step,agent_step,update_step,metric,value\n")
@@ -1033,7 +1032,13 @@ if __name__ == "__main__":
         """Whether a multiple of some env steps has just been reached."""
         return interval > 0 and agent_step % interval == 0
 
+    def stop_unless_finite(value: float) -> None:
+        if not math.isfinite(value):
+            print(f"error: a value is not finite at {agent_step=}; the last checkpoint is kept", file=sys.stderr)
+            sys.exit(3)
+
     def save(finished: bool) -> None:
+        stop_unless_finite(agent.actor.weights.sum() + agent.critic.weights.sum())
         state = {name: part.state_dict() for name, part in parts_to_save.items()}
         counters = (agent_step, update_step, episode, metrics.sync())
         save_checkpoint(run_dir, args, {**state, "counters": counters, "finished": finished})
@@ -1055,6 +1060,7 @@ if __name__ == "__main__":
             action = np.random.uniform(bounds.low, bounds.high)
         else:
             action, output = act(agent, state, np.random.standard_normal(action_dim))
+            stop_unless_finite(action.sum())
         obs, reward, terminated, truncated, _ = env.step(action)
         agent_step, length, episode_return = agent_step + 1, length + 1, episode_return + reward
         episode_over = terminated or truncated
@@ -1066,9 +1072,7 @@ if __name__ == "__main__":
         if agent_step > args.learning_starts:
             delta, *step_sizes = update(agent, state, output, action, reward, next_state, cut, episode_over, args)
             update_step, absolute_delta = update_step + 1, absolute_delta + abs(delta)
-            if not math.isfinite(delta + output.sum()):
-                print(f"error: a value is not finite at {agent_step=}; the last checkpoint is kept", file=sys.stderr)
-                sys.exit(3)
+            stop_unless_finite(delta)
         state = next_state
 
         # Measure

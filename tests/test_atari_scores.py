@@ -1,6 +1,7 @@
 """atari_scores.py on runs made by hand: aggregates by formula, nothing missing is averaged away."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +39,7 @@ def test_scores_improvements_and_what_is_missing(tmp_path):
     write_run(runs, "Pong", 3.0, 0.8, 1, -20.7 + 0.3 * 35.3)
     write_run(runs, "Breakout", 1.0, 0.0, 1, 1.7 - 0.2 * 28.8)
     write_run(runs, "Breakout", 3.0, 0.8, 1, 1.7 + 0.2 * 28.8)
+    shutil.copytree(runs / "Breakout-3.0-0.8-1", runs / "Breakout-3.0-0.8-1.old1")  # moved aside by --no-resume
     write_run(runs, "Freeway", 3.0, 0.8, 1, 29.6)  # no baseline
     write_run(runs, "Alien", 1.0, 0.0, 2, None)  # unfinished
     write_run(runs, "Tetris", 1.0, 0.0, 1, 5.0)  # not one of the 26
@@ -55,7 +57,7 @@ def test_scores_improvements_and_what_is_missing(tmp_path):
     assert percent["Pong"] == pytest.approx(200) and percent["Breakout"] == pytest.approx(200)
     assert np.isnan(percent["Freeway"])
     table = pd.read_csv(tmp_path / "out" / "aggregates.csv").set_index("sparsity")
-    assert table.loc[0.8, "games"] == 3 and table.loc[0.8, "mean"] == pytest.approx(0.5)
+    assert table.loc[0.8, "games"] == table.loc[0.8, "runs"] == 3 and table.loc[0.8, "mean"] == pytest.approx(0.5)
     assert table.loc[0.8, "median"] == pytest.approx(0.3) and np.isnan(table.loc[0.8, "mean_low"])
     assert imageio.imread(tmp_path / "out" / "figure_18.png").std() > 1
     assert (tmp_path / "out" / "figure_18.svg").stat().st_size > 1000

@@ -146,6 +146,9 @@ def test_flags_of_the_command_line():
     assert len(commands("fig7", "smoke", "--seeds", "3")) == 9
     done = benchmark("fig9", "--runner", "dry-run", FLAGS="--device cuda", RUNS="/tmp/there", THREADS="7")
     assert all(line.endswith("--runs-dir /tmp/there --threads 7 --device cuda") for line in done.stdout.splitlines())
+    done = benchmark("fig13", "--runner", "dry-run", FLAGS="--device cuda --track")  # a stream knows no CUDA
+    assert done.stdout.count("\n") == 18 and all(line.endswith("--track") for line in done.stdout.splitlines())
+    assert "cuda" not in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -25,8 +25,8 @@ def golden() -> dict[str, torch.Tensor]:
         return {name: torch.as_tensor(file[name]) for name in file}
 
 
-def make_replay(folder: Path, capacity: int = 60, **flags) -> der.PrioritizedReplay:
-    return der.PrioritizedReplay(folder / "replay.u8", der.Args(**flags), capacity, slack=20)
+def make_replay(folder: Path, capacity: int = 60, mode: str = "w+", **flags) -> der.PrioritizedReplay:
+    return der.PrioritizedReplay(folder / "replay.u8", der.Args(**flags), capacity, 20, mode)
 
 
 def frames(count: int) -> np.ndarray:
@@ -165,7 +165,7 @@ def test_a_replay_too_small_for_a_return_has_nothing_to_sample(tmp_path):
 
 def test_replay_comes_back_from_its_state(replay, tmp_path):
     replay.set_priorities(torch.tensor([1, 4]), torch.tensor([2.0, 3.0]))
-    other = make_replay(tmp_path, n_step=3, gamma=0.5)
+    other = make_replay(tmp_path, mode="r+", n_step=3, gamma=0.5)
     other.load_state_dict(replay.state_dict())
     assert np.array_equal(other.priority, replay.priority)
     generators = [torch.Generator().manual_seed(1) for _ in range(2)]

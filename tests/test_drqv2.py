@@ -1,7 +1,9 @@
 """DrQ-v2's numbers: shifts, stacks, n-step returns, schedule, losses, whole updates, sparse convolutions."""
 
 import math
+import os
 
+import der_impala_sparse as der
 import drqv2_sparse as drq
 import numpy as np
 import pytest
@@ -85,20 +87,46 @@ def test_a_killed_run_finds_the_replay_of_its_checkpoint(tmp_path):
             else:
                 replay.add(np.array([number]), number, False, np.full((84, 84, 3), number, np.uint8))
 
-    def make():
-        return drq.FrameReplay(tmp_path / "replay.u8", 20, 12, action_dim=1, n_step=3, gamma=0.5)
+    def make(mode="w+"):
+        return drq.FrameReplay(tmp_path / "replay.u8", 20, 12, 1, n_step=3, gamma=0.5, mode=mode)
 
     replay = make()
     fill(replay, 0, 49)  # the ring of 32 has wrapped
     state = replay.state_dict()
     expected = replay.sample(500, CPU, torch.Generator().manual_seed(1))
     fill(replay, 49, 60)  # after the checkpoint, then killed
-    resumed = make()
+    resumed = make("r+")
     resumed.load_state_dict(state)
     for ours, theirs in zip(resumed.sample(500, CPU, torch.Generator().manual_seed(1)), expected):
         assert torch.equal(ours, theirs)
     # Only the last 20 frames are sampled: from number 29 on, whose stack begins with 28, the first of its episode
     assert expected.obs.min() == 28 and expected.next_obs.max() == 48
+
+
+@pytest.mark.parametrize("agent", ["drqv2", "der"])
+@pytest.mark.parametrize("harm", ["lost", "short"])
+def test_a_checkpoint_whose_frames_are_lost_is_an_error(tmp_path, capsys, agent, harm):
+    """Instead of going on from black pictures."""
+    path = tmp_path / "replay.u8"
+
+    def make(mode="w+"):
+        if agent == "der":
+            return der.PrioritizedReplay(path, der.Args(), 20, 12, mode)
+        return drq.FrameReplay(path, 20, 12, 1, 3, 0.99, mode)
+
+    make()
+    size = path.stat().st_size
+    make("r+")
+    if harm == "lost":
+        path.unlink()
+    else:
+        os.truncate(path, size - 1)
+    before = {file: file.stat().st_size for file in tmp_path.iterdir()}
+    with pytest.raises(SystemExit) as stopped:
+        make("r+")
+    message = capsys.readouterr().err
+    assert stopped.value.code == 2 and str(path) in message and message.count("\n") == 1
+    assert {file: file.stat().st_size for file in tmp_path.iterdir()} == before
 
 
 def test_there_is_nothing_to_sample_before_a_whole_transition(tmp_path):
@@ -111,7 +139,7 @@ def test_there_is_nothing_to_sample_before_a_whole_transition(tmp_path):
             ready.append(replay.ready())
     # Frames 3 and 4 are followed by three steps; the last six frames hold 4 until frame 10 has come
     assert ready == [False, False, False, False, True, True, True, False, False, False]
-    restored = drq.FrameReplay(tmp_path / "replay.u8", 6, 4, action_dim=1, n_step=3, gamma=0.5)
+    restored = drq.FrameReplay(tmp_path / "replay.u8", 6, 4, action_dim=1, n_step=3, gamma=0.5, mode="r+")
     restored.load_state_dict(replay.state_dict())
     assert (restored.added, restored.newest) == (14, 4)
 

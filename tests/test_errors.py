@@ -136,6 +136,7 @@ def test_bad_flag_of_the_streaming_agent(main, tmp_path, flags, words):
         ("--eval-epsilon 2", "--eval-epsilon 2.0 between 0 and 1"),
         ("--priority-exponent nan", "--priority-exponent nan between 0 and 1"),
         ("--n-step 0", "--n-step 0 at least 1"),
+        ("--buffer-size 10", "--buffer-size 10 above --n-step"),
         ("--env-id Hopper-v5", "--env-id Hopper-v5 Atari ALE/Pong-v5"),
         ("--env-id ALE/Nope-v5", "--env-id ALE/Nope-v5"),
         ("--runs-dir file", "file --runs-dir"),
@@ -181,6 +182,23 @@ def test_truncated_checkpoint_stays(main, runs, tmp_path, mode):
     path.write_bytes(path.read_bytes()[:-1000])
     before = contents(tmp_path)
     check(*main(*TINY.split(), mode), f"{path} damaged")
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("agent", [AGENT, AGENT.with_name("ddpg_simba_sparse.py")], ids=lambda path: path.stem)
+def test_weights_that_diverge_stop_the_run(main, tmp_path, agent):
+    code, err = main(*TINY.split(), "--updates-per-step", "1", "--learning-rate", "1e30", agent=agent)
+    assert code == 3 and "error: a value is not finite at agent_step=10; the last checkpoint is kept" in err
+    assert not list(tmp_path.rglob("checkpoint*"))
+
+
+def test_metrics_lost_since_the_checkpoint(main, runs, tmp_path):
+    """Instead of a file padded with zero bytes."""
+    path, metrics = runs[0] / "checkpoint.pt", runs[0] / "metrics.csv"
+    torch.save(torch.load(path, weights_only=True) | {"finished": False}, path)
+    metrics.write_bytes(metrics.read_bytes()[:-1])
+    before = contents(tmp_path)
+    check(*main(*TINY.split()), f"{metrics} --no-resume")
     assert contents(tmp_path) == before
 
 

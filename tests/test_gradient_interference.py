@@ -241,6 +241,7 @@ def test_bad_input_ends_with_one_line_and_code_2(main, tmp_path):
     write_run(tmp_path / "masks", sac)
     write_run(tmp_path / "foreign", sac)
     write_run(tmp_path / "version", sac)
+    write_run(tmp_path / "midway", sac)
     (tmp_path / "empty").mkdir()
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "checkpoint.pt").write_bytes(b"no checkpoint")
@@ -254,7 +255,9 @@ def test_bad_input_ends_with_one_line_and_code_2(main, tmp_path):
     edit("masks", lambda checkpoint: checkpoint["args"].update(seed=4))
     edit("foreign", lambda checkpoint: checkpoint.pop("critic"))
     edit("version", lambda checkpoint: checkpoint["args"].update(old_flag=1))
+    edit("midway", lambda checkpoint: checkpoint.update(finished=False))
     for arguments, words in (
+        (["midway"], "midway/checkpoint.pt was written before the end of training"),
         (["empty"], "no checkpoint.pt in empty"),
         (["absent"], "no checkpoint.pt in absent"),
         (["damaged"], "damaged/checkpoint.pt is damaged"),

@@ -63,6 +63,7 @@ def test_networks_of_two_widths_are_two_lines():
     columns = {"depth_scale": 1, "actor_sparsity": None, "critic_sparsity": None, "metric": "eval/return_mean"}
     columns |= {"exp_name": "sac_simba_sparse", "env_id": "dm_control/walker-walk-v0"}
     table = pd.DataFrame(rows, columns=["width_scale", "sparsity", "seed"]).assign(**columns)
+    table["run"] = [f"run{index}" for index in table.index]
     table = pd.concat([table.assign(env_step=step, value=step / 100) for step in (0, 10_000)])
     axes = learning_curves.draw(table).axes[0]
     lines = [line for line in axes.lines if len(line.get_xdata()) == 2]
@@ -72,6 +73,18 @@ def test_networks_of_two_widths_are_two_lines():
         "sparsity 0.8, width scale 0.5, seed 1",
         "sparsity 0.8, width scale 1, 2 seeds",
     ]
+
+
+def test_runs_that_differ_in_other_flags_are_two_lines(tmp_path):
+    """Such as --reset-interval; and what --no-resume has moved aside is not drawn."""
+    for name, value in (("a", 10.0), ("b", 20.0), ("b.old1", 30.0)):
+        write_run(tmp_path, name, 1, 0.0, {0: value, 10_000: 2 * value})
+    write_run(tmp_path, "starting", 2, 0.0, {})
+    (tmp_path / "starting" / "metrics.csv").write_text("")
+    axes = learning_curves.draw(learning_curves.load(tmp_path)).axes[0]
+    lines = [list(line.get_ydata()) for line in axes.lines if len(line.get_xdata()) == 2]
+    assert lines == [[10, 20], [20, 40]]
+    assert axes.get_legend().get_texts()[0].get_text() == "dense, 2 runs"
 
 
 def test_scores_of_atari_games():
@@ -86,3 +99,9 @@ def test_no_runs(tmp_path):
         [sys.executable, str(SCRIPT), "--earlier", "no.gz"], cwd=tmp_path, capture_output=True, text=True
     )
     assert (done.returncode, done.stderr) == (2, "error: --earlier no.gz: no such file\n")
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--earlier", "other.csv"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stderr.startswith("error: --earlier other.csv: not what")
+    assert done.stderr.count("\n") == 1

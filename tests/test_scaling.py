@@ -191,6 +191,9 @@ def test_gain(tmp_path, main):
     assert table.scenarios.tolist() == [2, 2] and (table.low < table.gain).all() and (table.gain < table.high).all()
     assert "left out: sparsity 0.7: no finished run of DDPG, dm_control/dog-run-v0" in out
     assert "left out: SAC, bad-v0: the dense network's mean return is not positive" in out
+    write_run(runs, 90.0, width_scale=5)
+    code, _, err, _ = main("gain")
+    assert code == 2 and "one size of network" in err and "1 x 1, 5 x 1" in err and err.count("\n") == 1
 
 
 def test_bars(tmp_path, main):
@@ -212,7 +215,9 @@ def test_errors(tmp_path, main):
     code, _, err, _ = main("gain", "--scores", str(tmp_path / "none.csv"))
     assert code == 2 and "--scores" in err and "none.csv" in err
     (tmp_path / "runs" / "broken").mkdir()
-    code, out, _, _ = main("size")
+    (tmp_path / "runs" / "run1").rename(tmp_path / "runs" / "run1.old1")
+    code, out, _, table = main("size")
+    assert len(table) == 1 and "left out: run1.old1: moved aside by --no-resume" in out
     assert code == 0 and "left out: broken: no readable args.json and metrics.csv (FileNotFoundError)" in out
 
 

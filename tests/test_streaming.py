@@ -14,7 +14,7 @@ from matplotlib.image import imread
 def write_run(folder: Path, returns: dict[int, float], finished: bool = True, **flags) -> None:
     """A run of 1,000 env steps whose episodes end at some of them."""
     flags = {"env_id": "Ant-v4", "width_scale": 1.0, "init": "lecun", "sparsity": 0.0, "seed": 1, **flags}
-    run = folder / f"run{len(list(folder.glob('*')))}"
+    run = folder / flags.pop("name", f"run{len(list(folder.glob('*')))}")
     run.mkdir(parents=True)
     (run / "args.json").write_text(
         json.dumps({"args": {**flags, "exp_name": "stream_ac_sparse", "total_timesteps": 1000}})
@@ -63,3 +63,17 @@ def test_figures_and_numbers(tmp_path, main):
 def test_no_runs(main):
     code, text, _ = main()
     assert code == 2 and text.startswith("error: no finished run") and text.count("\n") == 1
+
+
+def test_runs_that_cannot_be_averaged(tmp_path, main):
+    write_run(tmp_path / "runs", {950: 5.0})
+    write_run(tmp_path / "runs", {950: 50.0}, name="run0.old1", trace_lambda=0.5)  # moved aside: does not count
+    write_run(tmp_path / "runs", {950: 5.0}, finished=False, seed=2)
+    (tmp_path / "runs" / "run2" / "metrics.csv").write_text("")
+    code, text, out = main("--figures", "12")
+    assert code == 0 and "left out: run2 is at env step 0 of 1000" in text
+    assert pd.read_csv(out / "final_returns.csv")["mean"].tolist() == [5]
+    write_run(tmp_path / "runs", {950: 5.0}, seed=3, gamma=0.9)
+    write_run(tmp_path / "runs", {950: 5.0}, seed=4, gamma=0.99)
+    code, text, _ = main("--figures", "12")
+    assert code == 2 and text.count("\n") == 1 and "differ in {'gamma': ['0.9', '0.99']}" in text

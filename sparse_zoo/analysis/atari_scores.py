@@ -13,6 +13,7 @@ number of games stands beside every aggregate.
 """
 
 import json
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,12 +49,16 @@ def load(runs_dir: Path) -> pd.DataFrame:
     rows, settings = [], {}
     for path in sorted(runs_dir.glob("*/args.json")):
         flags = json.loads(path.read_text())["args"]
-        if flags["exp_name"] != "der_impala_sparse":
+        if flags["exp_name"] != "der_impala_sparse" or re.search(r"\.old\d+$", path.parent.name):
             continue
-        metrics = pd.read_csv(path.parent / "metrics.csv", usecols=["env_step", "metric", "value"])
+        try:
+            metrics = pd.read_csv(path.parent / "metrics.csv", usecols=["env_step", "metric", "value"])
+        except (OSError, ValueError):
+            metrics = pd.DataFrame(columns=["env_step", "metric", "value"])
         final = metrics[metrics.metric == "final/return_mean"].value
         if final.empty:
-            print(f"left out: {path.parent.name} is at env step {metrics.env_step.max()} of {flags['total_timesteps']}")
+            reached = metrics.env_step.max() if len(metrics) else 0
+            print(f"left out: {path.parent.name} is at env step {reached} of {flags['total_timesteps']}")
             continue
         game = flags["env_id"].removeprefix("ALE/").removesuffix("-v5")
         rows.append([*(flags[name] for name in VARIANT), game, flags["seed"], final.iloc[-1]])

@@ -150,6 +150,8 @@ def read_run(run_dir: Path, samples: int) -> tuple:
         sac.fail(f"{path} is damaged ({type(error).__name__})")
     if not isinstance(checkpoint, dict) or not {"args", "actor", "critic", "replay", "norm"} <= checkpoint.keys():
         sac.fail(f"{path} is not of sac_simba_sparse.py or ddpg_simba_sparse.py")
+    if not checkpoint["finished"]:
+        sac.fail(f"{path} was written before the end of training; run the run's command again")
     module = sac if "temperature" in checkpoint else ddpg
     try:
         args = replace(module.Args(**checkpoint["args"]), device="cpu", sparse_kernel="dense")

@@ -11,6 +11,7 @@ games show the scores of random play and of humans (atari26_scores.csv) where th
 
 import json
 import math
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ ALGORITHMS = {
     "der_impala_sparse": "DER IMPALA",
 }
 FLAGS = ["exp_name", "env_id", "width_scale", "depth_scale", "sparsity", "actor_sparsity", "critic_sparsity", "seed"]
+COLUMNS = ["run", *FLAGS, "env_step", "metric", "value"]
 
 
 @dataclass
@@ -42,17 +44,28 @@ class Args:
 
 
 def load(runs_dir: Path, earlier: tuple[str, ...] = ()) -> pd.DataFrame:
-    """One row per return: the flags that name a run, env_step, metric (eval/, final/ or episode/), value."""
+    """One row per return: run, the flags that name its network, env_step, metric (eval/, final/, episode/), value."""
     for path in earlier:
         if not Path(path).is_file():
             print(f"error: --earlier {path}: no such file", file=sys.stderr)
             sys.exit(2)
-    tables = [pd.read_csv(path) for path in earlier]
+    try:
+        tables = [pd.read_csv(path)[COLUMNS] for path in earlier]
+    except (OSError, ValueError, KeyError) as error:
+        print(f"error: --earlier {' '.join(earlier)}: not what this script leaves ({error})", file=sys.stderr)
+        sys.exit(2)
     for path in sorted(runs_dir.glob("*/args.json")):
+        run = path.parent
+        if re.search(r"\.old\d+$", run.name):
+            continue  # moved aside by --no-resume
         flags = json.loads(path.read_text())["args"]
-        metrics = pd.read_csv(path.parent / "metrics.csv", usecols=["env_step", "metric", "value"])
-        metrics = metrics[metrics.metric.str.contains("/return")]
-        tables.append(metrics.assign(**{name: flags.get(name) for name in FLAGS})[[*FLAGS, *metrics]])
+        try:
+            metrics = pd.read_csv(run / "metrics.csv", usecols=["env_step", "metric", "value"])
+        except (OSError, ValueError):
+            print(f"left out: {run.name} has no readable metrics.csv yet")
+            continue
+        metrics = metrics[metrics.metric.str.contains("/return", na=False)]
+        tables.append(metrics.assign(run=run.name, **{name: flags.get(name) for name in FLAGS})[COLUMNS])
     if not tables:
         print(f"error: no run in {runs_dir}", file=sys.stderr)
         sys.exit(2)
@@ -102,9 +115,10 @@ def draw(returns: pd.DataFrame) -> Figure:
             ax.errorbar(reference.env_step, reference["mean"], reference["std"], **how)
         evaluations = panel[panel.metric == "eval/return_mean"]
         for network, runs in evaluations.groupby("network", sort=False):
-            count = runs.seed.nunique()
-            label = f"{network}, seed {runs.seed.iloc[0]}" if count == 1 else f"{network}, {count} seeds"
-            for _, run in runs.groupby("seed"):
+            count, seeds = runs.run.nunique(), runs.seed.nunique()
+            what = f"seed {runs.seed.iloc[0]}" if count == 1 else f"{count} {'seeds' if count == seeds else 'runs'}"
+            label = f"{network}, {what}"
+            for _, run in runs.groupby(["seed", "run"]):
                 ax.plot(run.env_step, run.value, color=colours[network], marker="o", ms=3, label=label)
                 label = None
         low, high = evaluations.value.agg(["min", "max"])
@@ -128,6 +142,6 @@ if __name__ == "__main__":
     returns.to_csv(output / "returns.csv.gz", index=False, compression={"method": "gzip", "mtime": 0})
     for kind in ("png", "svg"):
         draw(returns).savefig(output / f"learning_curves.{kind}", dpi=150)
-    last = returns[returns.metric.isin(["eval/return_mean", "final/return_mean"])].groupby(FLAGS, dropna=False).tail(1)
+    last = returns[returns.metric.isin(["eval/return_mean", "final/return_mean"])].groupby("run").tail(1)
     print(last[["exp_name", "env_id", "sparsity", "seed", "env_step", "metric", "value"]].to_string(index=False))
     print(f"figure and returns are in {output}")

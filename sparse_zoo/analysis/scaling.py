@@ -12,6 +12,7 @@ Docs: docs/benchmark.md.
 """
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -71,6 +72,9 @@ def load(runs_dir: Path, earlier: tuple[str, ...] = ()) -> tuple[pd.DataFrame, l
     """
     rows, left_out, settings = [], [], {}
     for folder in sorted(path for path in runs_dir.glob("[!.]*") if path.is_dir()):
+        if re.search(r"\.old\d+$", folder.name):
+            left_out.append(f"{folder.name}: moved aside by --no-resume")
+            continue
         try:
             record = json.loads((folder / "args.json").read_text())
             metrics = pd.read_csv(folder / "metrics.csv", usecols=["env_step", "metric", "value"])
@@ -79,7 +83,7 @@ def load(runs_dir: Path, earlier: tuple[str, ...] = ()) -> tuple[pd.DataFrame, l
             continue
         flags, final = record["args"], metrics[metrics.metric == "final/return_mean"]
         if final.empty:
-            left_out.append(f"{folder.name}: unfinished, at env step {metrics.env_step.max():,.0f}")
+            left_out.append(f"{folder.name}: unfinished, at env step {metrics.env_step.max() if len(metrics) else 0:,}")
             continue
         for name in flags.keys() - FREE:
             settings.setdefault((flags["exp_name"], name), set()).add(flags[name])
@@ -370,6 +374,10 @@ def gains(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     With its 95 % bootstrap interval, seeds resampled within each of them. A scenario whose dense network has no
     positive mean return is left out, and named.
     """
+    sizes = runs[["algorithm", "width_scale", "depth_scale"]].drop_duplicates()
+    if sizes.algorithm.duplicated().any():
+        there = ", ".join(f"{width:g} x {depth:g}" for _, width, depth in sizes.itertuples(index=False))
+        fail(f"a gain is that of one size of network, and there are several (width x depth scales: {there})")
     dense = dict(list(runs[runs.sparsity == 0].groupby(["algorithm", "env_id"])))
     left_out, rows = [], []
     for algorithm, env_id in sorted(set(zip(runs.algorithm, runs.env_id))):

@@ -9,6 +9,7 @@ Student's 95 % interval of the mean over seeds, which is wide for few seeds, as 
 """
 
 import json
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,10 @@ from matplotlib.ticker import EngFormatter
 from scipy import stats
 
 KEYS = ["env_id", "width_scale", "init", "sparsity"]
+# Flags that may differ between the runs of one figure; others must not
+FREE = {*KEYS, "seed", "mask_seed", "device", "threads", "runs_dir", "resume", "eval_only", "capture_video"}
+FREE |= {"sparse_kernel", "track", "wandb_project", "wandb_entity", "checkpoint_interval"}
+FREE |= {"eval_interval", "eval_episodes", "final_eval_episodes", "diagnostics_interval"}
 # Okabe and Ito's colours, which colour-blind readers tell apart
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000", "#999933"]
 
@@ -41,15 +46,21 @@ class Args:
 
 def load(runs_dir: Path) -> pd.DataFrame:
     """One row per training episode of every finished run: KEYS, seed, total_timesteps, env_step, return, length."""
-    tables = []
+    tables, settings = [], {}
     for path in sorted(runs_dir.glob("*/args.json")):
         flags = json.loads(path.read_text())["args"]
-        if flags["exp_name"] != "stream_ac_sparse":
+        if flags["exp_name"] != "stream_ac_sparse" or re.search(r"\.old\d+$", path.parent.name):
             continue
-        metrics = pd.read_csv(path.parent / "metrics.csv", usecols=["env_step", "metric", "value"])
+        try:
+            metrics = pd.read_csv(path.parent / "metrics.csv", usecols=["env_step", "metric", "value"])
+        except (OSError, ValueError):
+            metrics = pd.DataFrame(columns=["env_step", "metric", "value"])
         if not (metrics.metric == "final/return_mean").any():
-            print(f"left out: {path.parent.name} is at env step {metrics.env_step.max()} of {flags['total_timesteps']}")
+            reached = metrics.env_step.max() if len(metrics) else 0
+            print(f"left out: {path.parent.name} is at env step {reached} of {flags['total_timesteps']}")
             continue
+        for name in flags.keys() - FREE:
+            settings.setdefault(name, set()).add(flags[name])
         episodes = metrics[metrics.metric.isin(["episode/return", "episode/length"])]
         episodes = episodes.pivot(index="env_step", columns="metric", values="value").reset_index()
         episodes = episodes.rename(columns={"episode/return": "return", "episode/length": "length"})
@@ -59,6 +70,10 @@ def load(runs_dir: Path) -> pd.DataFrame:
         )
     if not tables:
         print(f"error: no finished run of stream_ac_sparse in {runs_dir}", file=sys.stderr)
+        sys.exit(2)
+    mixed = {name: sorted(map(str, values)) for name, values in settings.items() if len(values) > 1}
+    if mixed:
+        print(f"error: the runs in {runs_dir} differ in {mixed}; keep such runs apart", file=sys.stderr)
         sys.exit(2)
     return pd.concat(tables, ignore_index=True)
 
