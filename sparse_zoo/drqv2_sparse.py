@@ -994,7 +994,7 @@ if __name__ == "__main__":
         fail(str(error))
     run_dir, checkpoint = open_run(args)
     if checkpoint and checkpoint["finished"] and not args.eval_only:
-        (run_dir / "replay.u8").unlink(missing_ok=True)  # if it was killed before it could
+        (run_dir / "replay.u8").unlink(missing_ok=True)  # left by a kill after the last checkpoint
         print(f"this run is finished: its results are in {run_dir} (--no-resume runs it again)")
         sys.exit(0)
     parts_to_save = {name: part for name, part in vars(agent).items() if name != "layers"}

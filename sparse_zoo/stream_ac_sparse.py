@@ -1060,7 +1060,7 @@ if __name__ == "__main__":
             action = np.random.uniform(bounds.low, bounds.high)
         else:
             action, output = act(agent, state, np.random.standard_normal(action_dim))
-            stop_unless_finite(action.sum())
+            stop_unless_finite(output.sum())
         obs, reward, terminated, truncated, _ = env.step(action)
         agent_step, length, episode_return = agent_step + 1, length + 1, episode_return + reward
         episode_over = terminated or truncated

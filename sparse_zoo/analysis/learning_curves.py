@@ -45,14 +45,10 @@ class Args:
 
 def load(runs_dir: Path, earlier: tuple[str, ...] = ()) -> pd.DataFrame:
     """One row per return: run, the flags that name its network, env_step, metric (eval/, final/, episode/), value."""
-    for path in earlier:
-        if not Path(path).is_file():
-            print(f"error: --earlier {path}: no such file", file=sys.stderr)
-            sys.exit(2)
     try:
         tables = [pd.read_csv(path)[COLUMNS] for path in earlier]
     except (OSError, ValueError, KeyError) as error:
-        print(f"error: --earlier {' '.join(earlier)}: not what this script leaves ({error})", file=sys.stderr)
+        print(f"error: --earlier {' '.join(earlier)}: {error}", file=sys.stderr)
         sys.exit(2)
     for path in sorted(runs_dir.glob("*/args.json")):
         run = path.parent

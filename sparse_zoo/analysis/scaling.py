@@ -97,13 +97,12 @@ def load(runs_dir: Path, earlier: tuple[str, ...] = ()) -> tuple[pd.DataFrame, l
             flag = f"--{name.replace('_', '-')} {' and '.join(sorted(map(str, found)))}"
             fail(f"{runs_dir} mixes runs of {agent} with {flag}; keep such runs apart")
     try:
-        tables = [pd.read_csv(path)[COLUMNS] for path in earlier]
+        rows += [row for path in earlier for row in pd.read_csv(path)[COLUMNS].to_dict("records")]
     except (OSError, ValueError, KeyError) as error:
         fail(f"--earlier {' '.join(earlier)}: {error}")
-    runs = pd.concat([pd.DataFrame(rows, columns=COLUMNS)] * bool(rows) + tables) if rows or tables else pd.DataFrame()
-    if runs.empty:
-        return runs, left_out
-    runs = runs.drop_duplicates("run")  # a run may be among the earlier ones as well
+    if not rows:
+        return pd.DataFrame(), left_out
+    runs = pd.DataFrame(rows, columns=COLUMNS).drop_duplicates("run")  # a run may be among the earlier ones as well
     for algorithm, lengths in runs.groupby("algorithm").env_steps.unique().items():
         if len(lengths) > 1:
             fail(
