@@ -28,6 +28,9 @@ Differences from Dopamine (the paper has published no code for its Atari experim
     a starting point; there, some returns near terminals are wrong and the last ones missing.
  5. The training environment is seeded anew at every reset from (seed, game), so that a resumed run repeats the
     uninterrupted one; there, one generator runs on. Evaluations draw from (seed, decision).
+ 6. A decision in which a life is lost has its four frames all the same, and in evaluations the stack runs on into the
+    next life; there, it is cut short, and the stack begins anew there too. Games begin with 1 to 30 idle frames; there,
+    with 0 to 29.
 """
 
 import copy
@@ -213,9 +216,9 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
     emulator = {"frameskip": 1, "repeat_action_probability": args.sticky_actions, "render_mode": render_mode}
     try:
         env = gym.make(args.env_id, disable_env_checker=True, **emulator)
-    except gym.error.Error as error:
+        return gym.wrappers.AtariPreprocessing(env, frame_skip=args.action_repeat, screen_size=SIZE)
+    except (gym.error.Error, ValueError) as error:
         fail(f"--env-id {args.env_id}: {error}")
-    return gym.wrappers.AtariPreprocessing(env, frame_skip=args.action_repeat, screen_size=SIZE)
 
 
 def derive_seed(*key: int) -> int:
@@ -510,7 +513,8 @@ def open_run(args) -> tuple[Path, dict | None]:
     """
     flags = {name: value for name, value in asdict(args).items() if name not in EXECUTION_FLAGS}
     digest = hashlib.sha256(json.dumps({**flags, "seed": None}, sort_keys=True).encode()).hexdigest()[:8]
-    run_dir = Path(args.runs_dir) / f"{args.env_id.replace('/', '-')}__{args.exp_name}__{digest}__s{args.seed}"
+    env = args.env_id.replace("/", "-").replace(":", "-")
+    run_dir = Path(args.runs_dir) / f"{env}__{args.exp_name}__{digest}__s{args.seed}"
     try:
         if not args.eval_only:
             run_dir.mkdir(parents=True, exist_ok=True)
@@ -519,7 +523,7 @@ def open_run(args) -> tuple[Path, dict | None]:
         if not args.resume and not args.eval_only and any(run_dir.glob("[!.]*")):
             old = next(path for n in range(1, 10**6) if not (path := Path(f"{run_dir}.old{n}")).exists())
             old.mkdir()
-            for path in sorted(run_dir.glob("[!.]*")):  # checkpoints before what they count on
+            for path in sorted(run_dir.glob("[!.]*"), reverse=True):  # checkpoints after what they count on
                 path.rename(old / path.name)
             print(f"the previous run of these flags is now in {old}")
     except Timeout:
@@ -537,7 +541,7 @@ def open_run(args) -> tuple[Path, dict | None]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         made_with = checkpoint["args"]
     except Exception as error:
-        fail(f"{path} is damaged ({type(error).__name__}); delete it to go on from the one before, if there is one")
+        fail(f"cannot read {path} ({type(error).__name__}); if it is damaged, delete it to go on from the one before")
     for name, value in flags.items():
         if made_with.get(name) != value:
             fail(f"{path} was made with --{name.replace('_', '-')} {made_with.get(name)}, not {value}; move it away")
@@ -582,10 +586,9 @@ def describe_run(run_dir: Path, args, layers: dict[str, list[dict]]) -> None:
         revision = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
     except OSError:  # git is not installed
         revision = None
-    packages = {"torch", "numpy", "numba", "gymnasium", "shimmy", "dm-control", "mujoco", "ale-py"}
-    installed = {package.name.lower().replace("_", "-"): package.version for package in distributions()}
-    versions = {"python": platform.python_version()}
-    versions |= {name: installed[name] for name in sorted(packages & installed.keys())}
+    packages = ("torch", "numpy", "numba", "gymnasium", "shimmy", "dm-control", "mujoco", "ale-py")
+    installed = {str(package.name).lower().replace("_", "-"): package.version for package in distributions()}
+    versions = {"python": platform.python_version(), **{name: installed.get(name) for name in packages}}
     record = {"args": asdict(args), "versions": versions, "git_revision": revision, "layers": layers}
     (run_dir / "args.json").write_text(json.dumps(record, indent=1))
 
@@ -686,9 +689,9 @@ class PrioritizedReplay:
         self.path, shape, needed = path, (size, SIZE, SIZE), size * SIZE * SIZE
         if mode == "r+" and (not path.exists() or path.stat().st_size != needed):
             fail(f"{path} is not as the checkpoint left it; bring it back, or start with --no-resume")
-        free = shutil.disk_usage(path.parent).free
-        if mode == "w+" and free < needed:
-            fail(f"{path} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; lower --buffer-size")
+        free = shutil.disk_usage(path.parent).free / 1e9
+        if mode == "w+" and free < needed / 1e9:
+            fail(f"{path} needs {needed / 1e9:.1f} of {free:.1f} GB free; lower --buffer-size or --checkpoint-interval")
         self.frames = np.asarray(np.memmap(path, np.uint8, mode, shape=shape))
         self.action, self.start = np.zeros(size, np.int64), np.full(size, -1)
         self.reward, self.terminal = np.zeros(size, np.float32), np.zeros(size, np.float32)
@@ -998,7 +1001,8 @@ if __name__ == "__main__":
     if not args.eval_only:
         total_steps = math.ceil(args.total_timesteps / args.action_repeat)
         capacity = min(args.buffer_size, 2 * total_steps)  # frames; a life of T decisions has T + 1
-        slack = math.ceil(2 * (args.checkpoint_interval + 2 * 108_000) / args.action_repeat)  # the longest game
+        # Two checkpoints' worth, each up to the longest game (108,000 env steps) late, with room for starts of lives
+        slack = min(2 * total_steps - capacity, 2 * (args.checkpoint_interval + 2 * 108_000) // args.action_repeat)
         replay = PrioritizedReplay(run_dir / "replay.u8", args, capacity, slack, "r+" if checkpoint else "w+")
         parts_to_save["replay"] = replay
 
@@ -1030,7 +1034,7 @@ if __name__ == "__main__":
 
     def due(interval: int) -> bool:
         """Whether a multiple of some env steps has just been reached."""
-        return interval > 0 and agent_step % max(1, interval // args.action_repeat) == 0
+        return interval > 0 and agent_step * args.action_repeat % interval < args.action_repeat
 
     def save(finished: bool) -> None:
         state = {name: part.state_dict() for name, part in parts_to_save.items()}
@@ -1069,8 +1073,8 @@ if __name__ == "__main__":
                 batch = replay.sample(args.batch_size, device)
                 losses, each = update(agent, batch, agent.network.draw_noise(), agent.network.draw_noise())
                 update_step += 1
-                if not each.isfinite().all():
-                    print(f"error: a loss is not finite at {agent_step=}; the last checkpoint is kept", file=sys.stderr)
+                if not (each.isfinite().all() and get_total_norm(agent.network.parameters()).isfinite()):
+                    print(f"error: values not finite at {agent_step=}; the last checkpoint is kept", file=sys.stderr)
                     sys.exit(3)
                 replay.set_priorities(batch.index, each)
                 if update_step % args.target_interval == 0:

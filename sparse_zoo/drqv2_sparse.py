@@ -24,9 +24,9 @@ Differences from the code of Yarats et al. (the paper has published none for its
  2. Random shifts are whole pixels by copying; there, by bilinear sampling at whole pixels, equal within rounding.
  3. All stored transitions are equally likely; there, first an episode is drawn and then a transition in it, from what
     each of four workers has loaded.
- 4. A terminated episode is not bootstrapped from; there, it is (no task of dm-control terminates here).
+ 4. A terminated episode is not bootstrapped from; there, it is (no task of the paper terminates).
  5. The training environment is seeded anew at every reset from (seed, episode), so that a resumed run repeats the
-    uninterrupted one in any environment; there, one generator runs on.
+    uninterrupted one in any environment whose seed decides all; there, one generator runs on.
  6. Evaluations draw their initial states from (seed, decision), so that they leave training untouched.
  7. The encoder's features are ordered by pixel, then channel; there, the other way round. The layers that read them
     are fully connected.
@@ -94,7 +94,7 @@ class Args:
     env_id: str = "dm_control/quadruped-run-v0"
     """a dm_control/* id, or any Gymnasium MuJoCo id, with Box actions; observed through its camera"""
     camera: int | None = None
-    """number of the camera (default: 2 for quadruped, else 0)"""
+    """number of the camera (default: dm_control 2 for quadruped, else 0; Gymnasium: the task's own)"""
     action_repeat: int = 2
     """simulator frames per decision, rewards summed"""
     total_timesteps: int = 2_000_000
@@ -108,7 +108,7 @@ class Args:
     batch_size: int = 256
     """transitions per update"""
     buffer_size: int = 1_000_000
-    """largest number of transitions kept for replay, in a file of about 21 kB a transition"""
+    """largest number of frames kept for replay, in a file of about 21 kB a frame"""
     n_step: int = 3
     """rewards in a return before it bootstraps"""
     gamma: float = 0.99
@@ -212,10 +212,12 @@ def make_env(args: Args) -> gym.Env:
         elif args.camera is not None:
             size["camera_id"] = camera
         env = gym.make(args.env_id, render_mode="rgb_array", disable_env_checker=True, **size)
+        if "camera_id" in size and camera >= (cameras := env.unwrapped.model.ncam):
+            raise ValueError(f"the model has {cameras} cameras")
         env.reset(seed=0)
         frame = env.render()
-    except gym.error.Error as error:
-        fail(f"--env-id {args.env_id}: {error}")
+    except (gym.error.Error, ModuleNotFoundError, ValueError) as error:
+        fail(f"--env-id {args.env_id}, camera {camera}: {error}")
     except TypeError:
         fail(f"--env-id {args.env_id}: takes no width and height of pictures; dm_control/* and MuJoCo tasks do")
     except Exception as error:
@@ -521,7 +523,8 @@ def open_run(args) -> tuple[Path, dict | None]:
     """
     flags = {name: value for name, value in asdict(args).items() if name not in EXECUTION_FLAGS}
     digest = hashlib.sha256(json.dumps({**flags, "seed": None}, sort_keys=True).encode()).hexdigest()[:8]
-    run_dir = Path(args.runs_dir) / f"{args.env_id.replace('/', '-')}__{args.exp_name}__{digest}__s{args.seed}"
+    env = args.env_id.replace("/", "-").replace(":", "-")
+    run_dir = Path(args.runs_dir) / f"{env}__{args.exp_name}__{digest}__s{args.seed}"
     try:
         if not args.eval_only:
             run_dir.mkdir(parents=True, exist_ok=True)
@@ -530,7 +533,7 @@ def open_run(args) -> tuple[Path, dict | None]:
         if not args.resume and not args.eval_only and any(run_dir.glob("[!.]*")):
             old = next(path for n in range(1, 10**6) if not (path := Path(f"{run_dir}.old{n}")).exists())
             old.mkdir()
-            for path in sorted(run_dir.glob("[!.]*")):  # checkpoints before what they count on
+            for path in sorted(run_dir.glob("[!.]*"), reverse=True):  # checkpoints after what they count on
                 path.rename(old / path.name)
             print(f"the previous run of these flags is now in {old}")
     except Timeout:
@@ -548,7 +551,7 @@ def open_run(args) -> tuple[Path, dict | None]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         made_with = checkpoint["args"]
     except Exception as error:
-        fail(f"{path} is damaged ({type(error).__name__}); delete it to go on from the one before, if there is one")
+        fail(f"cannot read {path} ({type(error).__name__}); if it is damaged, delete it to go on from the one before")
     for name, value in flags.items():
         if made_with.get(name) != value:
             fail(f"{path} was made with --{name.replace('_', '-')} {made_with.get(name)}, not {value}; move it away")
@@ -593,10 +596,9 @@ def describe_run(run_dir: Path, args, layers: dict[str, list[dict]]) -> None:
         revision = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
     except OSError:  # git is not installed
         revision = None
-    packages = {"torch", "numpy", "numba", "gymnasium", "shimmy", "dm-control", "mujoco", "ale-py"}
-    installed = {package.name.lower().replace("_", "-"): package.version for package in distributions()}
-    versions = {"python": platform.python_version()}
-    versions |= {name: installed[name] for name in sorted(packages & installed.keys())}
+    packages = ("torch", "numpy", "numba", "gymnasium", "shimmy", "dm-control", "mujoco", "ale-py")
+    installed = {str(package.name).lower().replace("_", "-"): package.version for package in distributions()}
+    versions = {"python": platform.python_version(), **{name: installed.get(name) for name in packages}}
     record = {"args": asdict(args), "versions": versions, "git_revision": revision, "layers": layers}
     (run_dir / "args.json").write_text(json.dumps(record, indent=1))
 
@@ -702,9 +704,9 @@ class FrameReplay:
         self.path, shape, needed = path, (size, SIZE, SIZE, 3), size * SIZE * SIZE * 3
         if mode == "r+" and (not path.exists() or path.stat().st_size != needed):
             fail(f"{path} is not as the checkpoint left it; bring it back, or start with --no-resume")
-        free = shutil.disk_usage(path.parent).free
-        if mode == "w+" and free < needed:
-            fail(f"{path} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; lower --buffer-size")
+        free = shutil.disk_usage(path.parent).free / 1e9
+        if mode == "w+" and free < needed / 1e9:
+            fail(f"{path} needs {needed / 1e9:.1f} of {free:.1f} GB free; lower --buffer-size or --checkpoint-interval")
         self.frames = np.asarray(np.memmap(path, np.uint8, mode, shape=shape))
         self.action = np.zeros((size, action_dim), np.float32)
         self.reward, self.terminated = np.zeros(size, np.float32), np.zeros(size, np.float32)
@@ -920,10 +922,8 @@ def diagnose(agent: Agent, batch: Batch, noise, next_noise) -> dict[str, float]:
         inputs = {"actor": agent.actor.trunk(features)}
         inputs["critic"] = torch.cat([agent.critic.trunk(features), batch.action], -1)
     measured = {}
-    for name, loss, body in (
-        ("actor", loss_actor, agent.actor.body),
-        ("critic", loss_critic, agent.critic.bodies[0]),
-    ):
+    bodies = {"actor": (loss_actor, agent.actor.body), "critic": (loss_critic, agent.critic.bodies[0])}
+    for name, (loss, body) in bodies.items():
         parameters = list(getattr(agent, name).parameters())
         plasticity = measure_plasticity(body, inputs[name], parameters, torch.autograd.grad(loss, parameters))
         measured |= {f"{name}_{metric}": value for metric, value in plasticity.items()}
@@ -1001,9 +1001,9 @@ if __name__ == "__main__":
     agent_step = update_step = episode = csv_bytes = 0
     if not args.eval_only:
         total_steps = math.ceil(args.total_timesteps / args.action_repeat)
-        episode_limit = env.spec.max_episode_steps or 1000
         capacity = min(args.buffer_size, 2 * total_steps)  # frames; an episode of T decisions has T + 1
-        slack = math.ceil(2 * (args.checkpoint_interval + 2 * episode_limit) / args.action_repeat)
+        between = args.checkpoint_interval + (env.spec.max_episode_steps or 1000)  # env steps between checkpoints
+        slack = min(2 * total_steps - capacity, math.ceil(4 * between / args.action_repeat))
         mode = "r+" if checkpoint else "w+"
         replay = FrameReplay(run_dir / "replay.u8", capacity, slack, action_dim, args.n_step, args.gamma, mode)
         parts_to_save["replay"] = replay
@@ -1038,7 +1038,7 @@ if __name__ == "__main__":
 
     def due(interval: int) -> bool:
         """Whether a multiple of some env steps has just been reached."""
-        return interval > 0 and agent_step % max(1, interval // args.action_repeat) == 0
+        return interval > 0 and agent_step * args.action_repeat % interval < args.action_repeat
 
     def save(finished: bool) -> None:
         state = {name: part.state_dict() for name, part in parts_to_save.items()}

@@ -197,7 +197,10 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
         gym.register_envs(shimmy)
     try:
         env = gym.make(args.env_id, render_mode=render_mode, disable_env_checker=True)
-    except (gym.error.Error, ImportError) as error:
+        if render_mode:  # what cannot be filmed fails now, not after training
+            env.reset(seed=0)
+            env.render()
+    except (gym.error.Error, ImportError, RuntimeError, ValueError) as error:
         fail(f"--env-id {args.env_id}: {error}")
     action_space, space = env.action_space, env.observation_space
     if not isinstance(action_space, gym.spaces.Box) or len(action_space.shape) != 1 or not action_space.is_bounded():
@@ -505,7 +508,8 @@ def open_run(args) -> tuple[Path, dict | None]:
     """
     flags = {name: value for name, value in asdict(args).items() if name not in EXECUTION_FLAGS}
     digest = hashlib.sha256(json.dumps({**flags, "seed": None}, sort_keys=True).encode()).hexdigest()[:8]
-    run_dir = Path(args.runs_dir) / f"{args.env_id.replace('/', '-')}__{args.exp_name}__{digest}__s{args.seed}"
+    env = args.env_id.replace("/", "-").replace(":", "-")
+    run_dir = Path(args.runs_dir) / f"{env}__{args.exp_name}__{digest}__s{args.seed}"
     try:
         if not args.eval_only:
             run_dir.mkdir(parents=True, exist_ok=True)
@@ -514,7 +518,7 @@ def open_run(args) -> tuple[Path, dict | None]:
         if not args.resume and not args.eval_only and any(run_dir.glob("[!.]*")):
             old = next(path for n in range(1, 10**6) if not (path := Path(f"{run_dir}.old{n}")).exists())
             old.mkdir()
-            for path in sorted(run_dir.glob("[!.]*")):  # checkpoints before what they count on
+            for path in sorted(run_dir.glob("[!.]*"), reverse=True):  # checkpoints after what they count on
                 path.rename(old / path.name)
             print(f"the previous run of these flags is now in {old}")
     except Timeout:
@@ -532,7 +536,7 @@ def open_run(args) -> tuple[Path, dict | None]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         made_with = checkpoint["args"]
     except Exception as error:
-        fail(f"{path} is damaged ({type(error).__name__}); delete it to go on from the one before, if there is one")
+        fail(f"cannot read {path} ({type(error).__name__}); if it is damaged, delete it to go on from the one before")
     for name, value in flags.items():
         if made_with.get(name) != value:
             fail(f"{path} was made with --{name.replace('_', '-')} {made_with.get(name)}, not {value}; move it away")
@@ -577,10 +581,9 @@ def describe_run(run_dir: Path, args, layers: dict[str, list[dict]]) -> None:
         revision = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
     except OSError:  # git is not installed
         revision = None
-    packages = {"torch", "numpy", "numba", "gymnasium", "shimmy", "dm-control", "mujoco", "ale-py"}
-    installed = {package.name.lower().replace("_", "-"): package.version for package in distributions()}
-    versions = {"python": platform.python_version()}
-    versions |= {name: installed[name] for name in sorted(packages & installed.keys())}
+    packages = ("torch", "numpy", "numba", "gymnasium", "shimmy", "dm-control", "mujoco", "ale-py")
+    installed = {str(package.name).lower().replace("_", "-"): package.version for package in distributions()}
+    versions = {"python": platform.python_version(), **{name: installed.get(name) for name in packages}}
     record = {"args": asdict(args), "versions": versions, "git_revision": revision, "layers": layers}
     (run_dir / "args.json").write_text(json.dumps(record, indent=1))
 
@@ -959,7 +962,7 @@ if __name__ == "__main__":
 
     def due(interval: int | None) -> bool:
         """Whether a multiple of some env steps has just been reached."""
-        return bool(interval) and agent_step % max(1, interval // args.action_repeat) == 0
+        return bool(interval) and agent_step * args.action_repeat % interval < args.action_repeat
 
     def save(finished: bool) -> None:
         state = {name: part.state_dict() for name, part in parts_to_save().items()}

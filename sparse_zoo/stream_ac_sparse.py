@@ -185,7 +185,10 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
         gym.register_envs(shimmy)
     try:
         env = gym.make(args.env_id, render_mode=render_mode, disable_env_checker=True)
-    except (gym.error.Error, ImportError) as error:
+        if render_mode:  # what cannot be filmed fails now, not after training
+            env.reset(seed=0)
+            env.render()
+    except (gym.error.Error, ImportError, RuntimeError, ValueError) as error:
         fail(f"--env-id {args.env_id}: {error}")
     action_space, space = env.action_space, env.observation_space
     if not isinstance(action_space, gym.spaces.Box) or len(action_space.shape) != 1 or not action_space.is_bounded():
@@ -486,7 +489,8 @@ def open_run(args) -> tuple[Path, dict | None]:
     """
     flags = {name: value for name, value in asdict(args).items() if name not in EXECUTION_FLAGS}
     digest = hashlib.sha256(json.dumps({**flags, "seed": None}, sort_keys=True).encode()).hexdigest()[:8]
-    run_dir = Path(args.runs_dir) / f"{args.env_id.replace('/', '-')}__{args.exp_name}__{digest}__s{args.seed}"
+    env = args.env_id.replace("/", "-").replace(":", "-")
+    run_dir = Path(args.runs_dir) / f"{env}__{args.exp_name}__{digest}__s{args.seed}"
     try:
         if not args.eval_only:
             run_dir.mkdir(parents=True, exist_ok=True)
@@ -495,7 +499,7 @@ def open_run(args) -> tuple[Path, dict | None]:
         if not args.resume and not args.eval_only and any(run_dir.glob("[!.]*")):
             old = next(path for n in range(1, 10**6) if not (path := Path(f"{run_dir}.old{n}")).exists())
             old.mkdir()
-            for path in sorted(run_dir.glob("[!.]*")):  # checkpoints before what they count on
+            for path in sorted(run_dir.glob("[!.]*"), reverse=True):  # checkpoints after what they count on
                 path.rename(old / path.name)
             print(f"the previous run of these flags is now in {old}")
     except Timeout:
@@ -513,7 +517,7 @@ def open_run(args) -> tuple[Path, dict | None]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         made_with = checkpoint["args"]
     except Exception as error:
-        fail(f"{path} is damaged ({type(error).__name__}); delete it to go on from the one before, if there is one")
+        fail(f"cannot read {path} ({type(error).__name__}); if it is damaged, delete it to go on from the one before")
     for name, value in flags.items():
         if made_with.get(name) != value:
             fail(f"{path} was made with --{name.replace('_', '-')} {made_with.get(name)}, not {value}; move it away")
@@ -558,10 +562,9 @@ def describe_run(run_dir: Path, args, layers: dict[str, list[dict]]) -> None:
         revision = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
     except OSError:  # git is not installed
         revision = None
-    packages = {"torch", "numpy", "numba", "gymnasium", "shimmy", "dm-control", "mujoco", "ale-py"}
-    installed = {package.name.lower().replace("_", "-"): package.version for package in distributions()}
-    versions = {"python": platform.python_version()}
-    versions |= {name: installed[name] for name in sorted(packages & installed.keys())}
+    packages = ("torch", "numpy", "numba", "gymnasium", "shimmy", "dm-control", "mujoco", "ale-py")
+    installed = {str(package.name).lower().replace("_", "-"): package.version for package in distributions()}
+    versions = {"python": platform.python_version(), **{name: installed.get(name) for name in packages}}
     record = {"args": asdict(args), "versions": versions, "git_revision": revision, "layers": layers}
     (run_dir / "args.json").write_text(json.dumps(record, indent=1))
 
@@ -661,15 +664,14 @@ class Normalizer:
 
     def scale(self, reward: float, done: bool) -> float:
         """The reward over the std of the discounted sum of rewards, which starts anew with an episode's last reward."""
-        self.reward_trace = self.reward_trace * self.gamma * (1 - done) + reward
+        self.reward_trace = float(self.reward_trace * self.gamma * (1 - done) + reward)
         self.reward.update(self.reward_trace)
         return float(reward / self.reward.std())
 
     def state_dict(self) -> dict:
-        tensors = (
-            {key: torch.as_tensor(value) for key, value in vars(part).items()} for part in (self.obs, self.reward)
-        )
-        return {"statistics": list(tensors), "reward_trace": float(self.reward_trace)}
+        parts = (self.obs, self.reward)
+        statistics = [{key: torch.as_tensor(value) for key, value in vars(part).items()} for part in parts]
+        return {"statistics": statistics, "reward_trace": self.reward_trace}
 
     def load_state_dict(self, state: dict) -> None:
         self.reward_trace = state["reward_trace"]
@@ -846,7 +848,7 @@ class StreamingNetwork:
         return self.output.detach().numpy()
 
     def step(self, grad: np.ndarray, delta: float, done: bool) -> float:
-        """One step for a loss with gradient `grad` (outputs,) and a TD error; returns the step size, at most 1."""
+        """One step for a loss with gradient `grad` (outputs,) and a TD error; returns the step size."""
         if self.compiled:
             backward(self.hidden, self.heads, grad, self.decay)
         else:
@@ -1082,6 +1084,7 @@ if __name__ == "__main__":
             draw_learning_curve(run_dir, args.env_id)
             bar.set_postfix_str(f"return {result['return_mean']:.0f}")
         if due(args.diagnostics_interval):
+            stop_unless_finite(agent.actor.weights.sum() + agent.critic.weights.sum())
             log(diagnose(agent, recent, args), "diagnostics")
 
         bar.update()

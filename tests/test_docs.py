@@ -63,8 +63,7 @@ def test_the_patch_of_fork_it_applies_and_runs(tmp_path):
     (patch,) = re.findall(r"```diff\n(.+?)```", (ROOT / "docs" / "fork_it.md").read_text(), re.S)
     copy = tmp_path / "my_sac.py"
     copy.write_text((ROOT / "sparse_zoo" / "sac_simba_sparse.py").read_text())
-    apply = ["git", "apply", "--unidiff-zero", "-"]
-    done = subprocess.run(apply, cwd=tmp_path, input=patch, capture_output=True, text=True)
+    done = subprocess.run(["git", "apply", "-"], cwd=tmp_path, input=patch, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     tiny = "--env-id dm_control/cartpole-swingup-v0 --total-timesteps 20 --learning-starts 10 --eval-episodes 1"
     tiny += " --final-eval-episodes 1 --width-scale 0.25 --batch-size 8 --threads 1 --device cpu"

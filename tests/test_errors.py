@@ -80,6 +80,8 @@ def check(code: int | None, err: str, words: str) -> None:
         ("--env-id Nope-v0", "--env-id Nope-v0"),
         ("--env-id dm_control/nope-v0", "--env-id dm_control/nope-v0"),
         ("--env-id nope:Nope-v0", "--env-id nope:Nope-v0"),
+        ("--env-id a:b:c", "--env-id a:b:c"),
+        ("--capture-video", "--env-id dm_control/cartpole-swingup-v0 rendering"),  # MUJOCO_GL=disabled
         ("--env-id CartPole-v1", "--env-id CartPole-v1 Discrete(2) Box"),
         ("--runs-dir file", "file --runs-dir"),
         ("--runs-dir file/below", "file/below --runs-dir"),
@@ -139,6 +141,7 @@ def test_bad_flag_of_the_streaming_agent(main, tmp_path, flags, words):
         ("--buffer-size 10", "--buffer-size 10 above --n-step"),
         ("--env-id Hopper-v5", "--env-id Hopper-v5 Atari ALE/Pong-v5"),
         ("--env-id ALE/Nope-v5", "--env-id ALE/Nope-v5"),
+        ("--env-id ALE/Backgammon-v5", "--env-id ALE/Backgammon-v5 NOOP"),
         ("--runs-dir file", "file --runs-dir"),
         ("--width-scale 0.0625 --sparsity 0.9999", "sparsity 0.9999 out of reach"),
         ("--eval-only", "nothing to evaluate train"),
@@ -190,6 +193,54 @@ def test_weights_that_diverge_stop_the_run(main, tmp_path, agent):
     code, err = main(*TINY.split(), "--updates-per-step", "1", "--learning-rate", "1e30", agent=agent)
     assert code == 3 and "error: a value is not finite at agent_step=10; the last checkpoint is kept" in err
     assert not list(tmp_path.rglob("checkpoint*"))
+
+
+def test_weights_that_diverge_in_the_last_update_are_not_saved(main, tmp_path):
+    flags = "--width-scale 0.0625 --threads 1 --learning-rate 1e300 --learning-starts 640 --total-timesteps 640"
+    flags += " --action-repeat 32 --batch-size 4 --n-step 1 --eval-episodes 1 --final-eval-episodes 1"
+    code, err = main(*flags.split(), agent=DER)
+    assert code == 3 and "error: values not finite at agent_step=20; the last checkpoint is kept" in err
+    assert not list(tmp_path.rglob("checkpoint*"))
+
+
+def test_no_resume_that_is_interrupted_loses_nothing(main, runs, monkeypatch):
+    """Whichever file it stops at, the same command then starts nothing anew over what is left."""
+    with open(runs[0] / "metrics.csv", "a") as file:
+        file.write("400,20,0,not/deterministic,1.0\n")  # which no other run writes
+    before = contents(runs[0])
+    for n in range(len(list(runs[0].glob("[!.]*")))):
+        moved, rename = [], Path.rename
+
+        def stop(path, target, n=n, moved=moved, rename=rename):
+            if len(moved) == n:
+                raise KeyboardInterrupt
+            moved.append(rename(path, target))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "rename", stop)
+            with pytest.raises(KeyboardInterrupt):
+                main(*TINY.split(), "--no-resume")
+        gc.collect()
+        code, err = main(*TINY.split())
+        assert code == 0 or (code == 2 and "--no-resume" in err), err
+        for path in moved:
+            path.rename(runs[0] / path.name)
+        assert {name: runs[0].joinpath(name).read_bytes() for name in before} == before
+
+
+def test_a_package_without_metadata_is_no_obstacle(main, tmp_path, monkeypatch):
+    """An interrupted pip leaves such folders."""
+    (tmp_path / "site" / "foo-1.0.dist-info").mkdir(parents=True)
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    assert main(*TINY.split())[0] == 0
+
+
+def test_evaluations_come_with_the_first_decision_at_or_after_a_multiple(main):
+    flags = "--action-repeat 30 --total-timesteps 400 --learning-starts 1000 --eval-interval 100"
+    assert main(*TINY.split(), *flags.split())[0] == 0
+    (table,) = Path("runs").glob("*/metrics.csv")
+    rows = [line.split(",") for line in table.read_text().splitlines()]
+    assert [int(row[0]) for row in rows if row[3] == "eval/return_mean"] == [0, 120, 210, 300, 420]
 
 
 def test_metrics_lost_since_the_checkpoint(main, runs, tmp_path):

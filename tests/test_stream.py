@@ -120,12 +120,13 @@ def test_rewards_are_scaled_by_the_std_of_their_trace():
     assert norm.obs.count == 0
 
 
+@pytest.mark.parametrize("kind", [float, np.float32])  # of the environment's rewards
 @pytest.mark.parametrize("steps", [0, 1, 20])
-def test_saved_normalizer_goes_on_bit_by_bit(steps):
+def test_saved_normalizer_goes_on_bit_by_bit(steps, kind):
     generator = np.random.default_rng(steps)
 
     def see(norm, obs, length):
-        return norm.state(obs, length), norm.scale(float(obs.sum()), length % 4 == 3)
+        return norm.state(obs, length), norm.scale(kind(obs.sum()), length % 4 == 3)
 
     norm, loaded = (stream.Normalizer(3, 0.99, 10) for _ in range(2))
     for length, obs in enumerate(generator.standard_normal((steps, 3))):

@@ -1,0 +1,211 @@
+"""Training loops of the agents with a replay: whole runs equal the same written out from the files' parts.
+
+Evaluations and diagnostics are left out here, so they change nothing either. Stream AC's loop: test_stream.py.
+"""
+
+import gc
+import runpy
+import signal
+import sys
+
+import ddpg_simba_sparse as ddpg
+import der_impala_sparse as der
+import drqv2_sparse as drq
+import gymnasium as gym
+import numpy as np
+import pandas as pd
+import pytest
+import sac_simba_sparse as sac
+import torch
+from filelock import FileLock
+
+CPU = torch.device("cpu")
+TINY = "--threads 1 --device cpu --sparsity 0.5 --eval-episodes 1 --final-eval-episodes 1"
+
+
+class Corridor(gym.Env):
+    """Terminates with the third step of every second episode; all others are cut off by the limit of five steps."""
+
+    observation_space, action_space = gym.spaces.Box(-9, 9, (2,)), gym.spaces.Box(-0.5, 0.25, (1,))
+
+    def __init__(self, render_mode=None, width=84, height=84):
+        self.render_mode, self.episode = render_mode, -1
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.episode, self.steps = self.episode + 1, 0
+        return self.observe(), {}
+
+    def observe(self) -> np.ndarray:
+        self.picture = self.np_random.integers(0, 256, (84, 84, 3), np.uint8)
+        return np.array([self.steps, self.np_random.normal()], np.float32)
+
+    def render(self):
+        return self.picture
+
+    def step(self, action):
+        self.steps += 1
+        over = self.episode % 2 == 1 and self.steps == 3
+        return self.observe(), self.steps + float(action[0]), over, False, {}
+
+
+@pytest.fixture(autouse=True)
+def corridor():
+    gym.register("Corridor-v0", Corridor, max_episode_steps=5)
+    yield
+    del gym.registry["Corridor-v0"]
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """Trains from the command line, in this process: flags, checkpoint and metrics (a table of name, env_step, value).
+
+    Torch's generator and threads are left as they are at the start of the run.
+    """
+
+    handler, threads = signal.getsignal(signal.SIGINT), torch.get_num_threads()
+
+    def run(agent, arguments: str):
+        monkeypatch.setenv("MUJOCO_GL", "disabled")
+        monkeypatch.setattr(sys, "argv", [agent.__file__, *arguments.split(), "--runs-dir", str(tmp_path)])
+        try:
+            runpy.run_path(agent.__file__, run_name="__main__")
+        finally:
+            signal.signal(signal.SIGINT, handler)
+            for lock in [item for item in gc.get_objects() if type(item) is FileLock]:
+                lock.release(force=True)
+        (path,) = tmp_path.glob("*/checkpoint.pt")
+        checkpoint = torch.load(path, weights_only=True)
+        args = agent.Args(**checkpoint["args"])
+        torch.manual_seed(args.seed)
+        return args, checkpoint, pd.read_csv(path.with_name("metrics.csv"))
+
+    yield run
+    torch.set_num_threads(threads)
+
+
+def assert_equal(saved: dict, expected: dict) -> None:
+    assert saved.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(torch.as_tensor(saved[name]), torch.as_tensor(value)), name
+
+
+def logged(metrics: pd.DataFrame, name: str) -> list[float]:
+    return metrics.value[metrics.metric == name].tolist()
+
+
+@pytest.mark.parametrize("intervals", ["", "--eval-interval 7 --diagnostics-interval 3"])
+@pytest.mark.parametrize("agent", [sac, ddpg], ids=["sac", "ddpg"])
+def test_simba_agents(agent, intervals, run):
+    flags = "--env-id Corridor-v0 --action-repeat 1 --total-timesteps 24 --learning-starts 9 --updates-per-step 2"
+    flags += " --batch-size 4 --width-scale 0.0625 --reset-interval 17 --gamma 0.9"
+    args, saved, metrics = run(agent, f"{TINY} {flags} {intervals}")
+    lengths = [5, 3, 5, 3, 5]  # and three steps of a sixth episode, which terminates with the last
+    assert saved["counters"][:3] == (24, 2 * (24 - 9 + 1), 6)
+    assert logged(metrics, "episode/length") == [*lengths, 3]
+    scale = args.exploration_noise if agent is ddpg else 1.0
+
+    parts, norm, env = agent.Agent(args, 2, 1, CPU), agent.ObservationNorm(2, CPU), agent.make_env(args)
+    replay, t, returns = agent.ReplayBuffer(24, 2, 1), 0, []
+    for episode, length in enumerate([*lengths, 3]):
+        obs, _ = env.reset(seed=agent.derive_seed(args.seed, agent.TRAIN, episode))
+        returns.append(0.0)
+        for step in range(1, length + 1):
+            norm.update(obs)
+            action = 2 * torch.rand(1).numpy() - 1 if t < 9 else agent.act(parts, norm, obs, scale * torch.randn(1))
+            next_obs, reward, terminated, _, _ = env.step(action)
+            assert terminated == (episode % 2 == 1 and step == 3)
+            replay.add(obs, action, reward, next_obs, float(terminated))  # not where the limit cuts an episode off
+            returns[-1] += reward
+            obs, t = next_obs, t + 1
+            for _ in range(2 if t >= 9 else 0):
+                batch = replay.sample(4, norm)
+                agent.update(parts, batch, *(scale * torch.randn(2, 4, 1)), 0.9, args.tau)
+            if t == 17:
+                parts = agent.Agent(args, 2, 1, CPU)
+    assert logged(metrics, "episode/return") == returns
+    assert_equal(saved["norm"], norm.state_dict())
+    for ours, expected in zip(saved["replay"]["columns"], replay.columns):
+        assert torch.equal(ours, expected)
+    for name in ("actor", "critic", "target_critic"):
+        assert_equal(saved[name], getattr(parts, name).state_dict())
+
+
+@pytest.mark.parametrize("intervals", ["", "--eval-interval 7 --diagnostics-interval 3"])
+def test_drqv2(intervals, run, tmp_path):
+    flags = "--env-id Corridor-v0 --action-repeat 1 --total-timesteps 24 --learning-starts 9 --n-step 2"
+    flags += " --batch-size 2 --width-scale 0.0625 --std-decay 20"
+    args, saved, metrics = run(drq, f"{TINY} {flags} {intervals}")
+    lengths = [5, 3, 5, 3, 5, 3]
+    updates = [t for t in range(10, 25) if t % 2 == 0]  # after every second decision, once a decision was the actor's
+    assert saved["counters"][:3] == (24, len(updates), 6)
+    assert logged(metrics, "episode/length") == lengths
+
+    parts, env, t = drq.Agent(args, 1, CPU), drq.make_env(args), 0
+    replay = drq.FrameReplay(tmp_path / "replay.u8", 48, 0, 1, 2, args.gamma)
+    for episode, length in enumerate(lengths):
+        frame, _ = env.reset(seed=drq.derive_seed(args.seed, drq.TRAIN, episode))
+        stack = np.tile(frame, 3)
+        replay.begin(frame)
+        for _ in range(length):
+            std = 1 - 0.9 * min(t / 20, 1)
+            action = 2 * torch.rand(1).numpy() - 1 if t < 9 else drq.act(parts, stack, std * torch.randn(1))
+            frame, reward, terminated, _, _ = env.step(action)
+            replay.add(action, reward, float(terminated), frame)  # not where the limit cuts an episode off
+            stack, t = np.concatenate([stack[..., 3:], frame], -1), t + 1
+            if t in updates:
+                batch = replay.sample(2, CPU)
+                noise = (drq.exploration_std(args, t - 1) * torch.randn(2, 2, 1)).clamp(-0.3, 0.3)
+                drq.update(parts, batch, *noise, args.tau)
+    assert saved["replay"]["counters"] == (30, 27)  # frames, and the last that two steps of its episode follow
+    for ours, expected in zip(saved["replay"]["columns"], replay.state_dict()["columns"]):
+        assert torch.equal(ours, expected)
+    for name in ("encoder", "actor", "critic", "target_critic"):
+        assert_equal(saved[name], getattr(parts, name).state_dict())
+
+
+@pytest.mark.parametrize("intervals", ["", "--eval-interval 640 --diagnostics-interval 320"])
+def test_der(intervals, run, tmp_path):
+    flags = "--env-id ALE/Asterix-v5 --action-repeat 16 --total-timesteps 1440 --learning-starts 640 --n-step 3"
+    flags += " --batch-size 2 --width-scale 0.0625 --updates-per-step 2 --target-interval 30"
+    args, saved, metrics = run(der, f"{TINY} {flags} {intervals}")
+    assert saved["counters"][:2] == (90, 2 * (90 - 40 + 1))
+
+    env = der.make_env(args)
+    parts = der.Agent(args, int(env.action_space.n), CPU)
+    replay = der.PrioritizedReplay(tmp_path / "replay.u8", args, 180, 0)
+    t = updates = games = 0
+    lengths, deaths, rewards, black = [], [], [], np.zeros((84, 84, 4), np.uint8)
+    while t < 90:
+        frame, info = env.reset(seed=der.derive_seed(args.seed, der.TRAIN, games))
+        games, over, lives, stack, start = games + 1, False, info["lives"], black, t
+        replay.begin(frame)
+        while not over and t < 90:
+            stack = np.concatenate([stack[..., 1:], frame[..., None]], -1)
+            action = der.act(parts, stack, parts.network.draw_noise())
+            frame, reward, over, truncated, info = env.step(action)
+            assert not truncated
+            rewards.append(reward)
+            death, lives, t = over or info["lives"] < lives, info["lives"], t + 1
+            replay.add(action, np.sign(reward) * min(abs(reward), 1), float(death), frame)
+            if death:
+                deaths.append(t)
+            for _ in range(2 if t >= 40 else 0):
+                batch = replay.sample(2, CPU)
+                _, losses = der.update(parts, batch, parts.network.draw_noise(), parts.network.draw_noise())
+                replay.set_priorities(batch.index, losses)
+                updates += 1
+                if updates % 30 == 0:
+                    parts.target_network.load_state_dict(parts.network.state_dict())
+            if death and not over:
+                stack = black
+                replay.begin(frame)
+        if over:
+            lengths.append(t - start)
+    assert len(lengths) >= 1 and len(deaths) > len(lengths) + 1 and max(rewards) > 1  # all of it has happened
+    assert saved["counters"][1:3] == (updates, games) and logged(metrics, "episode/length") == lengths
+    assert saved["replay"]["counters"] == replay.state_dict()["counters"]
+    for ours, expected in zip(saved["replay"]["columns"], replay.state_dict()["columns"]):
+        assert torch.equal(ours, expected)
+    for name in ("network", "target_network"):
+        assert_equal(saved[name], getattr(parts, name).state_dict())
