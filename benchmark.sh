@@ -7,7 +7,8 @@ usage="usage: ./benchmark.sh TARGET [--scale paper|cpu|smoke] [--runner local|sl
        ./benchmark.sh list
 TARGET: table1 to table5, fig1 to fig18, all. Default: --scale cpu --runner local.
 
-environment: RUNS (folder of runs, default runs/SCALE), RESULTS (of pictures and tables, default results/SCALE),
+environment (folders count from this script's):
+             RUNS (folder of runs, default runs/SCALE), RESULTS (of pictures and tables, default results/SCALE),
              PYTHON (default python), THREADS (CPU threads of a run, default cores / jobs; slurm: 1),
              FLAGS (more flags for every agent, such as '--device cuda'), SBATCH_OPTIONS (more options for sbatch)"
 set -euo pipefail
@@ -198,22 +199,21 @@ plot() { # plot TARGET: from its finished runs; the others are named
 # === RUNNERS: commands on standard input ===
 run_local() { # keeps $jobs runs going until all are done; a signal ends them, and the same command goes on
   local group
-  export logs=$runs/logs
+  export logs=$runs/logs failures=$runs/logs/failures.$$
   mkdir -p "$logs"
-  rm -f "$logs/failures.txt"
+  rm -f "$failures"
   export -f run_one
-  cat >"$logs/commands.txt"
   set -m # the runs get a process group of their own, so that a signal can be sent to all of them
   # shellcheck disable=SC2016
-  tr '\n' '\0' <"$logs/commands.txt" | xargs -0 -n 1 -P "$jobs" bash -c 'run_one "$1" 2>/dev/null' _ &
+  tr '\n' '\0' <<<"$(cat)" | xargs -0 -n 1 -P "$jobs" bash -c 'run_one "$1" 2>/dev/null' _ &
   group=$(jobs -p %%)
   disown
+  set +m # but what follows does not: Ctrl-C has to reach this shell
   trap 'interrupted=1; kill -TERM -- "-$group"' INT TERM HUP
   while kill -0 -- "-$group" 2>/dev/null; do sleep 0.2; done
   trap - INT TERM HUP
   [[ -z ${interrupted:-} ]] || fail "interrupted; the same command goes on from the last checkpoints" 130
-  [[ ! -e $logs/failures.txt ]] || { echo "these runs failed, their logs say why:" && cat "$logs/failures.txt"; } >&2
-  [[ ! -e $logs/failures.txt ]]
+  [[ ! -e $failures ]] || { echo "these runs failed, their logs say why:" && cat "$failures" && rm "$failures" && return 1; } >&2
 }
 run_one() { # run_one COMMAND
   local code=0 log
@@ -221,7 +221,7 @@ run_one() { # run_one COMMAND
   trap 'exit 255' TERM # upon which xargs starts no more
   echo "$ $1" >>"$log"
   $1 >>"$log" 2>&1 </dev/null || code=$?
-  if ((code)); then echo "$log (exit code $code): $1" | tee -a "$logs/failures.txt"; else echo "finished: ${1#*sparse_zoo/}"; fi
+  if ((code)); then echo "$log (exit code $code): $1" | tee -a "$failures"; else echo "finished: ${1#*sparse_zoo/}"; fi
 }
 run_slurm() { # one array job; Slurm restarts preempted tasks, which resume; sbatch reads SBATCH_PARTITION and so on
   local folder job size max=${MAX_ARRAY:-1000} # Slurm's default limit; beyond it, tasks take several runs each
@@ -288,6 +288,7 @@ elif [[ $action == run && $runner == dry-run ]]; then
 elif ! $python -c "import tyro" 2>/dev/null; then
   fail "$python lacks what requirements.txt lists; activate the virtual environment, or set PYTHON"
 elif [[ $action == status ]]; then
+  [[ $target != table* ]] || fail "tables have no runs: ./benchmark.sh $target prints one"
   commands $targets | analysis plan status
 else
   mkdir -p "$runs" "$results" 2>/dev/null || fail "cannot write to $runs and $results; set RUNS and RESULTS to other folders"

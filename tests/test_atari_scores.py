@@ -108,3 +108,19 @@ def test_the_reference_scores_are_those_of_the_26_games():
     scores = pd.read_csv(atari_scores.REFERENCE)
     assert len(scores) == 26 and scores.game.is_unique and (scores.human > scores.random).all()
     assert scores.set_index("game").loc["Pong"].tolist() == [-20.7, 14.6]
+
+
+def test_runs_that_cannot_be_used_are_named(tmp_path):
+    write_run(tmp_path / "runs", "Pong", 1, 0, 1, 5.0)
+    write_run(tmp_path / "more", "Pong", 1, 0, 1, 7.0, eval_interval=7)  # the same network, game and seed
+    (tmp_path / "more" / "Pong-1-0-1").rename(tmp_path / "runs" / "z")
+    write_run(tmp_path / "runs", "Boxing", 1, 0, 1, 5.0)
+    (tmp_path / "runs" / "Boxing-1-0-1" / "args.json").write_text("{")
+    done = run_script(tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "left out: z is a second run of this network, game and seed" in done.stdout
+    assert "left out: Boxing-1-0-1 has no readable args.json (JSONDecodeError)" in done.stdout
+    assert pd.read_csv(tmp_path / "out" / "scores.csv").score.tolist() == [5.0]
+    for flags in (("--samples", "0"), ("--output", "/proc/x")):
+        done = run_script(tmp_path, *flags)
+        assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1

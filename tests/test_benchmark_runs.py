@@ -1,11 +1,13 @@
 """benchmark.sh with real runs (slow): an interrupted sweep goes on as if nothing had been; smoke reaches the end."""
 
+import fcntl
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -29,6 +31,19 @@ def start(folder: Path, *arguments: str, **more: str) -> subprocess.Popen:
     command = [str(ROOT / "benchmark.sh"), *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
     return subprocess.Popen(command, env=environment(folder, **more), **pipes)
+
+
+def type_in(keyboard: int, terminal: int, folder: Path, line: str, **more: str) -> subprocess.Popen:
+    """An interactive shell in a terminal of its own, in which somebody types a line."""
+
+    def own():
+        os.setsid()
+        fcntl.ioctl(terminal, termios.TIOCSCTTY)
+
+    where = {"stdin": terminal, "stdout": terminal, "stderr": terminal, "env": environment(folder, **more)}
+    shell = subprocess.Popen(["bash", "--norc", "-i"], preexec_fn=own, **where)
+    os.write(keyboard, f"{line}\n".encode())
+    return shell
 
 
 def results(folder: Path) -> dict[str, list[str]]:
@@ -57,13 +72,19 @@ def test_an_interrupted_local_sweep_goes_on(tmp_path, how):
     out, _ = whole.communicate(timeout=600)
     assert whole.returncode == 0, out
 
-    cut = start(tmp_path / "cut", SWEEP, "--scale", "smoke", "--jobs", "2", FLAGS=FLAGS)
-    wait_for_checkpoint(tmp_path / "cut", 2)
     if how == "ctrl-c":
-        os.killpg(cut.pid, signal.SIGINT)  # as a terminal does
+        keyboard, terminal = os.openpty()
+        line = f"{ROOT}/benchmark.sh {SWEEP} --scale smoke --jobs 2; exit $?"
+        cut = type_in(keyboard, terminal, tmp_path / "cut", line, FLAGS=FLAGS)
+        wait_for_checkpoint(tmp_path / "cut", 2)
+        os.write(keyboard, b"\x03")
+        cut.wait(timeout=60)
+        out = os.read(keyboard, 2**16).decode()
     else:
+        cut = start(tmp_path / "cut", SWEEP, "--scale", "smoke", "--jobs", "2", FLAGS=FLAGS)
+        wait_for_checkpoint(tmp_path / "cut", 2)
         os.kill(cut.pid, signal.SIGTERM)  # of the script alone; it ends its runs
-    out, _ = cut.communicate(timeout=60)
+        out, _ = cut.communicate(timeout=60)
     assert cut.returncode == 130 and "interrupted; the same command goes on" in out, out
     assert "Traceback" not in out and "failed" not in out
     before = results(tmp_path / "cut")

@@ -58,6 +58,10 @@ def test_state(tmp_path):
     assert plan.state(run) == "at env step 12,000 of 1,000,000"
     write_metrics(run.folder, "1000000,6000,2,final/return_mean,0.1", "1000000,6000,2,final/return_std,0.1")
     assert plan.state(run) == "finished"
+    (run.folder / "checkpoint.tmp").touch()  # killed while it wrote the last checkpoint
+    assert plan.state(run) == "at env step 1,000,000 of 1,000,000"
+    (run.folder / "metrics.csv").write_bytes(b"\xff\n")
+    assert plan.state(run) == "just started"
 
 
 def test_finished_runs_are_linked_and_the_others_named(tmp_path, main):

@@ -288,6 +288,13 @@ def test_chosen_metrics_and_variants(main, tmp_path):
     }
 
 
+def test_a_variant_without_a_run_is_named_and_the_others_drawn(main, tmp_path):
+    write_study(tmp_path / "runs")
+    code, out, _ = main("plasticity.py", "--figure", "over-training", "--output", "out", "--variants", "1:0", "5:0.9")
+    assert code == 0 and "not drawn: --variants 5:0.9: no finished run" in out
+    assert (tmp_path / "out" / "over-training.png").exists()
+
+
 @pytest.mark.parametrize("variant,columns", [("1:0", 1), ("4:0", 2)])
 def test_tasks_without_a_chosen_network_are_not_drawn(variant, columns, main, tmp_path):
     write_study(tmp_path / "runs")
@@ -308,7 +315,7 @@ def test_legend_says_how_many_seeds():
         ("--runs-dir nowhere", "finished runs nowhere --runs-dir"),
         ("--metrics losses/critic_loss", f"losses/critic_loss {RANK}"),
         ("--variants 4", "--variants 4 WIDTH_SCALE:SPARSITY"),
-        ("--variants 3:0.5", "--variants 3:0.5 1:0 4:0.9"),
+        ("--variants 3:0.5", "--variants no finished run 1:0 4:0.9"),
         ("--output runs/going/args.json", "--output runs/going/args.json"),
     ],
 )

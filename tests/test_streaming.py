@@ -77,3 +77,24 @@ def test_runs_that_cannot_be_averaged(tmp_path, main):
     write_run(tmp_path / "runs", {950: 5.0}, seed=4, gamma=0.99)
     code, text, _ = main("--figures", "12")
     assert code == 2 and text.count("\n") == 1 and "differ in {'gamma': ['0.9', '0.99']}" in text
+
+
+def test_runs_that_cannot_be_used_are_named(tmp_path, main):
+    write_run(tmp_path / "runs", {950: 5.0}, name="a")
+    write_run(tmp_path / "runs", {950: 9.0}, name="b", eval_interval=7)  # the same network, task and seed
+    write_run(tmp_path / "runs", {}, name="c", seed=2)  # no episode has ended
+    write_run(tmp_path / "runs", {950: 5.0}, name="d", seed=3)
+    (tmp_path / "runs" / "d" / "args.json").write_text('{"args"')
+    code, text, out = main()
+    assert code == 0 and "left out: b is a second run of this network, task and seed" in text
+    assert "left out: d has no readable args.json (JSONDecodeError)" in text
+    assert "not drawn: figure 13, for lack of a finished run with --init sparse_init" in text
+    assert pd.read_csv(out / "final_returns.csv")["values"].tolist() == [5]
+    assert main("--figures", "13")[0] == 2
+
+
+@pytest.mark.parametrize("flags,words", [(("--bin", "0"), "--bin 0"), (("--output", "/proc/x"), "/proc/x --output")])
+def test_bad_input(tmp_path, main, flags, words):
+    write_run(tmp_path / "runs", {950: 5.0})
+    code, text, _ = main(*flags)
+    assert code == 2 and text.count("\n") == 1 and all(word in text for word in words.split())

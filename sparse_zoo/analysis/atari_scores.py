@@ -17,6 +17,7 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pandas as pd
@@ -44,11 +45,21 @@ class Args:
     """bootstrap samples"""
 
 
+def fail(message: str) -> NoReturn:
+    """Ends the program with one line for a person and exit code 2."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
 def load(runs_dir: Path) -> pd.DataFrame:
     """One row per finished run: VARIANT, game, seed, score. Names the unfinished; ends if runs cannot be compared."""
-    rows, settings = [], {}
+    rows, settings = {}, {}
     for path in sorted(runs_dir.glob("*/args.json")):
-        flags = json.loads(path.read_text())["args"]
+        try:
+            flags = json.loads(path.read_text())["args"]
+        except (OSError, ValueError, KeyError) as error:
+            print(f"left out: {path.parent.name} has no readable args.json ({type(error).__name__})")
+            continue
         if flags["exp_name"] != "der_impala_sparse" or re.search(r"\.old\d+$", path.parent.name):
             continue
         try:
@@ -61,17 +72,19 @@ def load(runs_dir: Path) -> pd.DataFrame:
             print(f"left out: {path.parent.name} is at env step {reached} of {flags['total_timesteps']}")
             continue
         game = flags["env_id"].removeprefix("ALE/").removesuffix("-v5")
-        rows.append([*(flags[name] for name in VARIANT), game, flags["seed"], final.iloc[-1]])
+        key = (*(flags[name] for name in VARIANT), game, flags["seed"])
+        if key in rows:
+            print(f"left out: {path.parent.name} is a second run of this network, game and seed")
+            continue
+        rows[key] = final.iloc[-1]
         for name in flags.keys() - FREE:
             settings.setdefault(name, set()).add(flags[name])
     if not rows:
-        print(f"error: no finished run of der_impala_sparse in {runs_dir}", file=sys.stderr)
-        sys.exit(2)
+        fail(f"no finished run of der_impala_sparse in {runs_dir}")
     mixed = {name: sorted(map(str, values)) for name, values in settings.items() if len(values) > 1}
     if mixed:
-        print(f"error: the runs in {runs_dir} differ in {mixed}; keep such runs apart", file=sys.stderr)
-        sys.exit(2)
-    return pd.DataFrame(rows, columns=[*VARIANT, "game", "seed", "score"])
+        fail(f"the runs in {runs_dir} differ in {mixed}; keep such runs apart")
+    return pd.DataFrame([[*key, score] for key, score in rows.items()], columns=[*VARIANT, "game", "seed", "score"])
 
 
 def normalise(runs: pd.DataFrame) -> pd.DataFrame:
@@ -129,8 +142,7 @@ def improvements(runs: pd.DataFrame, baseline_width: float) -> pd.DataFrame:
     means = runs.groupby(["game", *VARIANT]).normalised.mean().unstack(VARIANT)
     baseline = (baseline_width, 1, 0.0)
     if baseline not in means:
-        print(f"error: no dense run of width {baseline_width:g} to compare with (--baseline-width)", file=sys.stderr)
-        sys.exit(2)
+        fail(f"no dense run of width {baseline_width:g} to compare with (--baseline-width)")
     others = means.drop(columns=[baseline])
     lost = sorted(means.index[means[baseline].isna()])
     if lost:
@@ -156,21 +168,29 @@ def figure_18(percent: pd.DataFrame) -> Figure:
         axes.bar(places, percent[column], width, label=variant_name(*column))
     axes.axhline(0, color="0.3", lw=0.8)
     axes.set_yscale("symlog", linthresh=100)
+    low, high = axes.get_ylim()
+    ticks = [tick for tick in (-1000, -500, -200, -100, -50, 0, 50, 100, 200, 500, 1000) if low <= tick <= high]
+    axes.set_yticks(ticks, [f"{tick}" for tick in ticks])
+    axes.minorticks_off()
     axes.set_xticks(np.arange(len(percent)), percent.index, rotation=60, ha="right", fontsize=8)
-    axes.set_ylabel("improvement over the dense baseline, %")
+    axes.set_ylabel("gain over the dense baseline, %")
     axes.legend(frameon=False, fontsize=8)
     return figure
 
 
 if __name__ == "__main__":
     args = tyro.cli(Args)
+    if args.samples < 1:
+        fail(f"--samples {args.samples}: must be at least 1")
     runs = normalise(load(Path(args.runs_dir)))
     if runs.empty:
-        print("error: no run of one of the 26 games of Atari-100k", file=sys.stderr)
-        sys.exit(2)
+        fail("no run of one of the 26 games of Atari-100k")
     summary, percent = table(runs, args.samples), improvements(runs, args.baseline_width)
     output = Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"cannot write to {output} ({error.strerror}); choose another folder with --output")
     runs.to_csv(output / "scores.csv", index=False, float_format="%.4f")
     summary.to_csv(output / "aggregates.csv", index=False, float_format="%.4f")
     named = percent.set_axis([variant_name(*column) for column in percent], axis=1)

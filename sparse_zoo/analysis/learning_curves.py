@@ -15,6 +15,7 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import pandas as pd
 import tyro
@@ -43,28 +44,32 @@ class Args:
     """folder of the figure and the numbers"""
 
 
+def fail(message: str) -> NoReturn:
+    """Ends the program with one line for a person and exit code 2."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
 def load(runs_dir: Path, earlier: tuple[str, ...] = ()) -> pd.DataFrame:
     """One row per return: run, the flags that name its network, env_step, metric (eval/, final/, episode/), value."""
     try:
         tables = [pd.read_csv(path)[COLUMNS] for path in earlier]
     except (OSError, ValueError, KeyError) as error:
-        print(f"error: --earlier {' '.join(earlier)}: {error}", file=sys.stderr)
-        sys.exit(2)
+        fail(f"--earlier {' '.join(earlier)}: {error}")
     for path in sorted(runs_dir.glob("*/args.json")):
         run = path.parent
         if re.search(r"\.old\d+$", run.name):
             continue  # moved aside by --no-resume
-        flags = json.loads(path.read_text())["args"]
         try:
+            flags = json.loads(path.read_text())["args"]
             metrics = pd.read_csv(run / "metrics.csv", usecols=["env_step", "metric", "value"])
-        except (OSError, ValueError):
-            print(f"left out: {run.name} has no readable metrics.csv yet")
+        except (OSError, ValueError, KeyError):
+            print(f"left out: {run.name} has no readable args.json and metrics.csv yet")
             continue
         metrics = metrics[metrics.metric.str.contains("/return", na=False)]
         tables.append(metrics.assign(run=run.name, **{name: flags.get(name) for name in FLAGS})[COLUMNS])
     if not tables:
-        print(f"error: no run in {runs_dir}", file=sys.stderr)
-        sys.exit(2)
+        fail(f"no run in {runs_dir}")
     return pd.concat(tables).drop_duplicates(ignore_index=True)  # a run may be among the earlier ones as well
 
 
@@ -134,7 +139,10 @@ if __name__ == "__main__":
     args = tyro.cli(Args)
     returns = load(Path(args.runs_dir), args.earlier)
     output = Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"cannot write to {output} ({error.strerror}); choose another folder with --output")
     returns.to_csv(output / "returns.csv.gz", index=False, compression={"method": "gzip", "mtime": 0})
     for kind in ("png", "svg"):
         draw(returns).savefig(output / f"learning_curves.{kind}", dpi=150)

@@ -72,17 +72,19 @@ def parse_command(command: str) -> Run:
         fail(f"not the command of an agent, with --seed: {command}")
     flags = {name: value for name, value in asdict(args).items() if name not in module.EXECUTION_FLAGS}
     digest = sha256(json.dumps({**flags, "seed": None}, sort_keys=True).encode()).hexdigest()[:8]
-    folder = f"{args.env_id.replace('/', '-')}__{args.exp_name}__{digest}__s{args.seed}"
+    env = args.env_id.replace("/", "-").replace(":", "-")
+    folder = f"{env}__{args.exp_name}__{digest}__s{args.seed}"
     return Run(command, agent, args, Path(args.runs_dir) / folder)
 
 
 def state(run: Run) -> str:
     """finished, absent, or how far it is."""
     try:
-        metrics = (run.folder / "metrics.csv").read_text()
+        metrics = (run.folder / "metrics.csv").read_text(errors="replace")
     except OSError:
         return "absent"
-    if ",final/return_mean," in metrics:
+    interrupted = (run.folder / "checkpoint.tmp").exists()  # while the last checkpoint was written
+    if ",final/return_mean," in metrics and not interrupted:
         return "finished"
     reached = metrics.rstrip().rpartition("\n")[2].partition(",")[0]
     return f"at env step {int(reached):,} of {run.flags.total_timesteps:,}" if reached.isdigit() else "just started"

@@ -249,7 +249,10 @@ def with_and_without_reset(data: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]
 
 
 def select_variants(data: pd.DataFrame, variants: tuple[str, ...]) -> pd.DataFrame:
-    """The runs of the given WIDTH_SCALE:SPARSITY pairs; ends the program if one is malformed or matches nothing."""
+    """The runs of the given WIDTH_SCALE:SPARSITY pairs; names a pair without a run.
+
+    Ends the program if one is malformed or none has a run.
+    """
     chosen = pd.Series(not variants, index=data.index)
     for variant in variants:
         try:
@@ -258,9 +261,11 @@ def select_variants(data: pd.DataFrame, variants: tuple[str, ...]) -> pd.DataFra
             fail(f"--variants {variant}: must be WIDTH_SCALE:SPARSITY, such as 4:0.9")
         matches = (data.width_scale == width_scale) & (data.critic_sparsity == sparsity)
         if not matches.any():
-            there = data[["width_scale", "critic_sparsity"]].drop_duplicates().itertuples(index=False)
-            fail(f"--variants {variant}: no finished run; there are {' '.join(f'{w:g}:{s:g}' for w, s in there)}")
+            print(f"not drawn: --variants {variant}: no finished run")
         chosen |= matches
+    if not chosen.any():
+        there = data[["width_scale", "critic_sparsity"]].drop_duplicates().itertuples(index=False)
+        fail(f"--variants: no finished run; there are {' '.join(f'{w:g}:{s:g}' for w, s in there)}")
     return data[chosen]
 
 

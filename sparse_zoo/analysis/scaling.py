@@ -77,17 +77,18 @@ def load(runs_dir: Path, earlier: tuple[str, ...] = ()) -> tuple[pd.DataFrame, l
             continue
         try:
             record = json.loads((folder / "args.json").read_text())
+            flags, networks = record["args"], record["layers"].values()
             metrics = pd.read_csv(folder / "metrics.csv", usecols=["env_step", "metric", "value"])
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, KeyError) as error:
             left_out.append(f"{folder.name}: no readable args.json and metrics.csv ({type(error).__name__})")
             continue
-        flags, final = record["args"], metrics[metrics.metric == "final/return_mean"]
+        final = metrics[metrics.metric == "final/return_mean"]
         if final.empty:
             left_out.append(f"{folder.name}: unfinished, at env step {metrics.env_step.max() if len(metrics) else 0:,}")
             continue
         for name in flags.keys() - FREE:
             settings.setdefault((flags["exp_name"], name), set()).add(flags[name])
-        layers = [layer for network in record["layers"].values() for layer in network]
+        layers = [layer for network in networks for layer in network]
         row = {name: flags[name] for name in ("env_id", "width_scale", "depth_scale", "sparsity", "seed")}
         row |= {"run": folder.name, "algorithm": ALGORITHMS.get(flags["exp_name"], flags["exp_name"])}
         row |= {"weights": sum(layer["total"] for layer in layers), "active": sum(layer["active"] for layer in layers)}
@@ -315,8 +316,9 @@ def draw_aggregate(points: pd.DataFrame) -> Figure:
         axes[row, column].set_xlabel(f"{axis.replace('_', ' ')}{at}")
         axes[row, column].set_title(f"{algorithm}, {axis.split('_')[0]} scaling", fontsize=11)
         axes[row, 0].set_ylabel("return")
-    tasks = int(points.tasks.max())
-    add_legend(figure, make_handles("dense", "sparse"), f"{INTERVAL}, {tasks} task{'s' * (tasks > 1)}", points)
+    low, high = int(points.tasks.min()), int(points.tasks.max())
+    tasks = f"{low} to {high} tasks" if low < high else f"{high} task{'s' * (high > 1)}"
+    add_legend(figure, make_handles("dense", "sparse"), f"{INTERVAL}, {tasks}", points)
     return figure
 
 
@@ -441,8 +443,8 @@ def draw_bars(runs: pd.DataFrame, points: pd.DataFrame) -> Figure:
             for place, width in zip(x, bars.width_scale):
                 own = runs[(runs.env_id == env_id) & (runs.sparsity == sparsity) & (runs.width_scale == width)]
                 ax.plot(np.full(len(own), place), own["return"], ".", color="k", ms=3.5, alpha=0.6)
-        own = runs[runs.env_id == env_id]
-        marked |= mark_published(ax, own, -0.4 + 0.5 * room)
+        if widths[0] == 1 and sparsities[0] == 0:  # the published network is the first bar
+            marked |= mark_published(ax, runs[runs.env_id == env_id], -0.4 + 0.5 * room)
         ax.set_xticks(range(len(widths)), [f"{width:g}" for width in widths])
         ax.set(title=task_name(env_id), xlabel="width scale of the critic", ylabel="return")
     names = [f"sparsity {sparsity:g}" if sparsity else "dense" for sparsity in sparsities]
@@ -471,9 +473,12 @@ if __name__ == "__main__":
         print(f"fewer seeds: {line}")
     try:
         scores = pd.read_csv(args.scores) if args.scores else None
-        (folder := Path(args.output)).mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
-        fail(f"--scores {args.scores}, --output {args.output}: {error}")
+        fail(f"--scores {args.scores}: {error}")
+    try:
+        (folder := Path(args.output)).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"cannot write to {folder} ({error.strerror}); choose another folder with --output")
     match args.figure:
         case "size" | "size-linear":
             picture = draw_size(runs, table, "log" if args.figure == "size" else "linear")

@@ -137,7 +137,10 @@ if __name__ == "__main__":
     numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
     torch.set_num_threads(threads)
     output = Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        sac.fail(f"cannot write to {output} ({error.strerror}); choose another folder with --output")
     table = measure(args)
     table.to_csv(output / "scores.csv", index=False)
     for kind in ("png", "svg"):

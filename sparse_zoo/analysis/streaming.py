@@ -13,7 +13,7 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn
 
 import numpy as np
 import pandas as pd
@@ -44,11 +44,21 @@ class Args:
     """env steps averaged into one point of a curve"""
 
 
+def fail(message: str) -> NoReturn:
+    """Ends the program with one line for a person and exit code 2."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
 def load(runs_dir: Path) -> pd.DataFrame:
     """One row per training episode of every finished run: KEYS, seed, total_timesteps, env_step, return, length."""
-    tables, settings = [], {}
+    tables, settings = {}, {}
     for path in sorted(runs_dir.glob("*/args.json")):
-        flags = json.loads(path.read_text())["args"]
+        try:
+            flags = json.loads(path.read_text())["args"]
+        except (OSError, ValueError, KeyError) as error:
+            print(f"left out: {path.parent.name} has no readable args.json ({type(error).__name__})")
+            continue
         if flags["exp_name"] != "stream_ac_sparse" or re.search(r"\.old\d+$", path.parent.name):
             continue
         try:
@@ -59,23 +69,24 @@ def load(runs_dir: Path) -> pd.DataFrame:
             reached = metrics.env_step.max() if len(metrics) else 0
             print(f"left out: {path.parent.name} is at env step {reached} of {flags['total_timesteps']}")
             continue
+        key = tuple(flags[name] for name in [*KEYS, "seed"])
+        if key in tables:
+            print(f"left out: {path.parent.name} is a second run of this network, task and seed")
+            continue
         for name in flags.keys() - FREE:
             settings.setdefault(name, set()).add(flags[name])
         episodes = metrics[metrics.metric.isin(["episode/return", "episode/length"])]
         episodes = episodes.pivot(index="env_step", columns="metric", values="value").reset_index()
         episodes = episodes.rename(columns={"episode/return": "return", "episode/length": "length"})
         names = [*KEYS, "seed", "total_timesteps"]
-        tables.append(
-            episodes.assign(**{name: flags[name] for name in names})[[*names, "env_step", "return", "length"]]
-        )
-    if not tables:
-        print(f"error: no finished run of stream_ac_sparse in {runs_dir}", file=sys.stderr)
-        sys.exit(2)
+        columns = [*names, "env_step", "return", "length"]
+        tables[key] = episodes.assign(**{name: flags[name] for name in names}).reindex(columns=columns)
+    if not sum(map(len, tables.values())):
+        fail(f"no finished run of stream_ac_sparse with an episode that ended, in {runs_dir}")
     mixed = {name: sorted(map(str, values)) for name, values in settings.items() if len(values) > 1}
     if mixed:
-        print(f"error: the runs in {runs_dir} differ in {mixed}; keep such runs apart", file=sys.stderr)
-        sys.exit(2)
-    return pd.concat(tables, ignore_index=True)
+        fail(f"the runs in {runs_dir} differ in {mixed}; keep such runs apart")
+    return pd.concat(tables.values(), ignore_index=True)
 
 
 def curves(episodes: pd.DataFrame, size: int) -> pd.DataFrame:
@@ -180,6 +191,8 @@ def figure_12(final: pd.DataFrame, colours: dict[str, str]) -> Figure:
 
 if __name__ == "__main__":
     args = tyro.cli(Args)
+    if args.bin < 1:
+        fail(f"--bin {args.bin}: must be at least 1")
     episodes = load(Path(args.runs_dir))
     data, final = curves(episodes, args.bin), final_returns(episodes)
     for line in name_missing(episodes, final):
@@ -187,22 +200,29 @@ if __name__ == "__main__":
     variants = episodes[["init", "sparsity"]].drop_duplicates().sort_values(["init", "sparsity"])
     colours = {name(*variant): COLOURS[index % len(COLOURS)] for index, variant in enumerate(variants.to_numpy())}
     output = Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"cannot write to {output} ({error.strerror}); choose another folder with --output")
     compact = episodes.drop(columns="total_timesteps").assign(**{"return": episodes["return"].round(2)})
     compact.astype({"length": int}).to_csv(
         output / "returns.csv.gz", index=False, compression={"method": "gzip", "mtime": 0}
     )
-    wanted, figures = args.figures if (episodes.init == "lecun").any() else (), {}
-    if 12 in wanted:
-        figures["figure_12"] = figure_12(final, colours)
-    if 17 in wanted:
-        figures["figure_17"] = figure_17(data, colours)
-    if 13 in args.figures and (episodes.init == "sparse_init").any():
-        figures["figure_13"] = figure_13(data, colours)
+    figures = {}
+    for number in args.figures:
+        init = "sparse_init" if number == 13 else "lecun"
+        if not (episodes.init == init).any():
+            print(f"not drawn: figure {number}, for lack of a finished run with --init {init}")
+        elif number == 12:
+            figures["figure_12"] = figure_12(final, colours)
+        else:
+            figures[f"figure_{number}"] = (figure_13 if number == 13 else figure_17)(data, colours)
     for file, figure in figures.items():
         for kind in ("png", "svg"):
             figure.savefig(output / f"{file}.{kind}", dpi=150)
     summary = table(final)
     summary.to_csv(output / "final_returns.csv", index=False, float_format="%.5g")
     print(summary.to_string(index=False, float_format="{:.4g}".format))
-    print(f"{', '.join(figures)}, final_returns.csv and returns.csv.gz are in {output}")
+    print(f"{', '.join([*figures, 'final_returns.csv'])} and returns.csv.gz are in {output}")
+    if not figures:
+        sys.exit(2)

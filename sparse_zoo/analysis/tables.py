@@ -296,6 +296,9 @@ if __name__ == "__main__":
             rows = der()
     text = to_markdown(rows)
     folder = Path(args.output)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "table.md").write_text(text)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "table.md").write_text(text)
+    except OSError as error:
+        fail(f"cannot write to {folder} ({error.strerror}); choose another folder with --output")
     print(f"Table {args.table}\n\n{text}")
