@@ -106,13 +106,13 @@ def draw(returns: pd.DataFrame) -> Figure:
     colours = {network: f"C{index % 10}" for index, network in enumerate(returns.network.unique())}
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
-    figure = Figure((4.2 * columns, 3.6 * rows), layout="constrained")
+    figure = Figure((4.2 * columns, 4.4 * rows), layout="constrained")
     axes = iter(figure.subplots(rows, columns, squeeze=False).flat)
     for ((exp_name, env_id), panel), ax in zip(panels, axes):
         reference = published(exp_name, env_id)
         reference = reference[reference.env_step <= panel.env_step.max()]
         if len(reference):
-            how = {"color": "0.4", "fmt": "s", "ms": 4, "capsize": 3, "label": "published, dense (mean, std)"}
+            how = {"color": "0.4", "fmt": "s", "ms": 4, "capsize": 3, "label": "published, dense, width 1 (mean, std)"}
             ax.errorbar(reference.env_step, reference["mean"], reference["std"], **how)
         evaluations = panel[panel.metric == "eval/return_mean"]
         for network, runs in evaluations.groupby("network", sort=False):
@@ -129,7 +129,7 @@ def draw(returns: pd.DataFrame) -> Figure:
         ax.set(title=f"{ALGORITHMS.get(exp_name, exp_name)}, {env_id}", xlabel="env steps", ylabel="evaluation return")
         ax.title.set_fontsize(9)
         ax.xaxis.set_major_formatter(EngFormatter(sep=" "))
-        ax.legend(fontsize=8, framealpha=0.7, edgecolor="none")
+        ax.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     for ax in axes:  # those that are left
         ax.axis("off")
     return figure
