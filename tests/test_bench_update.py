@@ -1,5 +1,6 @@
 """bench_update.py: it measures, and its count of arithmetic is that of PyTorch's own counter."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,11 @@ def test_one_row():
     done = subprocess.run([sys.executable, str(SCRIPT), *flags], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     ratio = dict(part.split("=") for part in done.stdout.splitlines()[-1].removeprefix("ratio ").split())
-    assert 0.05 < float(ratio["time"]) < 20 and 0.2 < float(ratio["memory"]) < 2
+    sides = re.findall(r"^(?:masked dense twin|ours) +([\d.]+) ms per update +(\d+) MiB", done.stdout, re.M)
+    (twin_ms, twin_mib), (ours_ms, ours_mib) = [map(float, side) for side in sides]
+    assert float(ratio["time"]) == pytest.approx(ours_ms / twin_ms, rel=0.02)
+    assert float(ratio["memory"]) == pytest.approx(ours_mib / twin_mib, rel=0.02)
+    assert min(twin_ms, ours_ms) > 0.1 and min(twin_mib, ours_mib) > 100
 
 
 @pytest.mark.parametrize("agent", ["sac", "ddpg"])

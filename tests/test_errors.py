@@ -154,6 +154,29 @@ def test_bad_flag_of_the_atari_agent(main, tmp_path, flags, words):
     assert contents(tmp_path) == before
 
 
+@pytest.mark.parametrize(
+    "agent,flags,words",
+    [
+        ("ddpg_simba", "--exploration-noise -1", "--exploration-noise -1.0 at least 0"),
+        ("ddpg_simba", "--actor-sparsity 1", "--actor-sparsity 1.0 below 1"),
+        ("ddpg_simba", "--updates-per-step 0", "--updates-per-step 0 at least 1"),
+        ("ddpg_simba", "--env-id CartPole-v1", "--env-id CartPole-v1 Discrete(2) Box"),
+        ("ddpg_simba", "--eval-only", "nothing to evaluate train"),
+        ("drqv2", "--width-scale 0", "--width-scale 0.0 at least 1/1024"),
+        ("drqv2", "--std-end nan", "--std-end nan at least 0"),
+        ("drqv2", "--std-decay 0", "--std-decay 0 at least 1"),
+        ("drqv2", "--buffer-size 3", "--buffer-size 3 above --n-step"),
+        ("drqv2", "--camera -1", "--camera -1 at least 0"),
+        ("drqv2", "--env-id CartPole-v1", "--env-id CartPole-v1 width"),
+        ("drqv2", "--env-id Reacher-v5 --camera 0", "--env-id Reacher-v5 camera 0 has 0 cameras"),
+        ("drqv2", "--env-id nope:Nope-v0", "--env-id nope:Nope-v0"),
+    ],
+)
+def test_bad_flag_of_ddpg_and_drqv2(main, tmp_path, agent, flags, words):
+    check(*main("--threads", "1", *flags.split(), agent=FOLDER / f"{agent}_sparse.py"), words)
+    assert contents(tmp_path) == {}
+
+
 def test_streaming_agent_knows_no_cuda(main, tmp_path):
     code, err = main("--device", "cuda", agent=STREAM)
     assert code == 2 and "--device" in err and "auto" in err and "cpu" in err and "Traceback" not in err
