@@ -152,6 +152,9 @@ if __name__ == "__main__":
         if agent not in AGENTS:
             print(f"error: --agents {agent}: must be of {' '.join(AGENTS)}", file=sys.stderr)
             sys.exit(2)
+    if args.seconds <= 0:
+        print(f"error: --seconds {args.seconds}: must be above 0", file=sys.stderr)
+        sys.exit(2)
     numba.set_num_threads(1)
     torch.set_num_threads(1)  # after numba, whose start sets the number for both
     os.environ.setdefault("MUJOCO_GL", "egl")

@@ -35,6 +35,9 @@ class Args:
 
 if __name__ == "__main__":
     args = tyro.cli(Args)
+    if not 0 <= args.sparsity < 1:
+        print(f"error: --sparsity {args.sparsity}: must be at least 0 and below 1", file=sys.stderr)
+        sys.exit(2)
     numba.set_num_threads(1)
     torch.set_num_threads(1)
     out_features, in_features = args.shape
