@@ -581,11 +581,8 @@ def describe_run(run_dir: Path, args, layers: dict[str, list[dict]]) -> None:
         for row in [*rows, {"layer": "all", "shape": [], "active": active, "total": total}]:
             shape, density = " x ".join(map(str, row["shape"])), row["active"] / row["total"]
             print(f"  {row['layer']:<24}{shape:>14}{density:>9.4f}{row['active']:>13,} /{row['total']:>12,}")
-    git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty"]
-    try:
-        revision = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
-    except OSError:  # git is not installed
-        revision = None
+    how = {"shell": True, "cwd": Path(__file__).resolve().parent, "capture_output": True, "text": True}
+    revision = subprocess.run("git describe --always --dirty", **how).stdout.strip() or None  # None without git
     packages = ("torch", "numpy", "numba", "gymnasium", "shimmy", "dm-control", "mujoco", "ale-py")
     installed = {str(package.name).lower().replace("_", "-"): package.version for package in distributions()}
     versions = {"python": platform.python_version(), **{name: installed.get(name) for name in packages}}
@@ -609,7 +606,10 @@ class Metrics:
             import wandb
 
             where = {"project": args.wandb_project, "entity": args.wandb_entity, "id": run_dir.name, "dir": run_dir}
-            self.wandb = wandb.init(**where, config=asdict(args), resume="allow" if csv_bytes else None)
+            try:
+                self.wandb = wandb.init(**where, config=asdict(args), resume="allow" if csv_bytes else None)
+            except wandb.Error as error:
+                fail(f"--track: {error}")
             self.wandb.define_metric("*", step_metric="env_step")
 
     def log(self, env_step: int, agent_step: int, update_step: int, values: dict[str, float]) -> None:

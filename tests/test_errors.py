@@ -1,6 +1,7 @@
 """Bad input: exit code 2, one line that names what was wrong, no traceback, and nothing created or lost."""
 
 import gc
+import os
 import runpy
 import shutil
 import signal
@@ -175,6 +176,17 @@ def test_bad_flag_of_the_atari_agent(main, tmp_path, flags, words):
 def test_bad_flag_of_ddpg_and_drqv2(main, tmp_path, agent, flags, words):
     check(*main("--threads", "1", *flags.split(), agent=FOLDER / f"{agent}_sparse.py"), words)
     assert contents(tmp_path) == {}
+
+
+def test_tracking_without_a_key(tmp_path):
+    """Through the real package, which finds no key in an empty home."""
+    flags = "--env-id InvertedPendulum-v5 --total-timesteps 50 --eval-episodes 1 --track --threads 1"
+    env = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    env |= {"HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc"), "MUJOCO_GL": "disabled"}
+    command = [sys.executable, str(STREAM), *flags.split()]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env, stdin=subprocess.DEVNULL)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert "error: --track: No API key" in done.stderr and not list(tmp_path.rglob("checkpoint*"))
 
 
 def test_streaming_agent_knows_no_cuda(main, tmp_path):
