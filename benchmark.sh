@@ -205,7 +205,7 @@ run_local() { # keeps $jobs runs going until all are done; a signal ends them, a
   export -f run_one
   set -m # the runs get a process group of their own, so that a signal can be sent to all of them
   # shellcheck disable=SC2016
-  tr '\n' '\0' <<<"$(cat)" | xargs -0 -n 1 -P "$jobs" bash -c 'run_one "$1" 2>/dev/null' _ &
+  tr '\n' '\0' | xargs -0 -n 1 -P "$jobs" bash -c 'run_one "$1" 2>/dev/null' _ &
   group=$(jobs -p %%)
   disown
   set +m # but what follows does not: Ctrl-C has to reach this shell
@@ -213,7 +213,9 @@ run_local() { # keeps $jobs runs going until all are done; a signal ends them, a
   while kill -0 -- "-$group" 2>/dev/null; do sleep 0.2; done
   trap - INT TERM HUP
   [[ -z ${interrupted:-} ]] || fail "interrupted; the same command goes on from the last checkpoints" 130
-  [[ ! -e $failures ]] || { echo "these runs failed, their logs say why:" && cat "$failures" && rm "$failures" && return 1; } >&2
+  [[ -e $failures ]] || return 0
+  { echo "these runs failed, their logs say why:" && cat "$failures" && rm "$failures"; } >&2
+  return 1
 }
 run_one() { # run_one COMMAND
   local code=0 log
