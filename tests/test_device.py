@@ -1,0 +1,77 @@
+"""Agents on a device that is not the CPU: every tensor is where it belongs, and the numbers are the CPU's."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from torch.utils._pytree import tree_flatten
+
+TESTS = Path(__file__).parent
+COMMON = "--threads 1 --sparsity 0.8 --eval-episodes 1 --final-eval-episodes 1"
+PENDULUM = "--env-id Pendulum-v1 --total-timesteps 880 --learning-starts 740 --batch-size 8 --width-scale 0.125"
+PENDULUM += " --updates-per-step 1 --eval-interval 440 --diagnostics-interval 440 --checkpoint-interval 800"
+AGENTS = {  # each has one checkpoint on the way, with updates before and after
+    "sac_simba_sparse": f"{PENDULUM} --clipped-double-q --reset-interval 760",
+    "ddpg_simba_sparse": PENDULUM,
+    "drqv2_sparse": "--env-id dm_control/cartpole-balance-v0 --action-repeat 40 --total-timesteps 1400"
+    " --learning-starts 800 --batch-size 4 --width-scale 0.125 --eval-interval 1400 --diagnostics-interval 1400"
+    " --checkpoint-interval 1000",
+    "der_impala_sparse": "--env-id ALE/Pong-v5 --action-repeat 32 --total-timesteps 5120 --learning-starts 4160"
+    " --batch-size 2 --width-scale 0.125 --target-interval 5 --eval-interval 5120 --diagnostics-interval 5120"
+    " --checkpoint-interval 3200",
+}
+
+
+@pytest.mark.parametrize("agent", AGENTS)
+def test_a_run_on_a_device_equals_that_on_the_cpu(agent, tmp_path):
+    """Training, evaluation, diagnostics, checkpoints, and going on from one, bit for bit."""
+    file = TESTS.parent / "sparse_zoo" / f"{agent}.py"
+    command = [sys.executable, str(TESTS / "simulated_device.py"), str(file), str(tmp_path)]
+    command += f"{COMMON} {AGENTS[agent]}".split()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "new run" in done.stdout and "going on from env step" in done.stdout
+    metrics, checkpoints = [], []
+    for device in ("cpu", "sim"):
+        (path,) = tmp_path.glob(f"{device}/*/checkpoint.pt")
+        checkpoint = torch.load(path, weights_only=True)
+        assert checkpoint.pop("args")["device"] == device
+        checkpoint["counters"] = checkpoint["counters"][:-1]  # the last is the length of metrics.csv
+        checkpoints.append(tree_flatten(checkpoint))
+        table = pd.read_csv(path.with_name("metrics.csv"))
+        metrics.append(table[~table.metric.str.startswith("time/")].reset_index(drop=True))
+    pd.testing.assert_frame_equal(*metrics, check_exact=True)
+    (expected, structure), (ours, same_structure) = checkpoints
+    assert structure == same_structure
+    for a, b in zip(expected, ours):
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def test_the_simulated_device_notices_what_cuda_would():
+    program = """
+import torch
+import simulated_device
+
+MISTAKES = [
+    lambda x: x + torch.ones(3),
+    lambda x: torch.stack([x.sum(), torch.tensor(1.0)]),
+    lambda x: torch.nn.functional.linear(x, torch.ones(2, 3)),
+    lambda x: torch.ones(3)[x.long()],
+    lambda x: x.numpy(),
+]
+with simulated_device.SimDevice():
+    x = torch.ones(3).to("sim")
+    assert (x + torch.tensor(1.0)).device == x[torch.tensor([0, 2])].device == x.device
+    assert x.cpu().numpy().sum() == 3
+    for mistake in MISTAKES:
+        try:
+            mistake(x)
+        except (RuntimeError, TypeError):
+            continue
+        raise AssertionError(f"mistake {MISTAKES.index(mistake)} went through")
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=TESTS, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
