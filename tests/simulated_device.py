@@ -11,6 +11,7 @@ import dataclasses
 import gc
 import runpy
 import sys
+from pathlib import Path
 
 import torch
 import tyro
@@ -109,6 +110,7 @@ def run(file: str, flags: list[str], device: str, stop_at_checkpoint: int | None
 
 if __name__ == "__main__":
     _, file, folder, *flags = sys.argv
+    sys.path[0] = str(Path(file).resolve().parent)  # as `python FILE` does; numba's cache may import the file
     run(file, [*flags, "--sparse-kernel", "dense", "--runs-dir", f"{folder}/cpu"], "cpu")
     with SimDevice():
         for stop_at_checkpoint in (2, None):
