@@ -26,6 +26,7 @@ INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default} 
 
 
 class Backend(backend_registration._DummyBackendModule):
+    # torch.autocast asks for it even where it is switched off
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.bfloat16]
 
