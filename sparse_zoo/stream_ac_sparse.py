@@ -80,7 +80,7 @@ class Args:
     resume: bool = True
     """go on from the run's checkpoint; --no-resume moves the old run aside and starts afresh"""
     eval_only: bool = False
-    """evaluate this command's checkpoint for --final-eval-episodes episodes and stop"""
+    """evaluate this command's checkpoint for its --final-eval-episodes episodes and stop"""
     capture_video: bool = False
     """film the first episode of the last evaluation (or of --eval-only) as mp4"""
 
@@ -179,17 +179,18 @@ def check_flags(args: Args) -> None:
 
 def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
     """An environment with flat observations that clips actions to their bounds."""
-    if args.env_id.startswith("dm_control/"):
-        import shimmy
-
-        gym.register_envs(shimmy)
     try:
+        if args.env_id.startswith("dm_control/"):
+            import shimmy
+
+            gym.register_envs(shimmy)
         env = gym.make(args.env_id, render_mode=render_mode, disable_env_checker=True)
         if render_mode:  # what cannot be filmed fails now, not after training
             env.reset(seed=0)
             env.render()
-    except (gym.error.Error, ImportError, RuntimeError, ValueError) as error:
-        fail(f"--env-id {args.env_id}: {error}")
+    except (gym.error.Error, ImportError, RuntimeError, ValueError, AttributeError) as error:
+        filming = " (--capture-video needs a renderer: MUJOCO_GL=egl or osmesa)" if args.capture_video else ""
+        fail(f"--env-id {args.env_id}: {error}{filming}")
     action_space, space = env.action_space, env.observation_space
     if not isinstance(action_space, gym.spaces.Box) or len(action_space.shape) != 1 or not action_space.is_bounded():
         fail(f"--env-id {args.env_id} has actions {action_space}; this agent needs a bounded Box of one dimension")
@@ -300,10 +301,9 @@ class PackedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, values, bias, layer):
-        x_t = x.t().contiguous()
+        x_t, y_t = x.t().contiguous(), bias[:, None].repeat(1, len(x))
         ctx.save_for_backward(x_t, values)
         ctx.layer = layer
-        y_t = bias[:, None].repeat(1, len(x))
         return call_numba(packed_product, layer.pointers, layer.col, values, x_t, y_t).t()
 
     @staticmethod
@@ -312,12 +312,11 @@ class PackedLinear(torch.autograd.Function):
         layer, grad_t = ctx.layer, grad.t().contiguous()
         grad_x = grad_values = grad_bias = None
         if ctx.needs_input_grad[0]:
-            by_column = values.index_select(0, layer.by_column)
-            grad_x = torch.zeros_like(x_t)
-            grad_x = call_numba(packed_product, layer.pointers_t, layer.row, by_column, grad_t, grad_x).t()
+            by_column, zeros = values.index_select(0, layer.by_column), torch.zeros_like(x_t)
+            grad_x = call_numba(packed_product, layer.pointers_t, layer.row, by_column, grad_t, zeros).t()
         if ctx.needs_input_grad[1]:
-            grad_values = torch.empty_like(values)
-            call_numba(packed_gradient, layer.pointers, layer.col, grad_t, x_t, grad_values)
+            empty = torch.empty_like(values)
+            grad_values = call_numba(packed_gradient, layer.pointers, layer.col, grad_t, x_t, empty)
         if ctx.needs_input_grad[2]:
             grad_bias = grad_t.sum(1)
         return grad_x, grad_values, grad_bias, None
@@ -484,8 +483,8 @@ def open_run(args) -> tuple[Path, dict | None]:
     """Finds or creates the run of these flags, locks it, and returns its folder and its checkpoint (or None).
 
     The folder is runs/<env>__<exp_name>__<hash>__s<seed>; the hash covers the other flags that change results. With
-    --eval-only it is only read. Exits with code 2 if the folder cannot be written, another process works in it, or the
-    checkpoint is damaged or of other flags.
+    --eval-only it is only read. A run with final returns is finished even if its checkpoints were deleted. Exits with
+    code 2 if the folder cannot be used, another process works in it, or the checkpoint is damaged or of other flags.
     """
     flags = {name: value for name, value in asdict(args).items() if name not in EXECUTION_FLAGS}
     digest = hashlib.sha256(json.dumps({**flags, "seed": None}, sort_keys=True).encode()).hexdigest()[:8]
@@ -502,17 +501,18 @@ def open_run(args) -> tuple[Path, dict | None]:
             for path in sorted(run_dir.glob("[!.]*"), reverse=True):  # checkpoints after what they count on
                 path.rename(old / path.name)
             print(f"the previous run of these flags is now in {old}")
+        path, metrics = run_dir / "checkpoint.pt", run_dir / "metrics.csv"
+        if not path.exists():  # killed between the two renames of save_checkpoint
+            path = run_dir / "checkpoint.previous.pt"
+        if not path.exists():
+            if args.eval_only:
+                fail(f"nothing to evaluate: no checkpoint in {run_dir}; train first, with the same flags")
+            finished = metrics.exists() and ",final/return_mean," in metrics.read_text()
+            return run_dir, {"finished": True} if finished else None
     except Timeout:
         fail(f"another process is working in {run_dir}; wait for it, or change --seed or --exp-name")
     except OSError as error:
-        fail(f"cannot write to {run_dir} ({error.strerror}); choose another folder with --runs-dir")
-    path = run_dir / "checkpoint.pt"
-    if not path.exists():  # killed between the two renames of save_checkpoint
-        path = run_dir / "checkpoint.previous.pt"
-    if not path.exists() and args.eval_only:
-        fail(f"nothing to evaluate: no checkpoint in {run_dir}; train first, with the same flags")
-    if not path.exists():
-        return run_dir, None
+        fail(f"cannot use {run_dir} ({error.strerror}); choose another folder with --runs-dir")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         made_with = checkpoint["args"]
@@ -984,7 +984,7 @@ if __name__ == "__main__":
     check_flags(args)
     torch.set_num_threads(args.threads)
     warnings.filterwarnings("ignore", module="gymnasium")  # of the precision of Box bounds, and of v4 tasks' age
-    os.environ.setdefault("MUJOCO_GL", "egl" if args.capture_video else "disabled")
+    os.environ["MUJOCO_GL"] = os.environ.get("MUJOCO_GL", "egl") if args.capture_video else "disabled"
     signal.signal(signal.SIGINT, lambda *_: sys.exit("interrupted; --resume goes on from the last checkpoint"))
 
     env, eval_env = make_env(args), make_env(args, "rgb_array" if args.capture_video else None)
@@ -1095,6 +1095,7 @@ if __name__ == "__main__":
                 log({"absolute_td_error": absolute_delta / (update_step - first_update), **sizes}, "losses")
             log({"env_steps_per_second": length / (time.time() - started)}, "time")
 
+    save(finished=False)  # a kill in the last evaluation costs no training
     video = run_dir / "videos" / "final.mp4" if args.capture_video else None
     result = evaluate(agent, norm, eval_env, args.final_eval_episodes, (args.seed, FINAL, agent_step), video)
     log(result, "final")

@@ -88,6 +88,7 @@ def check(code: int | None, err: str, words: str) -> None:
         ("--runs-dir file/below", "file/below --runs-dir"),
         ("--width-scale 0.01 --sparsity 0.99 --sparsity-distribution erdos_renyi", "sparsity 0.99 out of reach"),
         ("--eval-only", "nothing to evaluate train"),
+        (f"--eval-only --exp-name {'x' * 300}", "xxx__"),
     ],
 )
 def test_bad_flag(main, tmp_path, flags, words):
@@ -304,10 +305,13 @@ def test_checkpoint_of_other_flags_stays(main, runs, tmp_path, mode):
         # Environments that may print warnings
         ("--env-id dm_control/cartpole-swingup-v0 --eval-only", "nothing to evaluate"),
         ("--env-id Hopper-v5 --eval-only", "nothing to evaluate"),
+        ("--capture-video", "--env-id dm_control/humanoid-run-v0 MUJOCO_GL renderer"),
     ],
 )
 def test_real_command_line(tmp_path, flags, words):
-    done = subprocess.run([sys.executable, str(AGENT), *flags.split()], capture_output=True, text=True, cwd=tmp_path)
+    """With a renderer that does not exist, which matters to films alone."""
+    command, env = [sys.executable, str(AGENT), *flags.split()], os.environ | {"MUJOCO_GL": "none"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env)
     check(done.returncode, done.stderr, words)
     assert done.stdout == "" and contents(tmp_path) == {}
 

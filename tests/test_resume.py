@@ -214,6 +214,31 @@ def test_finished_run_is_not_run_again(reference, main):
 
 
 @cartpole
+def test_finished_run_is_not_run_again_after_its_checkpoints_were_deleted(reference, main, tmp_path):
+    case, runs, _ = reference
+    shutil.copytree(runs, tmp_path, dirs_exist_ok=True)
+    for path in tmp_path.glob("*/checkpoint*"):
+        path.unlink()
+    before = contents(tmp_path)
+    code, out, _ = main(flags(case, tmp_path))
+    assert code == 0 and "finished" in out and str(only_run(tmp_path)) in out
+    code, _, err = main(flags(case, tmp_path, "--eval-only"))
+    assert code == 2 and "nothing to evaluate" in err
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("reference", ["cartpole", "ddpg", "stream"], indirect=True)
+def test_kill_in_the_last_evaluation_costs_no_training(reference, tmp_path):
+    case, runs, _ = reference
+    shutil.copytree(runs, tmp_path, dirs_exist_ok=True)
+    run_dir = only_run(tmp_path)
+    (run_dir / "checkpoint.previous.pt").replace(run_dir / "checkpoint.pt")  # what such a kill leaves
+    output = finish(flags(case, tmp_path), AGENTS.get(case, SAC))
+    assert f"going on from env step {load(run_dir)['/args/total_timesteps']}\n" in output
+    assert metric_rows(run_dir) == metric_rows(only_run(runs))
+
+
+@cartpole
 def test_no_resume_moves_the_old_run_aside_and_repeats_it(reference, main, tmp_path):
     case, runs, _ = reference
     shutil.copytree(runs, tmp_path, dirs_exist_ok=True)
