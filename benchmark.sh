@@ -141,8 +141,8 @@ drqv2() { # drqv2 "TASKS" WIDTH SPARSITY
   done
 }
 stream() { # stream WIDTH SPARSITY INIT
-  local FLAGS=${FLAGS:-}
-  FLAGS=${FLAGS/--device?cuda/} # one sample at a time is work for a CPU
+  local given=${FLAGS:-} FLAGS
+  FLAGS=$(sed -E 's/--device[= ]+cuda//' <<<"$given") # one sample at a time is work for a CPU
   for task in $streaming; do
     run "$other_seeds" stream_ac_sparse --env-id "$task" --width-scale "$1" --sparsity "$2" --init "$3" $streaming_flags
   done
@@ -165,7 +165,7 @@ commands() { # commands TARGET...: their runs, shared ones once
 # === PICTURES AND TABLES ===
 analysis() { $python "sparse_zoo/analysis/$1.py" "${@:2}"; }
 plot() { # plot TARGET: from its finished runs; the others are named
-  local out=$results/$1 from large variants
+  local out=$results/$1 from large variants bias=$results/$1/bias_$scale
   if [[ $1 == table* ]]; then # beside the paper's values, so with the paper's widths and depths
     (set_scale paper && commands $figures) | analysis tables --table "${1#table}" --output "$out"
     return
@@ -182,8 +182,9 @@ plot() { # plot TARGET: from its finished runs; the others are named
     fig6) analysis plasticity --figure reset $from ;;
     fig7) analysis plasticity --figure param-norm $from $variants ;;
     fig8) # the score takes long and does not depend on the runs, so it is measured once
-      [[ -e $out/scores.csv ]] || analysis simplicity_bias $bias_flags --threads "$threads" --output "$out" || return
-      analysis scaling --figure gain $from --scores "$out/scores.csv"
+      [[ -e $bias/scores.csv ]] ||
+        analysis simplicity_bias $bias_flags --threads "${THREADS:-$cores}" --output "$bias" || return
+      analysis scaling --figure gain $from --scores "$bias/scores.csv"
       ;;
     fig9) analysis gradient_interference "$out"/runs/* --samples $samples --output "$out" ;;
     fig10) analysis scaling --figure bars $from ;;
@@ -234,14 +235,15 @@ run_slurm() { # one array job; Slurm restarts preempted tasks, which resume; sba
   cat >"$job" <<JOB
 #!/usr/bin/env bash
 #SBATCH --job-name=$target --array=1-$size${limit:+%$limit} --cpus-per-task=$threads
-#SBATCH --requeue --open-mode=append --output=$job.%a.log
+#SBATCH --requeue --open-mode=append --output="$job.%a.log"
 cd "$PWD"
 code=0
 while read -r command; do \$command </dev/null || code=\$?; done < <(sed -n "\$SLURM_ARRAY_TASK_ID~${size}p" "$job.txt")
 exit \$code
 JOB
   sbatch ${SBATCH_OPTIONS:-} "$job" || return
-  echo "when it has ended: ./benchmark.sh plot $target --scale $scale${seeds:+ --seeds $seeds}"
+  echo "when it has ended, with the same FLAGS, RUNS and RESULTS:" \
+    "./benchmark.sh plot $target --scale $scale${seeds:+ --seeds $seeds}"
 }
 
 # === COMMAND LINE ===
@@ -273,7 +275,7 @@ done
 set_scale "$scale"
 python=${PYTHON:-python} runs=${RUNS:-runs/$scale} results=${RESULTS:-results/$scale}
 [[ $runs$results != *[[:space:]]* ]] || fail "RUNS and RESULTS: no spaces in the names of folders, please"
-cores=$(getconf _NPROCESSORS_ONLN)
+cores=$(unset OMP_NUM_THREADS OMP_THREAD_LIMIT && nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 jobs=${limit:-$cores}
 threads=$((cores > jobs ? cores / jobs : 1))
 [[ $runner != slurm ]] || threads=1
@@ -296,10 +298,8 @@ else
   mkdir -p "$runs" "$results" 2>/dev/null || fail "cannot write to $runs and $results; set RUNS and RESULTS to other folders"
   if [[ $action == run && $target != table* ]]; then
     [[ $runner == local ]] || command -v sbatch >/dev/null || fail "--runner slurm: there is no sbatch here"
-    list=$(commands $targets)
-    todo=$(analysis plan unfinished <<<"$list") # and prints how long that takes
-    [[ $runner != local ]] || list=$todo
-    [[ -z $list ]] || "run_$runner" <<<"$list" || code=1
+    todo=$(commands $targets | analysis plan unfinished) # and prints how long that takes
+    [[ -z $todo ]] || "run_$runner" <<<"$todo" || code=1
     [[ $runner == local ]] || exit $code
   fi
   for name in $targets; do plot "$name" || code=$((code ? code : $?)); done

@@ -146,7 +146,7 @@ def test_flags_of_the_command_line():
     assert len(commands("fig7", "smoke", "--seeds", "3")) == 9
     done = benchmark("fig9", "--runner", "dry-run", FLAGS="--device cuda", RUNS="/tmp/there", THREADS="7")
     assert all(line.endswith("--runs-dir /tmp/there --threads 7 --device cuda") for line in done.stdout.splitlines())
-    done = benchmark("fig13", "--runner", "dry-run", FLAGS="--device cuda --track")  # a stream knows no CUDA
+    done = benchmark("fig13", "--runner", "dry-run", FLAGS="--device  cuda --track")  # a stream knows no CUDA
     assert done.stdout.count("\n") == 18 and all(line.endswith("--track") for line in done.stdout.splitlines())
     assert "cuda" not in done.stdout
 
@@ -172,6 +172,32 @@ def test_nonsense(arguments, words):
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
     assert all(word in done.stderr for word in words.split()), done.stderr
+
+
+def test_slurm_gets_the_runs_that_are_not_finished(tmp_path):
+    """A stand-in for sbatch, which runs each task's commands with echo; the real one: test_benchmark_runs.py."""
+    where = {"RUNS": str(tmp_path / "runs"), "RESULTS": str(tmp_path / "results"), "MAX_ARRAY": "4"}
+    (tmp_path / "sbatch").write_text("""#!/bin/sh
+grep '^#SBATCH' "$1"
+for SLURM_ARRAY_TASK_ID in 1 2 3 4; do
+  echo "task $SLURM_ARRAY_TASK_ID"
+  export SLURM_ARRAY_TASK_ID
+  sed 's/do \\$command/do echo $command/' "$1" | bash
+done
+""")
+    (tmp_path / "sbatch").chmod(0o755)
+    where["PATH"] = f"{tmp_path}:{os.environ['PATH']}"
+    arguments = ("fig7", "--scale", "smoke", "--seeds", "3")
+    every = benchmark(*arguments, "--runner", "dry-run", THREADS="1", **where).stdout.splitlines()
+    first = plan.parse_command(every[0]).folder
+    first.mkdir(parents=True)
+    (first / "metrics.csv").write_text("env_step,metric,value\n1000,1,1,final/return_mean,1.0\n")
+    done = benchmark(*arguments, "--runner", "slurm", **where)
+    assert done.returncode == 0 and done.stderr.startswith("9 runs, 1 of them finished; "), done.stderr
+    assert "--array=1-4 " in done.stdout
+    tasks = re.split(r"^task \d\n", done.stdout.partition("\nwhen it has ended")[0], flags=re.M)[1:]
+    dealt = [task.splitlines() for task in tasks]
+    assert dealt == [every[number::4] for number in (1, 2, 3, 4)]
 
 
 def test_python_without_the_packages():

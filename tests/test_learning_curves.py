@@ -26,9 +26,11 @@ def write_run(runs: Path, name: str, seed: int, sparsity: float, returns: dict[i
 def test_every_run_is_kept_as_it_is(tmp_path):
     write_run(tmp_path / "runs", "a", 1, 0.0, {0: 30.5, 10_000: 1 / 3})
     write_run(tmp_path / "runs", "b", 2, 0.8, {0: 20.0})
+    write_run(tmp_path / "runs", "just_begun", 3, 0.8, {})
     command = [sys.executable, str(SCRIPT), "--runs-dir", "runs", "--output", "out"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert "left out: just_begun has no returns yet" in done.stdout
     table = pd.read_csv(tmp_path / "out" / "returns.csv.gz")
     assert list(zip(table.seed, table.sparsity, table.env_step, table.value)) == [
         (1, 0.0, 0, 30.5),

@@ -100,6 +100,14 @@ def test_no_command_of_an_agent(main, command):
     assert (code, out) == (2, "") and err == f"error: not the command of an agent, with --seed: {command}\n"
 
 
+def test_a_package_that_does_not_work(main, monkeypatch):
+    monkeypatch.setitem(sys.modules, "numba", None)  # upon which its import fails
+    monkeypatch.delitem(sys.modules, "ddpg_simba_sparse", raising=False)
+    code, out, err = main([COMMAND.format("ddpg_simba_sparse", "x-v0", 1, "runs")], "status")
+    assert (code, out) == (2, "") and err.count("\n") == 1
+    assert err.startswith("error: ddpg_simba_sparse cannot be imported (import of numba") and "requirements" in err
+
+
 def test_core_hours():
     """Costs that follow the law exactly: 10 + 150 width^2 dense, 10 + 400 active packed, and 2 ms a frame."""
     rows = [("update", 1, 0, 160), ("update", 2, 0, 610), ("update", 1, 0.9, 50), ("update", 2, 0.9, 170)]

@@ -134,6 +134,15 @@ def test_missing_runs_are_named_and_never_averaged_away(tmp_path, main):
     assert table.iqm.tolist() == [10, 30] and table.seeds_max.tolist() == [2, 1]
 
 
+@pytest.mark.parametrize("figure", ["aggregate", "depth"])
+def test_widths_alone_are_no_line_of_depths(tmp_path, main, figure):
+    for width in (0.5, 1, 2):
+        write_run(tmp_path / "runs", 1.0, width_scale=width)
+    code, _, _, table = main(figure)
+    assert code == 0 and scaling.along(table, "depth_scale").empty and len(scaling.along(table, "width_scale")) == 3
+    assert "no finished runs of several depths" in (tmp_path / "out" / f"{figure}.svg").read_text()
+
+
 @pytest.mark.parametrize("figure", ["size", "size-linear", "sparsity", "width", "depth"])
 def test_pictures_of_single_tasks(tmp_path, main, figure):
     for exp_name in (SAC, DDPG):
@@ -205,6 +214,22 @@ def test_bars(tmp_path, main):
     code, _, _, table = main("bars")
     assert code == 0 and len(table) == 6 and set(table.algorithm) == {"DrQ-v2"}
     assert table[table.width_scale == 4].iqm.tolist() == [401.5] * 4
+    write_run(tmp_path / "runs", 100.0)
+    code, _, err, _ = main("bars")
+    assert code == 2 and err == (
+        "error: bars are for one algorithm and depth, and there are 2 of them; keep such runs apart\n"
+    )
+
+
+def test_a_line_for_each_size(tmp_path, main):
+    for width, depth in ((1, 1), (1, 2), (2, 1), (3, 1), (4, 1), (5, 1)):
+        write_run(tmp_path / "runs", 100.0, width_scale=width, depth_scale=depth)
+    assert main("sparsity")[0] == 0
+    text = (tmp_path / "out" / "sparsity.svg").read_text()
+    assert "width scale 1, depth scale 2 (2.0k weights)" in text and "width scale 5, depth scale 1" in text
+    write_run(tmp_path / "runs", 100.0, width_scale=6)
+    code, _, err, _ = main("sparsity")
+    assert code == 2 and err.startswith("error: 7 sizes of network") and err.count("\n") == 1
 
 
 def test_errors(tmp_path, main):

@@ -72,6 +72,7 @@ def test_runs_that_cannot_be_averaged(tmp_path, main):
     (tmp_path / "runs" / "run2" / "metrics.csv").write_text("")
     code, text, out = main("--figures", "12")
     assert code == 0 and "left out: run2 is at env step 0 of 1000" in text
+    assert "left out: run0.old1 was moved aside by --no-resume" in text
     assert pd.read_csv(out / "final_returns.csv")["mean"].tolist() == [5]
     write_run(tmp_path / "runs", {950: 5.0}, seed=3, gamma=0.9)
     write_run(tmp_path / "runs", {950: 5.0}, seed=4, gamma=0.99)
@@ -91,6 +92,17 @@ def test_runs_that_cannot_be_used_are_named(tmp_path, main):
     assert "not drawn: figure 13, for lack of a finished run with --init sparse_init" in text
     assert pd.read_csv(out / "final_returns.csv")["values"].tolist() == [5]
     assert main("--figures", "13")[0] == 2
+
+
+def test_no_episode_in_the_last_tenth_and_runs_of_other_names(tmp_path, main):
+    write_run(tmp_path / "runs", {400: 5.0}, name="a")
+    write_run(tmp_path / "runs", {400: 5.0}, name="b")
+    fork = tmp_path / "runs" / "b" / "args.json"
+    fork.write_text(fork.read_text().replace("stream_ac_sparse", "my_stream"))
+    code, text, out = main("--figures", "12", "17")
+    assert code == 0 and "left out: b is a run of my_stream" in text
+    assert "not drawn: figure 12, for lack of a final return with --init lecun" in text
+    assert [path.name for path in out.glob("*.png")] == ["figure_17.png"]
 
 
 @pytest.mark.parametrize("flags,words", [(("--bin", "0"), "--bin 0"), (("--output", "/proc/x"), "/proc/x --output")])

@@ -60,7 +60,11 @@ def load(runs_dir: Path) -> pd.DataFrame:
         except (OSError, ValueError, KeyError) as error:
             print(f"left out: {path.parent.name} has no readable args.json ({type(error).__name__})")
             continue
-        if flags["exp_name"] != "der_impala_sparse" or re.search(r"\.old\d+$", path.parent.name):
+        if re.search(r"\.old\d+$", path.parent.name):
+            print(f"left out: {path.parent.name} was moved aside by --no-resume")
+            continue
+        if flags["exp_name"] != "der_impala_sparse":
+            print(f"left out: {path.parent.name} is a run of {flags['exp_name']}")
             continue
         try:
             metrics = pd.read_csv(path.parent / "metrics.csv", usecols=["env_step", "metric", "value"])
@@ -169,7 +173,8 @@ def figure_18(percent: pd.DataFrame) -> Figure:
     axes.axhline(0, color="0.3", lw=0.8)
     axes.set_yscale("symlog", linthresh=100)
     low, high = axes.get_ylim()
-    ticks = [tick for tick in (-1000, -500, -200, -100, -50, 0, 50, 100, 200, 500, 1000) if low <= tick <= high]
+    ticks = [0, 50, *(digit * 10**power for power in range(2, 8) for digit in (1, 2, 5))]
+    ticks = [tick for tick in sorted({*ticks, *(-tick for tick in ticks)}) if low <= tick <= high]
     axes.set_yticks(ticks, [f"{tick}" for tick in ticks])
     axes.minorticks_off()
     axes.set_xticks(np.arange(len(percent)), percent.index, rotation=60, ha="right", fontsize=8)

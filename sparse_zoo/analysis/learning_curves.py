@@ -66,7 +66,10 @@ def load(runs_dir: Path, earlier: tuple[str, ...] = ()) -> pd.DataFrame:
         except (OSError, ValueError, KeyError):
             print(f"left out: {run.name} has no readable args.json and metrics.csv yet")
             continue
-        metrics = metrics[metrics.metric.str.contains("/return", na=False)]
+        metrics = metrics[metrics.metric.astype(str).str.contains("/return")]
+        if metrics.empty:
+            print(f"left out: {run.name} has no returns yet")
+            continue
         tables.append(metrics.assign(run=run.name, **{name: flags.get(name) for name in FLAGS})[COLUMNS])
     if not tables:
         fail(f"no run in {runs_dir}")

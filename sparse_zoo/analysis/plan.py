@@ -68,7 +68,9 @@ def parse_command(command: str) -> Run:
     try:
         module, args = parse_flags(agent, before + after)
         args = replace(args, seed=int(seed))
-    except (ImportError, ValueError):
+    except (ImportError, ValueError) as error:
+        if isinstance(error, ImportError) and error.name != agent:
+            fail(f"{agent} cannot be imported ({error}); install requirements.txt")
         fail(f"not the command of an agent, with --seed: {command}")
     flags = {name: value for name, value in asdict(args).items() if name not in module.EXECUTION_FLAGS}
     digest = sha256(json.dumps({**flags, "seed": None}, sort_keys=True).encode()).hexdigest()[:8]

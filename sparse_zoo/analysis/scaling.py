@@ -40,7 +40,8 @@ NETWORK = ["algorithm", "width_scale", "depth_scale", "sparsity"]
 # Flags in which the runs of one algorithm in one figure may differ
 FREE = {*POINT, "seed", "mask_seed", "device", "threads", "runs_dir", "resume", "eval_only", "capture_video"}
 FREE |= {"sparse_kernel", "track", "wandb_project", "wandb_entity", "checkpoint_interval"}
-DENSE, SPARSE = "#0072B2", "#D55E00"  # blue and orange that colour-blind readers tell apart
+COLOURS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"  # that colour-blind readers tell apart
+DENSE, SPARSE, *_ = COLOURS
 
 
 @dataclass
@@ -280,18 +281,24 @@ def draw_size(runs: pd.DataFrame, points: pd.DataFrame, scale: str) -> Figure:
 
 
 def along(points: pd.DataFrame, axis: str) -> pd.DataFrame:
-    """The networks that differ along one axis: widths at the least depth, or depths at the width that has several."""
+    """The networks that differ along one axis: widths at the least depth, or depths at the width that has several.
+
+    None of them where no width has several depths.
+    """
     if axis == "width_scale":
         line = points[points.depth_scale == points.depth_scale.min()]
     else:
         depths = points.groupby("width_scale").depth_scale.nunique()
-        line = points[points.width_scale == depths.idxmax()]
+        line = points[(points.width_scale == depths.idxmax()) & (depths.max() > 1)]
     return line.sort_values(axis)
 
 
 def draw_scaling(ax: Axes, points: pd.DataFrame, axis: str, spread: str) -> None:
     """Dense and sparse networks against width or depth, the sparsity written beside the sparse ones."""
     line = along(points, axis)
+    if line.empty:
+        ax.text(0.5, 0.5, "no finished runs of several depths", ha="center", transform=ax.transAxes)
+        return
     for name, family in zip(("dense", "sparse"), families(line)):
         draw_line(ax, family[axis], family, spread, **STYLES[name])
     for row in line[line.sparsity > 0].itertuples():
@@ -312,8 +319,8 @@ def draw_aggregate(points: pd.DataFrame) -> Figure:
     for (row, algorithm), (column, axis) in product(enumerate(algorithms), enumerate(("width_scale", "depth_scale"))):
         panel = points[points.algorithm == algorithm]
         draw_scaling(axes[row, column], panel, axis, "interval")
-        at = f", width scale {along(panel, axis).width_scale.iloc[0]:g}" if axis == "depth_scale" else ""
-        axes[row, column].set_xlabel(f"{axis.replace('_', ' ')}{at}")
+        at = [f", width scale {width:g}" for width in along(panel, axis).width_scale.unique()]
+        axes[row, column].set_xlabel(f"{axis.replace('_', ' ')}{''.join(at) if axis == 'depth_scale' else ''}")
         axes[row, column].set_title(f"{algorithm}, {axis.split('_')[0]} scaling", fontsize=11)
         axes[row, 0].set_ylabel("return")
     low, high = int(points.tasks.min()), int(points.tasks.max())
@@ -346,14 +353,16 @@ def draw_tasks(runs: pd.DataFrame, points: pd.DataFrame, axis: str) -> Figure:
 
 def draw_sparsity(points: pd.DataFrame) -> Figure:
     """Figure 3: a row for each algorithm, a column for each task, a line for each size of network."""
-    algorithms, tasks, widths = points.algorithm.unique(), points.env_id.unique(), sorted(points.width_scale.unique())
+    algorithms, tasks = points.algorithm.unique(), points.env_id.unique()
+    sizes = list(points.groupby(["width_scale", "depth_scale"]))
+    if len(sizes) > len(COLOURS):
+        fail(f"{len(sizes)} sizes of network are more than the {len(COLOURS)} colours; keep some of them apart")
     figure, axes = make_grid(len(algorithms), len(tasks))
-    colours = dict(zip(widths, (DENSE, SPARSE, "#009E73", "#CC79A7", "#56B4E9", "#E69F00")))
     for (row, algorithm), (column, env_id) in product(enumerate(algorithms), enumerate(tasks)):
         ax = axes[row, column]
-        for width in widths:
-            line = points[(points.algorithm == algorithm) & (points.env_id == env_id) & (points.width_scale == width)]
-            draw_line(ax, line.sparsity, line, color=colours[width], marker="o", ms=4, lw=1.6)
+        for (_, networks), colour in zip(sizes, COLOURS):
+            line = networks[(networks.algorithm == algorithm) & (networks.env_id == env_id)]
+            draw_line(ax, line.sparsity, line, color=colour, marker="o", ms=4, lw=1.6)
         ax.set_title(f"{task_name(env_id)}, {algorithm}", fontsize=11)
         ax.set_xlim(-0.04, 1)
         if column == 0:
@@ -361,10 +370,11 @@ def draw_sparsity(points: pd.DataFrame) -> Figure:
         if row == len(algorithms) - 1:
             ax.set_xlabel("sparsity (0: dense)")
     handles = []
-    for width in widths:
-        size = EngFormatter(places=1, sep="")(points[points.width_scale == width].weights.mean())
-        label = f"width scale {width:g} ({size} weights)"
-        handles.append(Line2D([], [], color=colours[width], marker="o", ms=4, label=label))
+    for ((width, depth), networks), colour in zip(sizes, COLOURS):
+        deep = f", depth scale {depth:g}" if points.depth_scale.nunique() > 1 else ""
+        weights = EngFormatter(places=1, sep="")(networks.weights.mean())
+        label = f"width scale {width:g}{deep} ({weights} weights)"
+        handles.append(Line2D([], [], color=colour, marker="o", ms=4, label=label))
     add_legend(figure, handles, INTERVAL, points)
     return figure
 
@@ -428,6 +438,8 @@ def draw_gain(table: pd.DataFrame, scores: pd.DataFrame | None) -> Figure:
 
 def draw_bars(runs: pd.DataFrame, points: pd.DataFrame) -> Figure:
     """Figure 10: a panel for each task, groups of bars by width, a bar for each sparsity, a dot for each seed."""
+    if len(kinds := points[["algorithm", "depth_scale"]].drop_duplicates()) > 1:
+        fail(f"bars are for one algorithm and depth, and there are {len(kinds)} of them; keep such runs apart")
     tasks, widths, sparsities = (sorted(points[name].unique()) for name in ("env_id", "width_scale", "sparsity"))
     figure, axes = make_grid(1, len(tasks), width=4, height=3)
     room, marked = 0.8 / len(sparsities), False

@@ -59,7 +59,11 @@ def load(runs_dir: Path) -> pd.DataFrame:
         except (OSError, ValueError, KeyError) as error:
             print(f"left out: {path.parent.name} has no readable args.json ({type(error).__name__})")
             continue
-        if flags["exp_name"] != "stream_ac_sparse" or re.search(r"\.old\d+$", path.parent.name):
+        if re.search(r"\.old\d+$", path.parent.name):
+            print(f"left out: {path.parent.name} was moved aside by --no-resume")
+            continue
+        if flags["exp_name"] != "stream_ac_sparse":
+            print(f"left out: {path.parent.name} is a run of {flags['exp_name']}")
             continue
         try:
             metrics = pd.read_csv(path.parent / "metrics.csv", usecols=["env_step", "metric", "value"])
@@ -211,8 +215,9 @@ if __name__ == "__main__":
     figures = {}
     for number in args.figures:
         init = "sparse_init" if number == 13 else "lecun"
-        if not (episodes.init == init).any():
-            print(f"not drawn: figure {number}, for lack of a finished run with --init {init}")
+        if not ((final if number == 12 else episodes).init == init).any():
+            what = "final return" if number == 12 else "finished run"
+            print(f"not drawn: figure {number}, for lack of a {what} with --init {init}")
         elif number == 12:
             figures["figure_12"] = figure_12(final, colours)
         else:
