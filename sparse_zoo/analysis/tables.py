@@ -113,7 +113,7 @@ def fail(message: str) -> NoReturn:
 
 
 def compare(ours: dict[str, object], papers: dict[str, str]) -> Rows:
-    """A row for each value of either side, in the paper's order; floats as short as they can be written."""
+    """A row for each of the paper's values, in its order; floats as short as they can be written."""
     text = {name: f"{value:g}" if isinstance(value, float) else str(value) for name, value in ours.items()}
     return [(name, text.get(name, "missing"), value) for name, value in papers.items()]
 
