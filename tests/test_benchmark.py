@@ -191,7 +191,7 @@ done
     every = benchmark(*arguments, "--runner", "dry-run", THREADS="1", **where).stdout.splitlines()
     first = plan.parse_command(every[0]).folder
     first.mkdir(parents=True)
-    (first / "metrics.csv").write_text("env_step,metric,value\n1000,1,1,final/return_mean,1.0\n")
+    (first / "metrics.csv").write_text("env_step,agent_step,update_step,metric,value\n1000,1,1,final/return_mean,1.0\n")
     done = benchmark(*arguments, "--runner", "slurm", **where)
     assert done.returncode == 0 and done.stderr.startswith("9 runs, 1 of them finished; "), done.stderr
     assert "--array=1-4 " in done.stdout

@@ -88,7 +88,7 @@ def check(code: int | None, err: str, words: str) -> None:
         ("--runs-dir file/below", "file/below --runs-dir"),
         ("--width-scale 0.01 --sparsity 0.99 --sparsity-distribution erdos_renyi", "sparsity 0.99 out of reach"),
         ("--eval-only", "nothing to evaluate train"),
-        (f"--eval-only --exp-name {'x' * 300}", "xxx__"),
+        (f"--eval-only --runs-dir . --exp-name {'x' * 300}", "cannot use too long --runs-dir"),
     ],
 )
 def test_bad_flag(main, tmp_path, flags, words):
