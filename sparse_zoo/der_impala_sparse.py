@@ -171,6 +171,474 @@ class Args:
     """env steps between checkpoints, each written at the next end of a game"""
 
 
+SIZE, STACK = 84, 4  # pixels of a side, frames in an observation
+
+
+PART = 16  # images encoded at a time
+
+
+def lecun_normal(conv: nn.Conv2d) -> nn.Conv2d:
+    """Normal weights of variance 1 / fan-in, cut at 2 sigma, the variance corrected for the cut; biases zero (flax)."""
+    std = 1 / math.sqrt(conv.weight[0].numel()) / 0.87962566103423978
+    nn.init.trunc_normal_(conv.weight, std=std, a=-2 * std, b=2 * std)
+    nn.init.zeros_(conv.bias)
+    return conv
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        first, second = (lecun_normal(nn.Conv2d(channels, channels, 3, padding=1)) for _ in range(2))
+        self.layers = nn.Sequential(nn.ReLU(), first, nn.ReLU(inplace=True), second)
+
+    def forward(self, x):
+        return x + self.layers(x)
+
+
+def impala(width_scale: float, blocks: int) -> nn.Sequential:
+    """The IMPALA CNN: (batch, STACK, SIZE, SIZE) -> (batch, 32 x scale, 11, 11); each stage halves the picture."""
+    channels = [STACK, *(round(width_scale * count) for count in (16, 32, 32))]
+    modules, size = [], SIZE
+    for fan_in, fan_out in pairwise(channels):
+        conv = nn.Conv2d(fan_in, fan_out, 3, padding=1)
+        nn.init.xavier_uniform_(conv.weight)
+        nn.init.zeros_(conv.bias)
+        pool = nn.MaxPool2d(3, 2, padding=size % 2, ceil_mode=True)  # the border of JAX's padding="SAME"
+        modules += [conv, pool, *(ResidualBlock(fan_out) for _ in range(blocks))]
+        size = math.ceil(size / 2)
+    return nn.Sequential(*modules, nn.ReLU())
+
+
+class NoisyLinear(nn.Module):
+    """A linear layer with factorised Gaussian noise on its weights (Fortunato et al. 2018, arXiv:1706.10295).
+
+    `mean` is an ordinary layer, which `sparsify` may prune. After that, add_noise gives each of its active weights, and
+    each bias, a noise scale: mean and scale of a pruned weight are both gone.
+    """
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.mean = nn.Linear(in_features, out_features)  # weights and biases uniform in +-1/sqrt(in_features)
+
+    def add_noise(self, sigma: float) -> None:
+        self.weight_name = "values" if isinstance(self.mean, SparseLinear) else "weight"
+        weight = getattr(self.mean, self.weight_name)
+        self.out_features, self.in_features = getattr(self.mean, "shape", weight.shape)
+        scale = sigma / math.sqrt(self.in_features)
+        self.sigma = nn.Parameter(torch.full_like(weight, scale))
+        self.bias_sigma = nn.Parameter(torch.full_like(self.mean.bias, scale))
+
+    def forward(self, x, noise: tuple[torch.Tensor, torch.Tensor] | None = None):
+        """(batch, in) -> (batch, out), with noise (in,), (out,) or, without, by the means alone."""
+        if noise is None:
+            return self.mean(x)
+        noise_in, noise_out = noise
+        noise_weight = torch.outer(noise_out, noise_in)
+        if self.weight_name == "values":
+            noise_weight = noise_weight.flatten()[self.mean.active]
+        weight = getattr(self.mean, self.weight_name) + self.sigma * noise_weight
+        bias = self.mean.bias + self.bias_sigma * noise_out
+        return functional_call(self.mean, {self.weight_name: weight, "bias": bias}, (x,))
+
+
+class Network(nn.Module):
+    """Distributional Q-function: IMPALA CNN, 512 hidden units, heads for value and advantages."""
+
+    def __init__(self, args: Args, actions: int):
+        super().__init__()
+        self.atoms, self.bf16 = args.atoms, args.bf16
+        self.encoder = impala(args.width_scale, 2 * args.depth_scale)
+        self.hidden = NoisyLinear(11 * 11 * round(32 * args.width_scale), 512)
+        self.value = NoisyLinear(512, args.atoms)
+        self.advantage = NoisyLinear(512, actions * args.atoms)
+
+    def noisy_layers(self) -> list[NoisyLinear]:
+        return [self.hidden, self.value, self.advantage]
+
+    def draw_noise(self, generator: torch.Generator | None = None) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Noise of one pass for each noisy layer, sign(x) sqrt(|x|) of standard normals: (in,), (out,)."""
+        sizes = [size for layer in self.noisy_layers() for size in (layer.in_features, layer.out_features)]
+        normal = torch.randn(sum(sizes), generator=generator).to(self.hidden.sigma.device)
+        parts = (normal.sign() * normal.abs().sqrt()).split(sizes)
+        return list(zip(parts[::2], parts[1::2]))
+
+    def encode(self, obs):
+        """Stacks of uint8 (batch, SIZE, SIZE, STACK) -> features (batch, 11 x 11 x 32 x scale), float32
+
+        On a CPU PART images at a time, whose activations stay in its cache. Features lie as in memory: channels last.
+        """
+        features = []
+        for part in obs.split(PART if obs.device.type == "cpu" else len(obs)):
+            images = part.permute(0, 3, 1, 2).float().div_(255)
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
+                features.append(self.encoder(images).permute(0, 2, 3, 1).float().flatten(1))
+        return torch.cat(features)
+
+    def forward(self, obs, noise=None):
+        """Stacks of uint8 (batch, SIZE, SIZE, STACK) -> logits of returns (batch, actions, atoms)"""
+        noise_hidden, noise_value, noise_advantage = noise or (None, None, None)
+        x = F.relu(self.hidden(self.encode(obs), noise_hidden))
+        value = self.value(x, noise_value)[:, None]
+        advantage = self.advantage(x, noise_advantage).unflatten(1, (-1, self.atoms))
+        return value + advantage - advantage.mean(1, keepdim=True)
+
+
+class Batch(NamedTuple):
+    """n-step transitions, batch first; observations are stacks (batch, SIZE, SIZE, STACK), uint8."""
+
+    obs: torch.Tensor
+    action: torch.Tensor
+    reward: torch.Tensor  # the discounted sum of n rewards, or of those up to the terminal
+    discount: torch.Tensor  # of the value of next_obs: gamma^n, or 0 after a terminal
+    next_obs: torch.Tensor
+    weight: torch.Tensor  # of the loss: importance sampling, the largest is 1
+    index: torch.Tensor  # where they lie in the replay
+
+
+@numba.njit(parallel=True, cache=True)
+def gather_stacks(frames, newest, oldest, out):
+    """out[b] = the STACK frames up to number newest[b], black before oldest[b]; out (batch, SIZE, SIZE, STACK)."""
+    black = np.zeros_like(frames[0])
+    for b in numba.prange(len(out)):
+        for s in range(STACK):
+            number = newest[b] - STACK + 1 + s
+            out[b, :, :, s] = frames[number % len(frames)] if number >= oldest[b] else black
+
+
+class PrioritizedReplay:
+    """A ring of single frames in a file, stacked when sampled, never across lives, in proportion to priorities.
+
+    Frame number k (0, 1, ... over the whole run) is followed by action[k], reward[k], terminal[k] and frame k + 1, if
+    it is not the last of its life; start[k] is the first frame of its life. A frame gets a priority, and is sampled,
+    as soon as n_step steps of its life lie behind it, or a terminal. The last `capacity` frames are sampled. The ring
+    holds `slack` more, so that what a checkpoint counts on is not overwritten before the next ones are written: a
+    killed run finds its replay as it was. Priorities: Schaul et al. 2016, arXiv:1511.05952, proportional.
+    """
+
+    def __init__(self, path: Path, args: Args, capacity: int, slack: int, mode: str = "w+"):
+        self.capacity, self.n_step, self.gamma, self.added, self.largest = capacity, args.n_step, args.gamma, 0, 1.0
+        self.priority_exponent, self.importance_exponent = args.priority_exponent, args.importance_exponent
+        size = capacity + slack
+        self.path, shape, needed = path, (size, SIZE, SIZE), size * SIZE * SIZE
+        if mode == "r+" and (not path.exists() or path.stat().st_size != needed):
+            fail(f"{path} is not as the checkpoint left it; bring it back, or start with --no-resume")
+        free = shutil.disk_usage(path.parent).free / 1e9
+        if mode == "w+" and free < needed / 1e9:
+            fail(f"{path} needs {needed / 1e9:.1f} of {free:.1f} GB free; lower --buffer-size or --checkpoint-interval")
+        self.frames = np.asarray(np.memmap(path, np.uint8, mode, shape=shape))
+        self.action, self.start = np.zeros(size, np.int64), np.full(size, -1)
+        self.reward, self.terminal = np.zeros(size, np.float32), np.zeros(size, np.float32)
+        self.priority = np.zeros(size)
+
+    def begin(self, frame: np.ndarray) -> None:
+        """The first frame of a life."""
+        self._append(frame, start=self.added)
+
+    def add(self, action: int, reward: float, terminal: bool, frame: np.ndarray) -> None:
+        """What was done at the last frame, and what came of it."""
+        last = (self.added - 1) % len(self.frames)
+        self.action[last], self.reward[last], self.terminal[last] = action, reward, terminal
+        self._append(frame, self.start[last])
+        newest = self.added - 1
+        first = max(self.start[last], newest - self.n_step, newest - self.capacity + 1)
+        whole = np.arange(first, newest if terminal else newest - self.n_step + 1)  # the new starting points
+        self.priority[whole % len(self.frames)] = self.largest
+
+    def _append(self, frame: np.ndarray, start: int) -> None:
+        new = self.added % len(self.frames)
+        self.frames[new], self.start[new], self.terminal[new] = frame, start, 0
+        self.priority[(self.added - self.capacity) % len(self.frames)] = 0
+        self.added += 1
+
+    def ready(self) -> bool:
+        """Whether there is a transition to sample."""
+        return bool(self.priority.any())
+
+    def sample(self, batch_size: int, device: torch.device, generator: torch.Generator | None = None) -> Batch:
+        """In proportion to the priorities, with replacement; call it when ready()."""
+        ring = len(self.frames)
+        cumulative = self.priority[: self.added].cumsum()
+        points = torch.rand(batch_size, generator=generator, dtype=torch.float64).numpy() * cumulative[-1]
+        index = np.searchsorted(cumulative, points, side="right")
+        number = index + (self.added - 1 - index) // ring * ring
+        steps = (number[:, None] + np.arange(self.n_step)) % ring
+        going_on = np.cumprod(1 - self.terminal[steps], axis=1)  # (batch, n): no terminal up to and including this step
+        factor = np.float32(self.gamma) ** np.arange(self.n_step, dtype=np.float32)
+        factor = factor * np.concatenate([np.ones((batch_size, 1), np.float32), going_on[:, :-1]], axis=1)
+        reward, discount = (factor * self.reward[steps]).sum(1), self.gamma**self.n_step * going_on[:, -1]
+        stacks = np.empty((2, batch_size, SIZE, SIZE, STACK), np.uint8)
+        gather_stacks(self.frames, number, self.start[index], stacks[0])
+        gather_stacks(self.frames, np.minimum(number + self.n_step, self.added - 1), self.start[index], stacks[1])
+        weight = self.priority[index] ** -self.importance_exponent
+        weight = (weight / weight.max()).astype(np.float32)
+        columns = (stacks[0], self.action[index], reward, discount, stacks[1], weight, index)
+        return Batch(*(torch.from_numpy(column).to(device) for column in columns))
+
+    def set_priorities(self, index: torch.Tensor, loss: torch.Tensor) -> None:
+        """Priorities (loss + 1e-10)^priority_exponent of a sampled batch."""
+        priorities = (loss.double().cpu().numpy() + 1e-10) ** self.priority_exponent
+        self.priority[index.cpu().numpy()] = priorities
+        self.largest = max(self.largest, priorities.max())
+
+    def state_dict(self) -> dict:
+        """All but the frames, which are brought to the disk where they are."""
+        self.frames.base.flush()
+        columns = (self.action, self.reward, self.terminal, self.start, self.priority)
+        saved = [torch.from_numpy(column[: self.added].copy()) for column in columns]
+        return {"counters": (self.added, float(self.largest)), "columns": saved}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.added, self.largest = state["counters"]
+        columns = (self.action, self.reward, self.terminal, self.start, self.priority)
+        for column, saved in zip(columns, state["columns"]):
+            column[: len(saved)] = saved.numpy()
+
+
+def project(points, probabilities, support):
+    """Moves probabilities (batch, atoms) at points (batch, atoms) to the support (atoms,): C51's projection.
+
+    Each point's share goes to its two neighbours in proportion to nearness; points outside count as the ends.
+    Bellemare et al. 2017, arXiv:1707.06887.
+    """
+    points = points.clamp(support[0], support[-1])
+    distance = (points[:, None, :] - support[:, None]).abs() / (support[1] - support[0])
+    return ((1 - distance).clamp(min=0) * probabilities[:, None, :]).sum(-1)
+
+
+@torch.no_grad()
+def target_distribution(network, target_network, batch, support, noise):
+    """The distribution of R_n + gamma^n Z_target(s_n, argmax_a E Z(s_n, a)) on the support, (batch, atoms)"""
+    action = (network(batch.next_obs, noise).softmax(-1) @ support).argmax(1)
+    probabilities = target_network(batch.next_obs, noise).softmax(-1)[torch.arange(len(action)), action]
+    return project(batch.reward[:, None] + batch.discount[:, None] * support, probabilities, support)
+
+
+def cross_entropy(network, batch, target, noise):
+    """-sum_i target_i log p_i(s, a) of each transition, (batch,)"""
+    logits = network(batch.obs, noise)[torch.arange(len(target)), batch.action]
+    return -(target * logits.log_softmax(-1)).sum(-1)
+
+
+class Agent:
+    """A network drawn from torch's generator and pruned with a mask from --mask-seed, its target, and Adam."""
+
+    def __init__(self, args: Args, actions: int, device: torch.device):
+        self.network = Network(args, actions)
+        mask_seed = derive_seed(args.seed if args.mask_seed is None else args.mask_seed, 0)
+        how = (args.sparsity_distribution, mask_seed, args.sparse_kernel, device)
+        self.layers = {"network": sparsify(self.network, args.sparsity, *how)}
+        for layer in self.network.noisy_layers():
+            layer.add_noise(args.noisy_sigma)
+        self.network.encoder.to(memory_format=torch.channels_last)
+        # The memo lets the target network share the index buffers: the pattern is stored once.
+        self.target_network = copy.deepcopy(self.network, {id(buffer): buffer for buffer in self.network.buffers()})
+        self.target_network.requires_grad_(False)
+        self.optimizer = torch.optim.Adam(self.network.parameters(), args.learning_rate, eps=args.adam_eps, fused=True)
+        self.support = torch.linspace(-args.v_max, args.v_max, args.atoms, device=device)
+
+
+def update(agent: Agent, batch: Batch, noise, next_noise) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """One gradient update of the network; returns what is logged, and the loss of each transition (batch,)."""
+    target = target_distribution(agent.network, agent.target_network, batch, agent.support, next_noise)
+    losses = cross_entropy(agent.network, batch, target, noise)
+    loss = (batch.weight * losses).mean()
+    agent.optimizer.zero_grad()
+    loss.backward()
+    agent.optimizer.step()
+    return {"loss": loss.detach(), "td_target": (target @ agent.support).mean()}, losses.detach()
+
+
+def push(stack: np.ndarray, frame: np.ndarray) -> np.ndarray:
+    """The stack without its oldest frame, and with a new one."""
+    return np.concatenate([stack[..., 1:], frame[..., None]], -1)
+
+
+@torch.no_grad()
+def act(agent: Agent, stack: np.ndarray, noise=None) -> int:
+    """The action of the highest expected return for a stack of frames (SIZE, SIZE, STACK)."""
+    logits = agent.network(torch.from_numpy(stack)[None].to(agent.support.device), noise)
+    return int((logits.softmax(-1) @ agent.support).argmax())
+
+
+def evaluate(args, agent, env: gym.Env, games: int, seed_key: tuple, video: Path | None = None) -> dict[str, float]:
+    """Mean, std and interquartile mean of the scores of whole games, without noise; films the first on request."""
+    returns, frames = np.zeros(games), []
+    for game in range(games):
+        seed = derive_seed(*seed_key, game)
+        generator = np.random.default_rng(seed)
+        frame, _ = env.reset(seed=seed)
+        stack, done = push(np.zeros((SIZE, SIZE, STACK), np.uint8), frame), False
+        while not done:
+            if video and game == 0:
+                frames.append(env.render())
+            is_random = generator.random() < args.eval_epsilon
+            action = int(generator.integers(env.action_space.n)) if is_random else act(agent, stack)
+            frame, reward, terminated, truncated, _ = env.step(action)
+            stack = push(stack, frame)
+            returns[game] += reward
+            done = terminated or truncated
+    if video:
+        import imageio
+
+        video.parent.mkdir(exist_ok=True)
+        imageio.mimwrite(video, frames, fps=60 / args.action_repeat, macro_block_size=None)
+    return {"return_mean": returns.mean(), "return_std": returns.std(), "return_iqm": trim_mean(returns, 0.25)}
+
+
+def diagnose(agent: Agent, batch: Batch, noise, next_noise) -> dict[str, float]:
+    """Plasticity measurements of the hidden layer behind the CNN, gradients and norms of all weights."""
+    target = target_distribution(agent.network, agent.target_network, batch, agent.support, next_noise)
+    loss = (batch.weight * cross_entropy(agent.network, batch, target, noise)).mean()
+    parameters = list(agent.network.parameters())
+    body = nn.Sequential(agent.network.hidden, nn.ReLU())
+    with torch.no_grad():
+        features = agent.network.encode(batch.obs)
+    plasticity = measure_plasticity(body, features, parameters, torch.autograd.grad(loss, parameters))
+    return {f"critic_{metric}": value for metric, value in plasticity.items()}
+
+
+def train(args: Args) -> None:
+    check_flags(args)
+    device = torch.device(args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu"))
+    threads = args.threads or torch.get_num_threads()
+    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+    torch.set_num_threads(threads)  # after numba, whose start sets the number for both
+    warnings.filterwarnings("ignore", category=UserWarning, module="gymnasium")
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages for tensors: fewer page faults on Linux
+    signal.signal(signal.SIGINT, lambda *_: sys.exit("interrupted; --resume goes on from the last checkpoint"))
+
+    env, eval_env = make_env(args), make_env(args, "rgb_array" if args.capture_video else None)
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    try:
+        agent = Agent(args, int(env.action_space.n), device)
+    except ValueError as error:
+        fail(str(error))
+    run_dir, checkpoint = open_run(args)
+    if checkpoint and checkpoint["finished"] and not args.eval_only:
+        (run_dir / "replay.u8").unlink(missing_ok=True)  # left by a kill after the last checkpoint
+        print(f"this run is finished: its results are in {run_dir} (--no-resume runs it again)")
+        sys.exit(0)
+    parts_to_save = {name: getattr(agent, name) for name in ("network", "target_network", "optimizer")}
+    agent_step = update_step = episode = csv_bytes = 0
+    if not args.eval_only:
+        total_steps = math.ceil(args.total_timesteps / args.action_repeat)
+        capacity = min(args.buffer_size, 2 * total_steps)  # frames; a life of T decisions has T + 1
+        # Two checkpoints' worth, each up to the longest game (108,000 env steps) late, with room for starts of lives
+        slack = min(2 * total_steps - capacity, 2 * (args.checkpoint_interval + 2 * 108_000) // args.action_repeat)
+        replay = PrioritizedReplay(run_dir / "replay.u8", args, capacity, slack, "r+" if checkpoint else "w+")
+        parts_to_save["replay"] = replay
+
+    if checkpoint:
+        try:
+            for name, part in parts_to_save.items():
+                part.load_state_dict(checkpoint.pop(name))
+        except ValueError as error:
+            fail(f"{run_dir}: {error}")
+        restore_generators(checkpoint["generators"])
+        agent_step, update_step, episode, csv_bytes = checkpoint["counters"]
+    if args.eval_only:
+        video = run_dir / "videos" / f"eval_{agent_step}.mp4" if args.capture_video else None
+        result = evaluate(args, agent, eval_env, args.final_eval_episodes, (args.seed, FINAL, agent_step), video)
+        print("  ".join(f"{name} {value:.1f}" for name, value in result.items()))
+        sys.exit(0)
+
+    describe_run(run_dir, args, agent.layers)
+    print(f"replay: up to {replay.frames.nbytes / 1e9:.1f} GB in {replay.path}, deleted at the end of training")
+    print(f"{run_dir}: " + (f"going on from env step {agent_step * args.action_repeat}" if checkpoint else "new run"))
+    metrics = Metrics(run_dir, args, csv_bytes, agent_step * args.action_repeat)
+    bar = tqdm(total=args.total_timesteps, initial=agent_step * args.action_repeat, unit=" env steps")
+    bar.mininterval = 0.5 if sys.stderr.isatty() else 30
+    saved_step, losses, game_over = agent_step, {}, True
+
+    def log(values: dict, prefix: str) -> None:
+        values = {f"{prefix}/{name}": value for name, value in values.items()}
+        metrics.log(agent_step * args.action_repeat, agent_step, update_step, values)
+
+    def due(interval: int) -> bool:
+        """Whether a multiple of some env steps has just been reached."""
+        return interval > 0 and agent_step * args.action_repeat % interval < args.action_repeat
+
+    def save(finished: bool) -> None:
+        state = {name: part.state_dict() for name, part in parts_to_save.items()}
+        counters = (agent_step, update_step, episode, metrics.sync())
+        save_checkpoint(run_dir, args, {**state, "counters": counters, "finished": finished})
+
+    if agent_step == 0:
+        log(evaluate(args, agent, eval_env, args.eval_episodes, (args.seed, EVAL, 0)), "eval")
+    while agent_step < total_steps:
+        if game_over:
+            if (agent_step - saved_step) * args.action_repeat >= args.checkpoint_interval:
+                save(finished=False)
+                saved_step = agent_step
+            frame, info = env.reset(seed=derive_seed(args.seed, TRAIN, episode))
+            lives, life_over = info["lives"], True
+            episode, episode_start, episode_return = episode + 1, agent_step, 0.0
+            started = time.time()
+        if life_over:
+            replay.begin(frame)
+            stack = push(np.zeros((SIZE, SIZE, STACK), np.uint8), frame)
+
+        # Act
+        action = act(agent, stack, agent.network.draw_noise())
+        frame, reward, terminated, truncated, info = env.step(action)
+        terminal = terminated or (args.terminal_on_life_loss and info["lives"] < lives)
+        replay.add(action, np.clip(reward, -1, 1), terminal, frame)
+        stack, lives = push(stack, frame), info["lives"]
+        game_over = terminated or truncated
+        life_over = terminal and not game_over
+        episode_return += reward
+        agent_step += 1
+
+        # Learn
+        if agent_step * args.action_repeat >= args.learning_starts and replay.ready():
+            for _ in range(args.updates_per_step):
+                batch = replay.sample(args.batch_size, device)
+                losses, each = update(agent, batch, agent.network.draw_noise(), agent.network.draw_noise())
+                update_step += 1
+                if not (each.isfinite().all() and get_total_norm(agent.network.parameters()).isfinite()):
+                    print(f"error: values not finite at {agent_step=}; the last checkpoint is kept", file=sys.stderr)
+                    sys.exit(3)
+                replay.set_priorities(batch.index, each)
+                if update_step % args.target_interval == 0:
+                    for slow, fast in zip(agent.target_network.parameters(), agent.network.parameters()):
+                        slow.copy_(fast.detach())
+
+        # Measure
+        if due(args.eval_interval):
+            result = evaluate(args, agent, eval_env, args.eval_episodes, (args.seed, EVAL, agent_step))
+            log(result, "eval")
+            draw_learning_curve(run_dir, args.env_id)
+            bar.set_postfix_str(f"return {result['return_mean']:.0f}")
+        if due(args.diagnostics_interval) and replay.ready():
+            generator = torch.Generator().manual_seed(derive_seed(args.seed, DIAGNOSE, agent_step))
+            batch = replay.sample(args.batch_size, device, generator)
+            noises = (agent.network.draw_noise(generator) for _ in range(2))
+            log(diagnose(agent, batch, *noises), "diagnostics")
+
+        bar.update(args.action_repeat)
+        if game_over:
+            length = agent_step - episode_start
+            log({"return": episode_return, "length": length}, "episode")
+            log({name: float(loss) for name, loss in losses.items()}, "losses")
+            log({"env_steps_per_second": length * args.action_repeat / (time.time() - started)}, "time")
+
+    save(finished=False)  # a kill in the last evaluation costs no training
+    video = run_dir / "videos" / "final.mp4" if args.capture_video else None
+    result = evaluate(args, agent, eval_env, args.final_eval_episodes, (args.seed, FINAL, agent_step), video)
+    log(result, "final")
+    save(finished=True)
+    replay.path.unlink()
+    metrics.close()
+    bar.close()
+    draw_learning_curve(run_dir, args.env_id)
+    print(f"return {result['return_mean']:.1f}; checkpoint, metrics.csv and learning_curve.png are in {run_dir}")
+
+
+# Appendix: the same in every file that has it
+
+
 # Flags that change results by rounding at most: a run may go on with others. The rest are in its folder's name.
 EXECUTION_FLAGS = {
     *("device", "threads", "runs_dir", "resume", "eval_only", "capture_video", "sparse_kernel"),
@@ -229,8 +697,6 @@ def derive_seed(*key: int) -> int:
 
 # What a seed derived from (--seed, purpose, ...) is for
 TRAIN, EVAL, FINAL, DIAGNOSE = range(4)
-SIZE, STACK = 84, 4  # pixels of a side, frames in an observation
-PART = 16  # images encoded at a time
 
 
 # === SPARSE LAYERS (identical in every file) ===
@@ -266,6 +732,8 @@ def uniform(shapes: dict[str, tuple[int, ...]], sparsity: float) -> dict[str, fl
 # The active weights of a packed layer are sorted by block of 128 columns, then by row: while a block is worked on, its
 # 128 rows of x^T stay in the cache. Group g = block * rows + row holds the weights pointers[g] <= k < pointers[g + 1].
 BLOCK = 128
+
+
 REORDER = {"reassoc", "contract", "nsz"}  # sums may be vectorised; NaN and infinity still pass through
 
 
@@ -650,461 +1118,5 @@ def draw_learning_curve(run_dir: Path, title: str) -> None:
 # === END RUNS ===
 
 
-@numba.njit(parallel=True, cache=True)
-def gather_stacks(frames, newest, oldest, out):
-    """out[b] = the STACK frames up to number newest[b], black before oldest[b]; out (batch, SIZE, SIZE, STACK)."""
-    black = np.zeros_like(frames[0])
-    for b in numba.prange(len(out)):
-        for s in range(STACK):
-            number = newest[b] - STACK + 1 + s
-            out[b, :, :, s] = frames[number % len(frames)] if number >= oldest[b] else black
-
-
-class Batch(NamedTuple):
-    """n-step transitions, batch first; observations are stacks (batch, SIZE, SIZE, STACK), uint8."""
-
-    obs: torch.Tensor
-    action: torch.Tensor
-    reward: torch.Tensor  # the discounted sum of n rewards, or of those up to the terminal
-    discount: torch.Tensor  # of the value of next_obs: gamma^n, or 0 after a terminal
-    next_obs: torch.Tensor
-    weight: torch.Tensor  # of the loss: importance sampling, the largest is 1
-    index: torch.Tensor  # where they lie in the replay
-
-
-class PrioritizedReplay:
-    """A ring of single frames in a file, stacked when sampled, never across lives, in proportion to priorities.
-
-    Frame number k (0, 1, ... over the whole run) is followed by action[k], reward[k], terminal[k] and frame k + 1, if
-    it is not the last of its life; start[k] is the first frame of its life. A frame gets a priority, and is sampled,
-    as soon as n_step steps of its life lie behind it, or a terminal. The last `capacity` frames are sampled. The ring
-    holds `slack` more, so that what a checkpoint counts on is not overwritten before the next ones are written: a
-    killed run finds its replay as it was. Priorities: Schaul et al. 2016, arXiv:1511.05952, proportional.
-    """
-
-    def __init__(self, path: Path, args: Args, capacity: int, slack: int, mode: str = "w+"):
-        self.capacity, self.n_step, self.gamma, self.added, self.largest = capacity, args.n_step, args.gamma, 0, 1.0
-        self.priority_exponent, self.importance_exponent = args.priority_exponent, args.importance_exponent
-        size = capacity + slack
-        self.path, shape, needed = path, (size, SIZE, SIZE), size * SIZE * SIZE
-        if mode == "r+" and (not path.exists() or path.stat().st_size != needed):
-            fail(f"{path} is not as the checkpoint left it; bring it back, or start with --no-resume")
-        free = shutil.disk_usage(path.parent).free / 1e9
-        if mode == "w+" and free < needed / 1e9:
-            fail(f"{path} needs {needed / 1e9:.1f} of {free:.1f} GB free; lower --buffer-size or --checkpoint-interval")
-        self.frames = np.asarray(np.memmap(path, np.uint8, mode, shape=shape))
-        self.action, self.start = np.zeros(size, np.int64), np.full(size, -1)
-        self.reward, self.terminal = np.zeros(size, np.float32), np.zeros(size, np.float32)
-        self.priority = np.zeros(size)
-
-    def begin(self, frame: np.ndarray) -> None:
-        """The first frame of a life."""
-        self._append(frame, start=self.added)
-
-    def add(self, action: int, reward: float, terminal: bool, frame: np.ndarray) -> None:
-        """What was done at the last frame, and what came of it."""
-        last = (self.added - 1) % len(self.frames)
-        self.action[last], self.reward[last], self.terminal[last] = action, reward, terminal
-        self._append(frame, self.start[last])
-        newest = self.added - 1
-        first = max(self.start[last], newest - self.n_step, newest - self.capacity + 1)
-        whole = np.arange(first, newest if terminal else newest - self.n_step + 1)  # the new starting points
-        self.priority[whole % len(self.frames)] = self.largest
-
-    def _append(self, frame: np.ndarray, start: int) -> None:
-        new = self.added % len(self.frames)
-        self.frames[new], self.start[new], self.terminal[new] = frame, start, 0
-        self.priority[(self.added - self.capacity) % len(self.frames)] = 0
-        self.added += 1
-
-    def ready(self) -> bool:
-        """Whether there is a transition to sample."""
-        return bool(self.priority.any())
-
-    def sample(self, batch_size: int, device: torch.device, generator: torch.Generator | None = None) -> Batch:
-        """In proportion to the priorities, with replacement; call it when ready()."""
-        ring = len(self.frames)
-        cumulative = self.priority[: self.added].cumsum()
-        points = torch.rand(batch_size, generator=generator, dtype=torch.float64).numpy() * cumulative[-1]
-        index = np.searchsorted(cumulative, points, side="right")
-        number = index + (self.added - 1 - index) // ring * ring
-        steps = (number[:, None] + np.arange(self.n_step)) % ring
-        going_on = np.cumprod(1 - self.terminal[steps], axis=1)  # (batch, n): no terminal up to and including this step
-        factor = np.float32(self.gamma) ** np.arange(self.n_step, dtype=np.float32)
-        factor = factor * np.concatenate([np.ones((batch_size, 1), np.float32), going_on[:, :-1]], axis=1)
-        reward, discount = (factor * self.reward[steps]).sum(1), self.gamma**self.n_step * going_on[:, -1]
-        stacks = np.empty((2, batch_size, SIZE, SIZE, STACK), np.uint8)
-        gather_stacks(self.frames, number, self.start[index], stacks[0])
-        gather_stacks(self.frames, np.minimum(number + self.n_step, self.added - 1), self.start[index], stacks[1])
-        weight = self.priority[index] ** -self.importance_exponent
-        weight = (weight / weight.max()).astype(np.float32)
-        columns = (stacks[0], self.action[index], reward, discount, stacks[1], weight, index)
-        return Batch(*(torch.from_numpy(column).to(device) for column in columns))
-
-    def set_priorities(self, index: torch.Tensor, loss: torch.Tensor) -> None:
-        """Priorities (loss + 1e-10)^priority_exponent of a sampled batch."""
-        priorities = (loss.double().cpu().numpy() + 1e-10) ** self.priority_exponent
-        self.priority[index.cpu().numpy()] = priorities
-        self.largest = max(self.largest, priorities.max())
-
-    def state_dict(self) -> dict:
-        """All but the frames, which are brought to the disk where they are."""
-        self.frames.base.flush()
-        columns = (self.action, self.reward, self.terminal, self.start, self.priority)
-        saved = [torch.from_numpy(column[: self.added].copy()) for column in columns]
-        return {"counters": (self.added, float(self.largest)), "columns": saved}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.added, self.largest = state["counters"]
-        columns = (self.action, self.reward, self.terminal, self.start, self.priority)
-        for column, saved in zip(columns, state["columns"]):
-            column[: len(saved)] = saved.numpy()
-
-
-class ResidualBlock(nn.Module):
-    def __init__(self, channels: int):
-        super().__init__()
-        first, second = (lecun_normal(nn.Conv2d(channels, channels, 3, padding=1)) for _ in range(2))
-        self.layers = nn.Sequential(nn.ReLU(), first, nn.ReLU(inplace=True), second)
-
-    def forward(self, x):
-        return x + self.layers(x)
-
-
-def lecun_normal(conv: nn.Conv2d) -> nn.Conv2d:
-    """Normal weights of variance 1 / fan-in, cut at 2 sigma, the variance corrected for the cut; biases zero (flax)."""
-    std = 1 / math.sqrt(conv.weight[0].numel()) / 0.87962566103423978
-    nn.init.trunc_normal_(conv.weight, std=std, a=-2 * std, b=2 * std)
-    nn.init.zeros_(conv.bias)
-    return conv
-
-
-def impala(width_scale: float, blocks: int) -> nn.Sequential:
-    """The IMPALA CNN: (batch, STACK, SIZE, SIZE) -> (batch, 32 x scale, 11, 11); each stage halves the picture."""
-    channels = [STACK, *(round(width_scale * count) for count in (16, 32, 32))]
-    modules, size = [], SIZE
-    for fan_in, fan_out in pairwise(channels):
-        conv = nn.Conv2d(fan_in, fan_out, 3, padding=1)
-        nn.init.xavier_uniform_(conv.weight)
-        nn.init.zeros_(conv.bias)
-        pool = nn.MaxPool2d(3, 2, padding=size % 2, ceil_mode=True)  # the border of JAX's padding="SAME"
-        modules += [conv, pool, *(ResidualBlock(fan_out) for _ in range(blocks))]
-        size = math.ceil(size / 2)
-    return nn.Sequential(*modules, nn.ReLU())
-
-
-class NoisyLinear(nn.Module):
-    """A linear layer with factorised Gaussian noise on its weights (Fortunato et al. 2018, arXiv:1706.10295).
-
-    `mean` is an ordinary layer, which `sparsify` may prune. After that, add_noise gives each of its active weights, and
-    each bias, a noise scale: mean and scale of a pruned weight are both gone.
-    """
-
-    def __init__(self, in_features: int, out_features: int):
-        super().__init__()
-        self.mean = nn.Linear(in_features, out_features)  # weights and biases uniform in +-1/sqrt(in_features)
-
-    def add_noise(self, sigma: float) -> None:
-        self.weight_name = "values" if isinstance(self.mean, SparseLinear) else "weight"
-        weight = getattr(self.mean, self.weight_name)
-        self.out_features, self.in_features = getattr(self.mean, "shape", weight.shape)
-        scale = sigma / math.sqrt(self.in_features)
-        self.sigma = nn.Parameter(torch.full_like(weight, scale))
-        self.bias_sigma = nn.Parameter(torch.full_like(self.mean.bias, scale))
-
-    def forward(self, x, noise: tuple[torch.Tensor, torch.Tensor] | None = None):
-        """(batch, in) -> (batch, out), with noise (in,), (out,) or, without, by the means alone."""
-        if noise is None:
-            return self.mean(x)
-        noise_in, noise_out = noise
-        noise_weight = torch.outer(noise_out, noise_in)
-        if self.weight_name == "values":
-            noise_weight = noise_weight.flatten()[self.mean.active]
-        weight = getattr(self.mean, self.weight_name) + self.sigma * noise_weight
-        bias = self.mean.bias + self.bias_sigma * noise_out
-        return functional_call(self.mean, {self.weight_name: weight, "bias": bias}, (x,))
-
-
-class Network(nn.Module):
-    """Distributional Q-function: IMPALA CNN, 512 hidden units, heads for value and advantages."""
-
-    def __init__(self, args: Args, actions: int):
-        super().__init__()
-        self.atoms, self.bf16 = args.atoms, args.bf16
-        self.encoder = impala(args.width_scale, 2 * args.depth_scale)
-        self.hidden = NoisyLinear(11 * 11 * round(32 * args.width_scale), 512)
-        self.value = NoisyLinear(512, args.atoms)
-        self.advantage = NoisyLinear(512, actions * args.atoms)
-
-    def noisy_layers(self) -> list[NoisyLinear]:
-        return [self.hidden, self.value, self.advantage]
-
-    def draw_noise(self, generator: torch.Generator | None = None) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Noise of one pass for each noisy layer, sign(x) sqrt(|x|) of standard normals: (in,), (out,)."""
-        sizes = [size for layer in self.noisy_layers() for size in (layer.in_features, layer.out_features)]
-        normal = torch.randn(sum(sizes), generator=generator).to(self.hidden.sigma.device)
-        parts = (normal.sign() * normal.abs().sqrt()).split(sizes)
-        return list(zip(parts[::2], parts[1::2]))
-
-    def encode(self, obs):
-        """Stacks of uint8 (batch, SIZE, SIZE, STACK) -> features (batch, 11 x 11 x 32 x scale), float32
-
-        On a CPU PART images at a time, whose activations stay in its cache. Features lie as in memory: channels last.
-        """
-        features = []
-        for part in obs.split(PART if obs.device.type == "cpu" else len(obs)):
-            images = part.permute(0, 3, 1, 2).float().div_(255)
-            with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
-                features.append(self.encoder(images).permute(0, 2, 3, 1).float().flatten(1))
-        return torch.cat(features)
-
-    def forward(self, obs, noise=None):
-        """Stacks of uint8 (batch, SIZE, SIZE, STACK) -> logits of returns (batch, actions, atoms)"""
-        noise_hidden, noise_value, noise_advantage = noise or (None, None, None)
-        x = F.relu(self.hidden(self.encode(obs), noise_hidden))
-        value = self.value(x, noise_value)[:, None]
-        advantage = self.advantage(x, noise_advantage).unflatten(1, (-1, self.atoms))
-        return value + advantage - advantage.mean(1, keepdim=True)
-
-
-def project(points, probabilities, support):
-    """Moves probabilities (batch, atoms) at points (batch, atoms) to the support (atoms,): C51's projection.
-
-    Each point's share goes to its two neighbours in proportion to nearness; points outside count as the ends.
-    Bellemare et al. 2017, arXiv:1707.06887.
-    """
-    points = points.clamp(support[0], support[-1])
-    distance = (points[:, None, :] - support[:, None]).abs() / (support[1] - support[0])
-    return ((1 - distance).clamp(min=0) * probabilities[:, None, :]).sum(-1)
-
-
-@torch.no_grad()
-def target_distribution(network, target_network, batch, support, noise):
-    """The distribution of R_n + gamma^n Z_target(s_n, argmax_a E Z(s_n, a)) on the support, (batch, atoms)"""
-    action = (network(batch.next_obs, noise).softmax(-1) @ support).argmax(1)
-    probabilities = target_network(batch.next_obs, noise).softmax(-1)[torch.arange(len(action)), action]
-    return project(batch.reward[:, None] + batch.discount[:, None] * support, probabilities, support)
-
-
-def cross_entropy(network, batch, target, noise):
-    """-sum_i target_i log p_i(s, a) of each transition, (batch,)"""
-    logits = network(batch.obs, noise)[torch.arange(len(target)), batch.action]
-    return -(target * logits.log_softmax(-1)).sum(-1)
-
-
-class Agent:
-    """A network drawn from torch's generator and pruned with a mask from --mask-seed, its target, and Adam."""
-
-    def __init__(self, args: Args, actions: int, device: torch.device):
-        self.network = Network(args, actions)
-        mask_seed = derive_seed(args.seed if args.mask_seed is None else args.mask_seed, 0)
-        how = (args.sparsity_distribution, mask_seed, args.sparse_kernel, device)
-        self.layers = {"network": sparsify(self.network, args.sparsity, *how)}
-        for layer in self.network.noisy_layers():
-            layer.add_noise(args.noisy_sigma)
-        self.network.encoder.to(memory_format=torch.channels_last)
-        # The memo lets the target network share the index buffers: the pattern is stored once.
-        self.target_network = copy.deepcopy(self.network, {id(buffer): buffer for buffer in self.network.buffers()})
-        self.target_network.requires_grad_(False)
-        self.optimizer = torch.optim.Adam(self.network.parameters(), args.learning_rate, eps=args.adam_eps, fused=True)
-        self.support = torch.linspace(-args.v_max, args.v_max, args.atoms, device=device)
-
-
-def update(agent: Agent, batch: Batch, noise, next_noise) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """One gradient update of the network; returns what is logged, and the loss of each transition (batch,)."""
-    target = target_distribution(agent.network, agent.target_network, batch, agent.support, next_noise)
-    losses = cross_entropy(agent.network, batch, target, noise)
-    loss = (batch.weight * losses).mean()
-    agent.optimizer.zero_grad()
-    loss.backward()
-    agent.optimizer.step()
-    return {"loss": loss.detach(), "td_target": (target @ agent.support).mean()}, losses.detach()
-
-
-def diagnose(agent: Agent, batch: Batch, noise, next_noise) -> dict[str, float]:
-    """Plasticity measurements of the hidden layer behind the CNN, gradients and norms of all weights."""
-    target = target_distribution(agent.network, agent.target_network, batch, agent.support, next_noise)
-    loss = (batch.weight * cross_entropy(agent.network, batch, target, noise)).mean()
-    parameters = list(agent.network.parameters())
-    body = nn.Sequential(agent.network.hidden, nn.ReLU())
-    with torch.no_grad():
-        features = agent.network.encode(batch.obs)
-    plasticity = measure_plasticity(body, features, parameters, torch.autograd.grad(loss, parameters))
-    return {f"critic_{metric}": value for metric, value in plasticity.items()}
-
-
-@torch.no_grad()
-def act(agent: Agent, stack: np.ndarray, noise=None) -> int:
-    """The action of the highest expected return for a stack of frames (SIZE, SIZE, STACK)."""
-    logits = agent.network(torch.from_numpy(stack)[None].to(agent.support.device), noise)
-    return int((logits.softmax(-1) @ agent.support).argmax())
-
-
-def push(stack: np.ndarray, frame: np.ndarray) -> np.ndarray:
-    """The stack without its oldest frame, and with a new one."""
-    return np.concatenate([stack[..., 1:], frame[..., None]], -1)
-
-
-def evaluate(args, agent, env: gym.Env, games: int, seed_key: tuple, video: Path | None = None) -> dict[str, float]:
-    """Mean, std and interquartile mean of the scores of whole games, without noise; films the first on request."""
-    returns, frames = np.zeros(games), []
-    for game in range(games):
-        seed = derive_seed(*seed_key, game)
-        generator = np.random.default_rng(seed)
-        frame, _ = env.reset(seed=seed)
-        stack, done = push(np.zeros((SIZE, SIZE, STACK), np.uint8), frame), False
-        while not done:
-            if video and game == 0:
-                frames.append(env.render())
-            is_random = generator.random() < args.eval_epsilon
-            action = int(generator.integers(env.action_space.n)) if is_random else act(agent, stack)
-            frame, reward, terminated, truncated, _ = env.step(action)
-            stack = push(stack, frame)
-            returns[game] += reward
-            done = terminated or truncated
-    if video:
-        import imageio
-
-        video.parent.mkdir(exist_ok=True)
-        imageio.mimwrite(video, frames, fps=60 / args.action_repeat, macro_block_size=None)
-    return {"return_mean": returns.mean(), "return_std": returns.std(), "return_iqm": trim_mean(returns, 0.25)}
-
-
 if __name__ == "__main__":
-    args = tyro.cli(Args)
-    check_flags(args)
-    device = torch.device(args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu"))
-    threads = args.threads or torch.get_num_threads()
-    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
-    torch.set_num_threads(threads)  # after numba, whose start sets the number for both
-    warnings.filterwarnings("ignore", category=UserWarning, module="gymnasium")
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages for tensors: fewer page faults on Linux
-    signal.signal(signal.SIGINT, lambda *_: sys.exit("interrupted; --resume goes on from the last checkpoint"))
-
-    env, eval_env = make_env(args), make_env(args, "rgb_array" if args.capture_video else None)
-    random.seed(args.seed)
-    np.random.seed(args.seed)
-    torch.manual_seed(args.seed)
-    try:
-        agent = Agent(args, int(env.action_space.n), device)
-    except ValueError as error:
-        fail(str(error))
-    run_dir, checkpoint = open_run(args)
-    if checkpoint and checkpoint["finished"] and not args.eval_only:
-        (run_dir / "replay.u8").unlink(missing_ok=True)  # left by a kill after the last checkpoint
-        print(f"this run is finished: its results are in {run_dir} (--no-resume runs it again)")
-        sys.exit(0)
-    parts_to_save = {name: getattr(agent, name) for name in ("network", "target_network", "optimizer")}
-    agent_step = update_step = episode = csv_bytes = 0
-    if not args.eval_only:
-        total_steps = math.ceil(args.total_timesteps / args.action_repeat)
-        capacity = min(args.buffer_size, 2 * total_steps)  # frames; a life of T decisions has T + 1
-        # Two checkpoints' worth, each up to the longest game (108,000 env steps) late, with room for starts of lives
-        slack = min(2 * total_steps - capacity, 2 * (args.checkpoint_interval + 2 * 108_000) // args.action_repeat)
-        replay = PrioritizedReplay(run_dir / "replay.u8", args, capacity, slack, "r+" if checkpoint else "w+")
-        parts_to_save["replay"] = replay
-
-    if checkpoint:
-        try:
-            for name, part in parts_to_save.items():
-                part.load_state_dict(checkpoint.pop(name))
-        except ValueError as error:
-            fail(f"{run_dir}: {error}")
-        restore_generators(checkpoint["generators"])
-        agent_step, update_step, episode, csv_bytes = checkpoint["counters"]
-    if args.eval_only:
-        video = run_dir / "videos" / f"eval_{agent_step}.mp4" if args.capture_video else None
-        result = evaluate(args, agent, eval_env, args.final_eval_episodes, (args.seed, FINAL, agent_step), video)
-        print("  ".join(f"{name} {value:.1f}" for name, value in result.items()))
-        sys.exit(0)
-
-    describe_run(run_dir, args, agent.layers)
-    print(f"replay: up to {replay.frames.nbytes / 1e9:.1f} GB in {replay.path}, deleted at the end of training")
-    print(f"{run_dir}: " + (f"going on from env step {agent_step * args.action_repeat}" if checkpoint else "new run"))
-    metrics = Metrics(run_dir, args, csv_bytes, agent_step * args.action_repeat)
-    bar = tqdm(total=args.total_timesteps, initial=agent_step * args.action_repeat, unit=" env steps")
-    bar.mininterval = 0.5 if sys.stderr.isatty() else 30
-    saved_step, losses, game_over = agent_step, {}, True
-
-    def log(values: dict, prefix: str) -> None:
-        values = {f"{prefix}/{name}": value for name, value in values.items()}
-        metrics.log(agent_step * args.action_repeat, agent_step, update_step, values)
-
-    def due(interval: int) -> bool:
-        """Whether a multiple of some env steps has just been reached."""
-        return interval > 0 and agent_step * args.action_repeat % interval < args.action_repeat
-
-    def save(finished: bool) -> None:
-        state = {name: part.state_dict() for name, part in parts_to_save.items()}
-        counters = (agent_step, update_step, episode, metrics.sync())
-        save_checkpoint(run_dir, args, {**state, "counters": counters, "finished": finished})
-
-    if agent_step == 0:
-        log(evaluate(args, agent, eval_env, args.eval_episodes, (args.seed, EVAL, 0)), "eval")
-    while agent_step < total_steps:
-        if game_over:
-            if (agent_step - saved_step) * args.action_repeat >= args.checkpoint_interval:
-                save(finished=False)
-                saved_step = agent_step
-            frame, info = env.reset(seed=derive_seed(args.seed, TRAIN, episode))
-            lives, life_over = info["lives"], True
-            episode, episode_start, episode_return = episode + 1, agent_step, 0.0
-            started = time.time()
-        if life_over:
-            replay.begin(frame)
-            stack = push(np.zeros((SIZE, SIZE, STACK), np.uint8), frame)
-
-        # Act
-        action = act(agent, stack, agent.network.draw_noise())
-        frame, reward, terminated, truncated, info = env.step(action)
-        terminal = terminated or (args.terminal_on_life_loss and info["lives"] < lives)
-        replay.add(action, np.clip(reward, -1, 1), terminal, frame)
-        stack, lives = push(stack, frame), info["lives"]
-        game_over = terminated or truncated
-        life_over = terminal and not game_over
-        episode_return += reward
-        agent_step += 1
-
-        # Learn
-        if agent_step * args.action_repeat >= args.learning_starts and replay.ready():
-            for _ in range(args.updates_per_step):
-                batch = replay.sample(args.batch_size, device)
-                losses, each = update(agent, batch, agent.network.draw_noise(), agent.network.draw_noise())
-                update_step += 1
-                if not (each.isfinite().all() and get_total_norm(agent.network.parameters()).isfinite()):
-                    print(f"error: values not finite at {agent_step=}; the last checkpoint is kept", file=sys.stderr)
-                    sys.exit(3)
-                replay.set_priorities(batch.index, each)
-                if update_step % args.target_interval == 0:
-                    for slow, fast in zip(agent.target_network.parameters(), agent.network.parameters()):
-                        slow.copy_(fast.detach())
-
-        # Measure
-        if due(args.eval_interval):
-            result = evaluate(args, agent, eval_env, args.eval_episodes, (args.seed, EVAL, agent_step))
-            log(result, "eval")
-            draw_learning_curve(run_dir, args.env_id)
-            bar.set_postfix_str(f"return {result['return_mean']:.0f}")
-        if due(args.diagnostics_interval) and replay.ready():
-            generator = torch.Generator().manual_seed(derive_seed(args.seed, DIAGNOSE, agent_step))
-            batch = replay.sample(args.batch_size, device, generator)
-            noises = (agent.network.draw_noise(generator) for _ in range(2))
-            log(diagnose(agent, batch, *noises), "diagnostics")
-
-        bar.update(args.action_repeat)
-        if game_over:
-            length = agent_step - episode_start
-            log({"return": episode_return, "length": length}, "episode")
-            log({name: float(loss) for name, loss in losses.items()}, "losses")
-            log({"env_steps_per_second": length * args.action_repeat / (time.time() - started)}, "time")
-
-    save(finished=False)  # a kill in the last evaluation costs no training
-    video = run_dir / "videos" / "final.mp4" if args.capture_video else None
-    result = evaluate(args, agent, eval_env, args.final_eval_episodes, (args.seed, FINAL, agent_step), video)
-    log(result, "final")
-    save(finished=True)
-    replay.path.unlink()
-    metrics.close()
-    bar.close()
-    draw_learning_curve(run_dir, args.env_id)
-    print(f"return {result['return_mean']:.1f}; checkpoint, metrics.csv and learning_curve.png are in {run_dir}")
+    train(tyro.cli(Args))

@@ -165,6 +165,463 @@ class Args:
     """env steps between checkpoints, each written at the next end of an episode"""
 
 
+SIZE, STACK, PAD = 84, 3, 4  # pixels of a side, frames in an observation, largest random shift
+
+
+def orthogonal(layer: nn.Module, gain: float = 1.0) -> nn.Module:
+    """Orthogonal weights, biases zero."""
+    nn.init.orthogonal_(layer.weight, gain)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class Encoder(nn.Module):
+    """Four convolutions, for images of SIZE x SIZE."""
+
+    features = 32 * 35 * 35
+
+    def __init__(self):
+        super().__init__()
+        gain = nn.init.calculate_gain("relu")
+        convolutions = [
+            orthogonal(nn.Conv2d(fan_in, 32, 3, stride), gain)
+            for fan_in, stride in ((3 * STACK, 2), (32, 1), (32, 1), (32, 1))
+        ]
+        self.layers = nn.Sequential(*(module for conv in convolutions for module in (conv, nn.ReLU(inplace=True))))
+
+    def forward(self, obs: torch.Tensor, bf16: bool = False) -> torch.Tensor:
+        """Stacks of uint8 (batch, SIZE, SIZE, 3 STACK) -> (batch, features), float32
+
+        On a CPU 32 images at a time, whose activations stay in its cache. Features lie as in memory: channels last.
+        """
+        features = []
+        for part in obs.split(32 if obs.device.type == "cpu" else len(obs)):
+            images = part.permute(0, 3, 1, 2).float().div_(255).sub_(0.5)  # channels stay last in memory
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+                features.append(self.layers(images).permute(0, 2, 3, 1).float().flatten(1))
+        return torch.cat(features)
+
+
+def mlp(inputs: int, hidden: int, layers: int) -> nn.Sequential:
+    """ReLU layers: (batch, inputs) -> (batch, hidden)"""
+    sizes = [inputs] + [hidden] * layers
+    linears = (orthogonal(nn.Linear(m, n)) for m, n in pairwise(sizes))
+    return nn.Sequential(*(module for linear in linears for module in (linear, nn.ReLU())))
+
+
+def trunk(feature_dim: int) -> nn.Sequential:
+    """What stands between the encoder and a head: (batch, Encoder.features) -> (batch, feature_dim)"""
+    return nn.Sequential(orthogonal(nn.Linear(Encoder.features, feature_dim)), nn.LayerNorm(feature_dim), nn.Tanh())
+
+
+class Actor(nn.Module):
+    """Mean of the policy; its std is scheduled."""
+
+    def __init__(self, action_dim: int, feature_dim: int):
+        super().__init__()
+        self.trunk, self.body = trunk(feature_dim), mlp(feature_dim, 1024, 2)
+        self.head = orthogonal(nn.Linear(1024, action_dim))
+
+    def forward(self, features, noise=0.0):
+        """features (batch, Encoder.features), noise (batch, action_dim) -> actions within (-1, 1).
+
+        The sum of mean and noise is cut off just inside -1 and 1; the gradient passes as if it were not.
+        """
+        action = torch.tanh(self.head(self.body(self.trunk(features)))) + noise
+        return action.clamp(-1 + 1e-6, 1 - 1e-6).detach() + (action - action.detach())
+
+
+class Critic(nn.Module):
+    """Two Q-functions on one trunk."""
+
+    def __init__(self, action_dim: int, feature_dim: int, hidden: int, layers: int):
+        super().__init__()
+        self.trunk = trunk(feature_dim)
+        self.bodies = nn.ModuleList(mlp(feature_dim + action_dim, hidden, layers) for _ in range(2))
+        self.heads = nn.ModuleList(orthogonal(nn.Linear(hidden, 1)) for _ in range(2))
+
+    def forward(self, features, action):
+        """(batch, Encoder.features), (batch, action_dim) -> Q-values (2, batch)"""
+        x = torch.cat([self.trunk(features), action], -1)
+        return torch.stack([head(body(x)).squeeze(-1) for body, head in zip(self.bodies, self.heads)])
+
+
+class Batch(NamedTuple):
+    """n-step transitions, batch first; observations are stacks (batch, SIZE, SIZE, 3 STACK), uint8, shifted."""
+
+    obs: torch.Tensor
+    action: torch.Tensor
+    reward: torch.Tensor  # the discounted sum of n rewards
+    discount: torch.Tensor  # of the value of next_obs: gamma^n, or 0 where the episode terminated
+    next_obs: torch.Tensor
+
+
+@numba.njit(parallel=True, cache=True)
+def gather_stacks(frames, newest, oldest, shift, out):
+    """out[b] = the STACK frames up to number newest[b], none before oldest[b], moved by shift[b] - PAD pixels.
+
+    frames (ring, SIZE, SIZE, 3), shift (batch, 2) in 0..2 PAD, out (batch, SIZE, SIZE, 3 STACK). What a shift brings in
+    repeats the border: a crop of the image padded by PAD.
+    """
+    for b in numba.prange(len(out)):
+        for s in range(STACK):
+            frame = frames[max(newest[b] - STACK + 1 + s, oldest[b]) % len(frames)]
+            for y in range(SIZE):
+                row = frame[min(max(y + shift[b, 0] - PAD, 0), SIZE - 1)]
+                for x in range(SIZE):
+                    pixel = row[min(max(x + shift[b, 1] - PAD, 0), SIZE - 1)]
+                    for c in range(3):
+                        out[b, y, x, 3 * s + c] = pixel[c]
+
+
+class FrameReplay:
+    """A ring of single frames in a file, stacked when sampled, never across episodes; and what happened at each.
+
+    Frame number k (0, 1, ... over the whole run) is followed by action[k], reward[k], terminated[k] and frame k + 1, if
+    it is not the last of its episode; start[k] is the first frame of its episode. The last `capacity` frames are
+    sampled. The ring holds `slack` more, so that what a checkpoint counts on is not overwritten before the next ones
+    are written: a killed run finds its replay as it was.
+    """
+
+    def __init__(self, path: Path, capacity: int, slack: int, action_dim: int, n_step: int, gamma: float, mode="w+"):
+        self.capacity, self.n_step, self.gamma, self.added = capacity, n_step, gamma, 0
+        self.newest = -1  # the last frame with n_step steps of its episode behind it
+        size = capacity + slack
+        self.path, shape, needed = path, (size, SIZE, SIZE, 3), size * SIZE * SIZE * 3
+        if mode == "r+" and (not path.exists() or path.stat().st_size != needed):
+            fail(f"{path} is not as the checkpoint left it; bring it back, or start with --no-resume")
+        free = shutil.disk_usage(path.parent).free / 1e9
+        if mode == "w+" and free < needed / 1e9:
+            fail(f"{path} needs {needed / 1e9:.1f} of {free:.1f} GB free; lower --buffer-size or --checkpoint-interval")
+        self.frames = np.asarray(np.memmap(path, np.uint8, mode, shape=shape))
+        self.action = np.zeros((size, action_dim), np.float32)
+        self.reward, self.terminated = np.zeros(size, np.float32), np.zeros(size, np.float32)
+        self.start = np.full(size, -1)
+
+    def begin(self, frame: np.ndarray) -> None:
+        """The first frame of an episode."""
+        self.frames[self.added % len(self.frames)] = frame
+        self.start[self.added % len(self.frames)] = self.added
+        self.added += 1
+
+    def add(self, action: np.ndarray, reward: float, terminated: bool, frame: np.ndarray) -> None:
+        """What was done at the last frame, and what came of it."""
+        last, new = (self.added - 1) % len(self.frames), self.added % len(self.frames)
+        self.action[last], self.reward[last], self.terminated[last] = action, reward, terminated
+        self.frames[new], self.start[new] = frame, self.start[last]
+        if self.added - self.start[new] >= self.n_step:
+            self.newest = self.added - self.n_step
+        self.added += 1
+
+    def ready(self) -> bool:
+        """Whether there is a transition to sample; episodes shorter than n_step have none."""
+        return self.newest >= max(0, self.added - self.capacity)
+
+    def sample(self, batch_size: int, device: torch.device, generator: torch.Generator | None = None) -> Batch:
+        """Uniform over the frames with n_step steps of their episode behind them; call it when ready()."""
+        ring, low = len(self.frames), max(0, self.added - self.capacity)
+        index = np.zeros(0, np.int64)
+        while len(index) < batch_size:
+            draw = torch.randint(low, self.added - self.n_step, (batch_size,), generator=generator).numpy()
+            draw = draw[self.start[draw % ring] == self.start[(draw + self.n_step) % ring]]
+            index = np.append(index, draw)[:batch_size]
+        steps = (index[:, None] + np.arange(self.n_step)) % ring
+        reward = self.reward[steps] @ np.float32(self.gamma) ** np.arange(self.n_step, dtype=np.float32)
+        discount = self.gamma**self.n_step * (1 - self.terminated[steps[:, -1]])
+        shifts = torch.randint(2 * PAD + 1, (2, batch_size, 2), generator=generator).numpy()
+        stacks = np.empty((2, batch_size, SIZE, SIZE, 3 * STACK), np.uint8)
+        for newest, shift, stack in zip((index, index + self.n_step), shifts, stacks):
+            gather_stacks(self.frames, newest, self.start[index % ring], shift, stack)
+        columns = (stacks[0], self.action[index % ring], reward, discount, stacks[1])
+        return Batch(*(torch.from_numpy(column).to(device) for column in columns))
+
+    def state_dict(self) -> dict:
+        """All but the frames, which are brought to the disk where they are."""
+        self.frames.base.flush()
+        columns = (self.action, self.reward, self.terminated, self.start)
+        saved = [torch.from_numpy(column[: self.added].copy()) for column in columns]
+        return {"counters": (self.added, self.newest), "columns": saved}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.added, self.newest = state["counters"]
+        for column, saved in zip((self.action, self.reward, self.terminated, self.start), state["columns"]):
+            column[: len(saved)] = saved.numpy()
+
+
+def actor_loss(actor, critic, features, noise):
+    """-mean(min Q(s, pi(s) + noise)); noise (batch, action_dim) is clipped already."""
+    return -critic(features, actor(features, noise)).amin(0).mean()
+
+
+@torch.no_grad()
+def td_target(actor, target_critic, batch, next_features, noise):
+    """R_n + gamma^n min Q_target(s_n, pi(s_n) + noise), (batch,)"""
+    return batch.reward + batch.discount * target_critic(next_features, actor(next_features, noise)).amin(0)
+
+
+def critic_loss(critic, features, action, target):
+    """Mean squared TD error, summed over the critics."""
+    return (critic(features, action) - target).square().mean(1).sum()
+
+
+def exploration_std(args: Args, env_step: int) -> float:
+    """The schedule: linear from std_start to std_end over std_decay env steps."""
+    return float(np.interp(env_step / args.std_decay, (0, 1), (args.std_start, args.std_end)))
+
+
+def clipped_noise(args: Args, shape: tuple, env_step: int, device, generator: torch.Generator | None = None):
+    """Gaussian noise with the scheduled std, clipped to --noise-clip."""
+    noise = exploration_std(args, env_step) * torch.randn(shape, generator=generator)
+    return noise.clamp(-args.noise_clip, args.noise_clip).to(device)
+
+
+class Agent:
+    """Networks drawn from torch's generator, the critic pruned with a mask from --mask-seed, and their optimisers."""
+
+    def __init__(self, args: Args, action_dim: int, device: torch.device):
+        self.encoder, self.actor = Encoder(), Actor(action_dim, args.feature_dim)
+        self.critic = Critic(action_dim, args.feature_dim, round(1024 * args.width_scale), 1 + args.depth_scale)
+        self.layers = {}
+        mask_seed = args.seed if args.mask_seed is None else args.mask_seed
+        sparsities = {"encoder": args.sparsity * args.sparsify_encoder, "actor": 0.0, "critic": args.sparsity}
+        for index, (name, sparsity) in enumerate(sparsities.items()):
+            how = (args.sparsity_distribution, derive_seed(mask_seed, index), args.sparse_kernel, device)
+            self.layers[name] = sparsify(getattr(self, name), sparsity, *how)
+        self.encoder.to(memory_format=torch.channels_last)
+        # The memo lets the target critic share the critic's index buffers: the pattern is stored once.
+        self.target_critic = copy.deepcopy(self.critic, {id(buffer): buffer for buffer in self.critic.buffers()})
+        self.target_critic.requires_grad_(False)
+        adam = partial(torch.optim.Adam, lr=args.learning_rate, fused=True)
+        self.encoder_optimizer = adam(self.encoder.parameters())
+        self.actor_optimizer = adam(self.actor.parameters())
+        self.critic_optimizer = adam(self.critic.parameters())
+
+
+def update(agent: Agent, batch: Batch, noise, next_noise, tau: float, bf16: bool = False) -> dict[str, torch.Tensor]:
+    """One gradient update of everything; noise (batch, action_dim) has the scheduled std and is clipped."""
+    # Critic and encoder
+    features = agent.encoder(batch.obs, bf16)
+    with torch.no_grad():
+        next_features = agent.encoder(batch.next_obs, bf16)
+    target = td_target(agent.actor, agent.target_critic, batch, next_features, next_noise)
+    loss_critic = critic_loss(agent.critic, features, batch.action, target)
+    agent.encoder_optimizer.zero_grad()
+    agent.critic_optimizer.zero_grad()
+    loss_critic.backward()
+    agent.critic_optimizer.step()
+    agent.encoder_optimizer.step()
+
+    # Actor, on the features from before the encoder's step and with the new critic, whose weights need no gradient here
+    agent.critic.requires_grad_(False)
+    loss_actor = actor_loss(agent.actor, agent.critic, features.detach(), noise)
+    agent.actor_optimizer.zero_grad()
+    loss_actor.backward()
+    agent.actor_optimizer.step()
+    agent.critic.requires_grad_(True)
+
+    with torch.no_grad():
+        for slow, fast in zip(agent.target_critic.parameters(), agent.critic.parameters()):
+            slow.lerp_(fast, tau)
+    return {"actor_loss": loss_actor.detach(), "critic_loss": loss_critic.detach(), "td_target": target.mean()}
+
+
+def push(stack: np.ndarray, frame: np.ndarray) -> np.ndarray:
+    """The stack without its oldest frame, and with a new one."""
+    return np.concatenate([stack[..., 3:], frame], -1)
+
+
+@torch.no_grad()
+def act(agent: Agent, stack: np.ndarray, noise: torch.Tensor | None = None) -> np.ndarray:
+    """The action (action_dim,) for a stack of frames (SIZE, SIZE, 3 STACK), with `noise` (action_dim,) or without."""
+    device = next(agent.actor.parameters()).device
+    features = agent.encoder(torch.from_numpy(stack)[None].to(device))
+    return agent.actor(features, 0.0 if noise is None else noise.to(device))[0].cpu().numpy()
+
+
+def evaluate(agent, env: gym.Env, episodes: int, seed_key: tuple, video: Path | None = None) -> dict[str, float]:
+    """Mean, std and interquartile mean of the deterministic policy's returns; films the first episode on request."""
+    returns, frames = np.zeros(episodes), []
+    for episode in range(episodes):
+        frame, _ = env.reset(seed=derive_seed(*seed_key, episode))
+        stack, done = np.tile(frame, STACK), False
+        while not done:
+            if video and episode == 0:
+                frames.append(frame)
+            frame, reward, terminated, truncated, _ = env.step(act(agent, stack))
+            stack = push(stack, frame)
+            returns[episode] += reward
+            done = terminated or truncated
+    if video:
+        import imageio
+
+        video.parent.mkdir(exist_ok=True)
+        imageio.mimwrite(video, frames, fps=30, macro_block_size=None)  # decisions, not real time
+    return {"return_mean": returns.mean(), "return_std": returns.std(), "return_iqm": trim_mean(returns, 0.25)}
+
+
+def diagnose(agent: Agent, batch: Batch, noise, next_noise) -> dict[str, float]:
+    """Plasticity measurements of the heads of actor and critic, gradients and norms of all their weights."""
+    with torch.no_grad():
+        features, next_features = agent.encoder(batch.obs), agent.encoder(batch.next_obs)
+    target = td_target(agent.actor, agent.target_critic, batch, next_features, next_noise)
+    loss_actor = actor_loss(agent.actor, agent.critic, features, noise)
+    loss_critic = critic_loss(agent.critic, features, batch.action, target)
+    with torch.no_grad():
+        inputs = {"actor": agent.actor.trunk(features)}
+        inputs["critic"] = torch.cat([agent.critic.trunk(features), batch.action], -1)
+    measured = {}
+    bodies = {"actor": (loss_actor, agent.actor.body), "critic": (loss_critic, agent.critic.bodies[0])}
+    for name, (loss, body) in bodies.items():
+        parameters = list(getattr(agent, name).parameters())
+        plasticity = measure_plasticity(body, inputs[name], parameters, torch.autograd.grad(loss, parameters))
+        measured |= {f"{name}_{metric}": value for metric, value in plasticity.items()}
+    return measured
+
+
+def train(args: Args) -> None:
+    check_flags(args)
+    device = torch.device(args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu"))
+    threads = args.threads or torch.get_num_threads()
+    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+    torch.set_num_threads(threads)  # after numba, whose start sets the number for both
+    warnings.filterwarnings("ignore", category=UserWarning, module="gymnasium")  # of the precision of Box bounds
+    os.environ.setdefault("MUJOCO_GL", "egl")
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages for tensors: fewer page faults on Linux
+    signal.signal(signal.SIGINT, lambda *_: sys.exit("interrupted; --resume goes on from the last checkpoint"))
+
+    env, eval_env = make_env(args), make_env(args)
+    (action_dim,) = env.action_space.shape
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    try:
+        agent = Agent(args, action_dim, device)
+    except ValueError as error:
+        fail(str(error))
+    run_dir, checkpoint = open_run(args)
+    if checkpoint and checkpoint["finished"] and not args.eval_only:
+        (run_dir / "replay.u8").unlink(missing_ok=True)  # left by a kill after the last checkpoint
+        print(f"this run is finished: its results are in {run_dir} (--no-resume runs it again)")
+        sys.exit(0)
+    parts_to_save = {name: part for name, part in vars(agent).items() if name != "layers"}
+    agent_step = update_step = episode = csv_bytes = 0
+    if not args.eval_only:
+        total_steps = math.ceil(args.total_timesteps / args.action_repeat)
+        capacity = min(args.buffer_size, 2 * total_steps)  # frames; an episode of T decisions has T + 1
+        between = args.checkpoint_interval + (env.spec.max_episode_steps or 1000)  # env steps between checkpoints
+        slack = min(2 * total_steps - capacity, math.ceil(4 * between / args.action_repeat))
+        mode = "r+" if checkpoint else "w+"
+        replay = FrameReplay(run_dir / "replay.u8", capacity, slack, action_dim, args.n_step, args.gamma, mode)
+        parts_to_save["replay"] = replay
+
+    if checkpoint:
+        try:
+            for name, part in parts_to_save.items():
+                part.load_state_dict(checkpoint.pop(name))
+        except ValueError as error:
+            fail(f"{run_dir}: {error}")
+        restore_generators(checkpoint["generators"])
+        agent_step, update_step, episode, csv_bytes = checkpoint["counters"]
+    if args.eval_only:
+        video = run_dir / "videos" / f"eval_{agent_step}.mp4" if args.capture_video else None
+        result = evaluate(agent, eval_env, args.final_eval_episodes, (args.seed, FINAL, agent_step), video)
+        print("  ".join(f"{name} {value:.1f}" for name, value in result.items()))
+        eval_env.close()
+        sys.exit(0)
+
+    describe_run(run_dir, args, agent.layers)
+    print(f"replay: up to {replay.frames.nbytes / 1e9:.1f} GB in {replay.path}, deleted at the end of training")
+    print(f"{run_dir}: " + (f"going on from env step {agent_step * args.action_repeat}" if checkpoint else "new run"))
+    metrics = Metrics(run_dir, args, csv_bytes, agent_step * args.action_repeat)
+    bar = tqdm(total=args.total_timesteps, initial=agent_step * args.action_repeat, unit=" env steps")
+    bar.mininterval = 0.5 if sys.stderr.isatty() else 30
+    trained = [p for part in (agent.encoder, agent.actor, agent.critic) for p in part.parameters()]
+    saved_step, episode_over = agent_step, True
+
+    def log(values: dict, prefix: str) -> None:
+        values = {f"{prefix}/{name}": value for name, value in values.items()}
+        metrics.log(agent_step * args.action_repeat, agent_step, update_step, values)
+
+    def due(interval: int) -> bool:
+        """Whether a multiple of some env steps has just been reached."""
+        return interval > 0 and agent_step * args.action_repeat % interval < args.action_repeat
+
+    def save(finished: bool) -> None:
+        state = {name: part.state_dict() for name, part in parts_to_save.items()}
+        counters = (agent_step, update_step, episode, metrics.sync())
+        save_checkpoint(run_dir, args, {**state, "counters": counters, "finished": finished})
+
+    if agent_step == 0:
+        log(evaluate(agent, eval_env, args.eval_episodes, (args.seed, EVAL, 0)), "eval")
+    while agent_step < total_steps:
+        if episode_over:
+            if (agent_step - saved_step) * args.action_repeat >= args.checkpoint_interval:
+                save(finished=False)
+                saved_step = agent_step
+            frame, _ = env.reset(seed=derive_seed(args.seed, TRAIN, episode))
+            stack = np.tile(frame, STACK)
+            replay.begin(frame)
+            episode, episode_start, episode_return = episode + 1, agent_step, 0.0
+            losses, started = {}, time.time()
+
+        # Act
+        env_step = agent_step * args.action_repeat
+        if env_step < args.learning_starts:
+            action = (2 * torch.rand(action_dim) - 1).numpy()
+        else:
+            action = act(agent, stack, exploration_std(args, env_step) * torch.randn(action_dim))
+        frame, reward, terminated, truncated, _ = env.step(action)
+        replay.add(action, reward, terminated, frame)
+        stack, episode_over = push(stack, frame), terminated or truncated
+        episode_return += reward
+        agent_step += 1
+
+        # Learn
+        if env_step >= args.learning_starts and agent_step % args.decisions_per_update == 0 and replay.ready():
+            batch = replay.sample(args.batch_size, device)
+            noise, next_noise = clipped_noise(args, (2, args.batch_size, action_dim), env_step, device)
+            losses = update(agent, batch, noise, next_noise, args.tau, args.bf16)
+            update_step += 1
+            if not torch.stack([*losses.values(), get_total_norm(trained)]).isfinite().all():
+                print(f"error: a value is not finite at {agent_step=}; the last checkpoint is kept", file=sys.stderr)
+                sys.exit(3)
+
+        # Measure
+        if due(args.eval_interval):
+            result = evaluate(agent, eval_env, args.eval_episodes, (args.seed, EVAL, agent_step))
+            log(result, "eval")
+            draw_learning_curve(run_dir, args.env_id)
+            bar.set_postfix_str(f"return {result['return_mean']:.0f}")
+        if due(args.diagnostics_interval) and replay.ready():
+            generator = torch.Generator().manual_seed(derive_seed(args.seed, DIAGNOSE, agent_step))
+            batch = replay.sample(args.batch_size, device, generator)
+            noises = clipped_noise(args, (2, args.batch_size, action_dim), env_step, device, generator)
+            log(diagnose(agent, batch, *noises), "diagnostics")
+
+        bar.update(args.action_repeat)
+        if episode_over:
+            length = agent_step - episode_start
+            log({"return": episode_return, "length": length}, "episode")
+            log({name: float(loss) for name, loss in losses.items()}, "losses")
+            log({"env_steps_per_second": length * args.action_repeat / (time.time() - started)}, "time")
+
+    save(finished=False)  # a kill in the last evaluation costs no training
+    video = run_dir / "videos" / "final.mp4" if args.capture_video else None
+    result = evaluate(agent, eval_env, args.final_eval_episodes, (args.seed, FINAL, agent_step), video)
+    log(result, "final")
+    save(finished=True)
+    env.close()
+    eval_env.close()
+    replay.path.unlink()
+    metrics.close()
+    bar.close()
+    draw_learning_curve(run_dir, args.env_id)
+    print(f"return {result['return_mean']:.1f}; checkpoint, metrics.csv and learning_curve.png are in {run_dir}")
+
+
+# Appendix: the same in every file that has it
+
+
 # Flags that change results by rounding at most: a run may go on with others. The rest are in its folder's name.
 EXECUTION_FLAGS = {
     *("device", "threads", "runs_dir", "resume", "eval_only", "capture_video", "sparse_kernel"),
@@ -239,7 +696,6 @@ def derive_seed(*key: int) -> int:
 
 # What a seed derived from (--seed, purpose, ...) is for
 TRAIN, EVAL, FINAL, DIAGNOSE = range(4)
-SIZE, STACK, PAD = 84, 3, 4  # pixels of a side, frames in an observation, largest random shift
 
 
 # === SPARSE LAYERS (identical in every file) ===
@@ -275,6 +731,8 @@ def uniform(shapes: dict[str, tuple[int, ...]], sparsity: float) -> dict[str, fl
 # The active weights of a packed layer are sorted by block of 128 columns, then by row: while a block is worked on, its
 # 128 rows of x^T stay in the cache. Group g = block * rows + row holds the weights pointers[g] <= k < pointers[g + 1].
 BLOCK = 128
+
+
 REORDER = {"reassoc", "contract", "nsz"}  # sums may be vectorised; NaN and infinity still pass through
 
 
@@ -659,453 +1117,5 @@ def draw_learning_curve(run_dir: Path, title: str) -> None:
 # === END RUNS ===
 
 
-@numba.njit(parallel=True, cache=True)
-def gather_stacks(frames, newest, oldest, shift, out):
-    """out[b] = the STACK frames up to number newest[b], none before oldest[b], moved by shift[b] - PAD pixels.
-
-    frames (ring, SIZE, SIZE, 3), shift (batch, 2) in 0..2 PAD, out (batch, SIZE, SIZE, 3 STACK). What a shift brings in
-    repeats the border: a crop of the image padded by PAD.
-    """
-    for b in numba.prange(len(out)):
-        for s in range(STACK):
-            frame = frames[max(newest[b] - STACK + 1 + s, oldest[b]) % len(frames)]
-            for y in range(SIZE):
-                row = frame[min(max(y + shift[b, 0] - PAD, 0), SIZE - 1)]
-                for x in range(SIZE):
-                    pixel = row[min(max(x + shift[b, 1] - PAD, 0), SIZE - 1)]
-                    for c in range(3):
-                        out[b, y, x, 3 * s + c] = pixel[c]
-
-
-class Batch(NamedTuple):
-    """n-step transitions, batch first; observations are stacks (batch, SIZE, SIZE, 3 STACK), uint8, shifted."""
-
-    obs: torch.Tensor
-    action: torch.Tensor
-    reward: torch.Tensor  # the discounted sum of n rewards
-    discount: torch.Tensor  # of the value of next_obs: gamma^n, or 0 where the episode terminated
-    next_obs: torch.Tensor
-
-
-class FrameReplay:
-    """A ring of single frames in a file, stacked when sampled, never across episodes; and what happened at each.
-
-    Frame number k (0, 1, ... over the whole run) is followed by action[k], reward[k], terminated[k] and frame k + 1, if
-    it is not the last of its episode; start[k] is the first frame of its episode. The last `capacity` frames are
-    sampled. The ring holds `slack` more, so that what a checkpoint counts on is not overwritten before the next ones
-    are written: a killed run finds its replay as it was.
-    """
-
-    def __init__(self, path: Path, capacity: int, slack: int, action_dim: int, n_step: int, gamma: float, mode="w+"):
-        self.capacity, self.n_step, self.gamma, self.added = capacity, n_step, gamma, 0
-        self.newest = -1  # the last frame with n_step steps of its episode behind it
-        size = capacity + slack
-        self.path, shape, needed = path, (size, SIZE, SIZE, 3), size * SIZE * SIZE * 3
-        if mode == "r+" and (not path.exists() or path.stat().st_size != needed):
-            fail(f"{path} is not as the checkpoint left it; bring it back, or start with --no-resume")
-        free = shutil.disk_usage(path.parent).free / 1e9
-        if mode == "w+" and free < needed / 1e9:
-            fail(f"{path} needs {needed / 1e9:.1f} of {free:.1f} GB free; lower --buffer-size or --checkpoint-interval")
-        self.frames = np.asarray(np.memmap(path, np.uint8, mode, shape=shape))
-        self.action = np.zeros((size, action_dim), np.float32)
-        self.reward, self.terminated = np.zeros(size, np.float32), np.zeros(size, np.float32)
-        self.start = np.full(size, -1)
-
-    def begin(self, frame: np.ndarray) -> None:
-        """The first frame of an episode."""
-        self.frames[self.added % len(self.frames)] = frame
-        self.start[self.added % len(self.frames)] = self.added
-        self.added += 1
-
-    def add(self, action: np.ndarray, reward: float, terminated: bool, frame: np.ndarray) -> None:
-        """What was done at the last frame, and what came of it."""
-        last, new = (self.added - 1) % len(self.frames), self.added % len(self.frames)
-        self.action[last], self.reward[last], self.terminated[last] = action, reward, terminated
-        self.frames[new], self.start[new] = frame, self.start[last]
-        if self.added - self.start[new] >= self.n_step:
-            self.newest = self.added - self.n_step
-        self.added += 1
-
-    def ready(self) -> bool:
-        """Whether there is a transition to sample; episodes shorter than n_step have none."""
-        return self.newest >= max(0, self.added - self.capacity)
-
-    def sample(self, batch_size: int, device: torch.device, generator: torch.Generator | None = None) -> Batch:
-        """Uniform over the frames with n_step steps of their episode behind them; call it when ready()."""
-        ring, low = len(self.frames), max(0, self.added - self.capacity)
-        index = np.zeros(0, np.int64)
-        while len(index) < batch_size:
-            draw = torch.randint(low, self.added - self.n_step, (batch_size,), generator=generator).numpy()
-            draw = draw[self.start[draw % ring] == self.start[(draw + self.n_step) % ring]]
-            index = np.append(index, draw)[:batch_size]
-        steps = (index[:, None] + np.arange(self.n_step)) % ring
-        reward = self.reward[steps] @ np.float32(self.gamma) ** np.arange(self.n_step, dtype=np.float32)
-        discount = self.gamma**self.n_step * (1 - self.terminated[steps[:, -1]])
-        shifts = torch.randint(2 * PAD + 1, (2, batch_size, 2), generator=generator).numpy()
-        stacks = np.empty((2, batch_size, SIZE, SIZE, 3 * STACK), np.uint8)
-        for newest, shift, stack in zip((index, index + self.n_step), shifts, stacks):
-            gather_stacks(self.frames, newest, self.start[index % ring], shift, stack)
-        columns = (stacks[0], self.action[index % ring], reward, discount, stacks[1])
-        return Batch(*(torch.from_numpy(column).to(device) for column in columns))
-
-    def state_dict(self) -> dict:
-        """All but the frames, which are brought to the disk where they are."""
-        self.frames.base.flush()
-        columns = (self.action, self.reward, self.terminated, self.start)
-        saved = [torch.from_numpy(column[: self.added].copy()) for column in columns]
-        return {"counters": (self.added, self.newest), "columns": saved}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.added, self.newest = state["counters"]
-        for column, saved in zip((self.action, self.reward, self.terminated, self.start), state["columns"]):
-            column[: len(saved)] = saved.numpy()
-
-
-def orthogonal(layer: nn.Module, gain: float = 1.0) -> nn.Module:
-    """Orthogonal weights, biases zero."""
-    nn.init.orthogonal_(layer.weight, gain)
-    nn.init.zeros_(layer.bias)
-    return layer
-
-
-class Encoder(nn.Module):
-    """Four convolutions, for images of SIZE x SIZE."""
-
-    features = 32 * 35 * 35
-
-    def __init__(self):
-        super().__init__()
-        gain = nn.init.calculate_gain("relu")
-        convolutions = [
-            orthogonal(nn.Conv2d(fan_in, 32, 3, stride), gain)
-            for fan_in, stride in ((3 * STACK, 2), (32, 1), (32, 1), (32, 1))
-        ]
-        self.layers = nn.Sequential(*(module for conv in convolutions for module in (conv, nn.ReLU(inplace=True))))
-
-    def forward(self, obs: torch.Tensor, bf16: bool = False) -> torch.Tensor:
-        """Stacks of uint8 (batch, SIZE, SIZE, 3 STACK) -> (batch, features), float32
-
-        On a CPU 32 images at a time, whose activations stay in its cache. Features lie as in memory: channels last.
-        """
-        features = []
-        for part in obs.split(32 if obs.device.type == "cpu" else len(obs)):
-            images = part.permute(0, 3, 1, 2).float().div_(255).sub_(0.5)  # channels stay last in memory
-            with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
-                features.append(self.layers(images).permute(0, 2, 3, 1).float().flatten(1))
-        return torch.cat(features)
-
-
-def mlp(inputs: int, hidden: int, layers: int) -> nn.Sequential:
-    """ReLU layers: (batch, inputs) -> (batch, hidden)"""
-    sizes = [inputs] + [hidden] * layers
-    linears = (orthogonal(nn.Linear(m, n)) for m, n in pairwise(sizes))
-    return nn.Sequential(*(module for linear in linears for module in (linear, nn.ReLU())))
-
-
-def trunk(feature_dim: int) -> nn.Sequential:
-    """What stands between the encoder and a head: (batch, Encoder.features) -> (batch, feature_dim)"""
-    return nn.Sequential(orthogonal(nn.Linear(Encoder.features, feature_dim)), nn.LayerNorm(feature_dim), nn.Tanh())
-
-
-class Actor(nn.Module):
-    """Mean of the policy; its std is scheduled."""
-
-    def __init__(self, action_dim: int, feature_dim: int):
-        super().__init__()
-        self.trunk, self.body = trunk(feature_dim), mlp(feature_dim, 1024, 2)
-        self.head = orthogonal(nn.Linear(1024, action_dim))
-
-    def forward(self, features, noise=0.0):
-        """features (batch, Encoder.features), noise (batch, action_dim) -> actions within (-1, 1).
-
-        The sum of mean and noise is cut off just inside -1 and 1; the gradient passes as if it were not.
-        """
-        action = torch.tanh(self.head(self.body(self.trunk(features)))) + noise
-        return action.clamp(-1 + 1e-6, 1 - 1e-6).detach() + (action - action.detach())
-
-
-class Critic(nn.Module):
-    """Two Q-functions on one trunk."""
-
-    def __init__(self, action_dim: int, feature_dim: int, hidden: int, layers: int):
-        super().__init__()
-        self.trunk = trunk(feature_dim)
-        self.bodies = nn.ModuleList(mlp(feature_dim + action_dim, hidden, layers) for _ in range(2))
-        self.heads = nn.ModuleList(orthogonal(nn.Linear(hidden, 1)) for _ in range(2))
-
-    def forward(self, features, action):
-        """(batch, Encoder.features), (batch, action_dim) -> Q-values (2, batch)"""
-        x = torch.cat([self.trunk(features), action], -1)
-        return torch.stack([head(body(x)).squeeze(-1) for body, head in zip(self.bodies, self.heads)])
-
-
-def actor_loss(actor, critic, features, noise):
-    """-mean(min Q(s, pi(s) + noise)); noise (batch, action_dim) is clipped already."""
-    return -critic(features, actor(features, noise)).amin(0).mean()
-
-
-@torch.no_grad()
-def td_target(actor, target_critic, batch, next_features, noise):
-    """R_n + gamma^n min Q_target(s_n, pi(s_n) + noise), (batch,)"""
-    return batch.reward + batch.discount * target_critic(next_features, actor(next_features, noise)).amin(0)
-
-
-def critic_loss(critic, features, action, target):
-    """Mean squared TD error, summed over the critics."""
-    return (critic(features, action) - target).square().mean(1).sum()
-
-
-def exploration_std(args: Args, env_step: int) -> float:
-    """The schedule: linear from std_start to std_end over std_decay env steps."""
-    return float(np.interp(env_step / args.std_decay, (0, 1), (args.std_start, args.std_end)))
-
-
-class Agent:
-    """Networks drawn from torch's generator, the critic pruned with a mask from --mask-seed, and their optimisers."""
-
-    def __init__(self, args: Args, action_dim: int, device: torch.device):
-        self.encoder, self.actor = Encoder(), Actor(action_dim, args.feature_dim)
-        self.critic = Critic(action_dim, args.feature_dim, round(1024 * args.width_scale), 1 + args.depth_scale)
-        self.layers = {}
-        mask_seed = args.seed if args.mask_seed is None else args.mask_seed
-        sparsities = {"encoder": args.sparsity * args.sparsify_encoder, "actor": 0.0, "critic": args.sparsity}
-        for index, (name, sparsity) in enumerate(sparsities.items()):
-            how = (args.sparsity_distribution, derive_seed(mask_seed, index), args.sparse_kernel, device)
-            self.layers[name] = sparsify(getattr(self, name), sparsity, *how)
-        self.encoder.to(memory_format=torch.channels_last)
-        # The memo lets the target critic share the critic's index buffers: the pattern is stored once.
-        self.target_critic = copy.deepcopy(self.critic, {id(buffer): buffer for buffer in self.critic.buffers()})
-        self.target_critic.requires_grad_(False)
-        adam = partial(torch.optim.Adam, lr=args.learning_rate, fused=True)
-        self.encoder_optimizer = adam(self.encoder.parameters())
-        self.actor_optimizer = adam(self.actor.parameters())
-        self.critic_optimizer = adam(self.critic.parameters())
-
-
-def update(agent: Agent, batch: Batch, noise, next_noise, tau: float, bf16: bool = False) -> dict[str, torch.Tensor]:
-    """One gradient update of everything; noise (batch, action_dim) has the scheduled std and is clipped."""
-    # Critic and encoder
-    features = agent.encoder(batch.obs, bf16)
-    with torch.no_grad():
-        next_features = agent.encoder(batch.next_obs, bf16)
-    target = td_target(agent.actor, agent.target_critic, batch, next_features, next_noise)
-    loss_critic = critic_loss(agent.critic, features, batch.action, target)
-    agent.encoder_optimizer.zero_grad()
-    agent.critic_optimizer.zero_grad()
-    loss_critic.backward()
-    agent.critic_optimizer.step()
-    agent.encoder_optimizer.step()
-
-    # Actor, on the features from before the encoder's step and with the new critic, whose weights need no gradient here
-    agent.critic.requires_grad_(False)
-    loss_actor = actor_loss(agent.actor, agent.critic, features.detach(), noise)
-    agent.actor_optimizer.zero_grad()
-    loss_actor.backward()
-    agent.actor_optimizer.step()
-    agent.critic.requires_grad_(True)
-
-    with torch.no_grad():
-        for slow, fast in zip(agent.target_critic.parameters(), agent.critic.parameters()):
-            slow.lerp_(fast, tau)
-    return {"actor_loss": loss_actor.detach(), "critic_loss": loss_critic.detach(), "td_target": target.mean()}
-
-
-def diagnose(agent: Agent, batch: Batch, noise, next_noise) -> dict[str, float]:
-    """Plasticity measurements of the heads of actor and critic, gradients and norms of all their weights."""
-    with torch.no_grad():
-        features, next_features = agent.encoder(batch.obs), agent.encoder(batch.next_obs)
-    target = td_target(agent.actor, agent.target_critic, batch, next_features, next_noise)
-    loss_actor = actor_loss(agent.actor, agent.critic, features, noise)
-    loss_critic = critic_loss(agent.critic, features, batch.action, target)
-    with torch.no_grad():
-        inputs = {"actor": agent.actor.trunk(features)}
-        inputs["critic"] = torch.cat([agent.critic.trunk(features), batch.action], -1)
-    measured = {}
-    bodies = {"actor": (loss_actor, agent.actor.body), "critic": (loss_critic, agent.critic.bodies[0])}
-    for name, (loss, body) in bodies.items():
-        parameters = list(getattr(agent, name).parameters())
-        plasticity = measure_plasticity(body, inputs[name], parameters, torch.autograd.grad(loss, parameters))
-        measured |= {f"{name}_{metric}": value for metric, value in plasticity.items()}
-    return measured
-
-
-def clipped_noise(args: Args, shape: tuple, env_step: int, device, generator: torch.Generator | None = None):
-    """Gaussian noise with the scheduled std, clipped to --noise-clip."""
-    noise = exploration_std(args, env_step) * torch.randn(shape, generator=generator)
-    return noise.clamp(-args.noise_clip, args.noise_clip).to(device)
-
-
-@torch.no_grad()
-def act(agent: Agent, stack: np.ndarray, noise: torch.Tensor | None = None) -> np.ndarray:
-    """The action (action_dim,) for a stack of frames (SIZE, SIZE, 3 STACK), with `noise` (action_dim,) or without."""
-    device = next(agent.actor.parameters()).device
-    features = agent.encoder(torch.from_numpy(stack)[None].to(device))
-    return agent.actor(features, 0.0 if noise is None else noise.to(device))[0].cpu().numpy()
-
-
-def push(stack: np.ndarray, frame: np.ndarray) -> np.ndarray:
-    """The stack without its oldest frame, and with a new one."""
-    return np.concatenate([stack[..., 3:], frame], -1)
-
-
-def evaluate(agent, env: gym.Env, episodes: int, seed_key: tuple, video: Path | None = None) -> dict[str, float]:
-    """Mean, std and interquartile mean of the deterministic policy's returns; films the first episode on request."""
-    returns, frames = np.zeros(episodes), []
-    for episode in range(episodes):
-        frame, _ = env.reset(seed=derive_seed(*seed_key, episode))
-        stack, done = np.tile(frame, STACK), False
-        while not done:
-            if video and episode == 0:
-                frames.append(frame)
-            frame, reward, terminated, truncated, _ = env.step(act(agent, stack))
-            stack = push(stack, frame)
-            returns[episode] += reward
-            done = terminated or truncated
-    if video:
-        import imageio
-
-        video.parent.mkdir(exist_ok=True)
-        imageio.mimwrite(video, frames, fps=30, macro_block_size=None)  # decisions, not real time
-    return {"return_mean": returns.mean(), "return_std": returns.std(), "return_iqm": trim_mean(returns, 0.25)}
-
-
 if __name__ == "__main__":
-    args = tyro.cli(Args)
-    check_flags(args)
-    device = torch.device(args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu"))
-    threads = args.threads or torch.get_num_threads()
-    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
-    torch.set_num_threads(threads)  # after numba, whose start sets the number for both
-    warnings.filterwarnings("ignore", category=UserWarning, module="gymnasium")  # of the precision of Box bounds
-    os.environ.setdefault("MUJOCO_GL", "egl")
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages for tensors: fewer page faults on Linux
-    signal.signal(signal.SIGINT, lambda *_: sys.exit("interrupted; --resume goes on from the last checkpoint"))
-
-    env, eval_env = make_env(args), make_env(args)
-    (action_dim,) = env.action_space.shape
-    random.seed(args.seed)
-    np.random.seed(args.seed)
-    torch.manual_seed(args.seed)
-    try:
-        agent = Agent(args, action_dim, device)
-    except ValueError as error:
-        fail(str(error))
-    run_dir, checkpoint = open_run(args)
-    if checkpoint and checkpoint["finished"] and not args.eval_only:
-        (run_dir / "replay.u8").unlink(missing_ok=True)  # left by a kill after the last checkpoint
-        print(f"this run is finished: its results are in {run_dir} (--no-resume runs it again)")
-        sys.exit(0)
-    parts_to_save = {name: part for name, part in vars(agent).items() if name != "layers"}
-    agent_step = update_step = episode = csv_bytes = 0
-    if not args.eval_only:
-        total_steps = math.ceil(args.total_timesteps / args.action_repeat)
-        capacity = min(args.buffer_size, 2 * total_steps)  # frames; an episode of T decisions has T + 1
-        between = args.checkpoint_interval + (env.spec.max_episode_steps or 1000)  # env steps between checkpoints
-        slack = min(2 * total_steps - capacity, math.ceil(4 * between / args.action_repeat))
-        mode = "r+" if checkpoint else "w+"
-        replay = FrameReplay(run_dir / "replay.u8", capacity, slack, action_dim, args.n_step, args.gamma, mode)
-        parts_to_save["replay"] = replay
-
-    if checkpoint:
-        try:
-            for name, part in parts_to_save.items():
-                part.load_state_dict(checkpoint.pop(name))
-        except ValueError as error:
-            fail(f"{run_dir}: {error}")
-        restore_generators(checkpoint["generators"])
-        agent_step, update_step, episode, csv_bytes = checkpoint["counters"]
-    if args.eval_only:
-        video = run_dir / "videos" / f"eval_{agent_step}.mp4" if args.capture_video else None
-        result = evaluate(agent, eval_env, args.final_eval_episodes, (args.seed, FINAL, agent_step), video)
-        print("  ".join(f"{name} {value:.1f}" for name, value in result.items()))
-        eval_env.close()
-        sys.exit(0)
-
-    describe_run(run_dir, args, agent.layers)
-    print(f"replay: up to {replay.frames.nbytes / 1e9:.1f} GB in {replay.path}, deleted at the end of training")
-    print(f"{run_dir}: " + (f"going on from env step {agent_step * args.action_repeat}" if checkpoint else "new run"))
-    metrics = Metrics(run_dir, args, csv_bytes, agent_step * args.action_repeat)
-    bar = tqdm(total=args.total_timesteps, initial=agent_step * args.action_repeat, unit=" env steps")
-    bar.mininterval = 0.5 if sys.stderr.isatty() else 30
-    trained = [p for part in (agent.encoder, agent.actor, agent.critic) for p in part.parameters()]
-    saved_step, episode_over = agent_step, True
-
-    def log(values: dict, prefix: str) -> None:
-        values = {f"{prefix}/{name}": value for name, value in values.items()}
-        metrics.log(agent_step * args.action_repeat, agent_step, update_step, values)
-
-    def due(interval: int) -> bool:
-        """Whether a multiple of some env steps has just been reached."""
-        return interval > 0 and agent_step * args.action_repeat % interval < args.action_repeat
-
-    def save(finished: bool) -> None:
-        state = {name: part.state_dict() for name, part in parts_to_save.items()}
-        counters = (agent_step, update_step, episode, metrics.sync())
-        save_checkpoint(run_dir, args, {**state, "counters": counters, "finished": finished})
-
-    if agent_step == 0:
-        log(evaluate(agent, eval_env, args.eval_episodes, (args.seed, EVAL, 0)), "eval")
-    while agent_step < total_steps:
-        if episode_over:
-            if (agent_step - saved_step) * args.action_repeat >= args.checkpoint_interval:
-                save(finished=False)
-                saved_step = agent_step
-            frame, _ = env.reset(seed=derive_seed(args.seed, TRAIN, episode))
-            stack = np.tile(frame, STACK)
-            replay.begin(frame)
-            episode, episode_start, episode_return = episode + 1, agent_step, 0.0
-            losses, started = {}, time.time()
-
-        # Act
-        env_step = agent_step * args.action_repeat
-        if env_step < args.learning_starts:
-            action = (2 * torch.rand(action_dim) - 1).numpy()
-        else:
-            action = act(agent, stack, exploration_std(args, env_step) * torch.randn(action_dim))
-        frame, reward, terminated, truncated, _ = env.step(action)
-        replay.add(action, reward, terminated, frame)
-        stack, episode_over = push(stack, frame), terminated or truncated
-        episode_return += reward
-        agent_step += 1
-
-        # Learn
-        if env_step >= args.learning_starts and agent_step % args.decisions_per_update == 0 and replay.ready():
-            batch = replay.sample(args.batch_size, device)
-            noise, next_noise = clipped_noise(args, (2, args.batch_size, action_dim), env_step, device)
-            losses = update(agent, batch, noise, next_noise, args.tau, args.bf16)
-            update_step += 1
-            if not torch.stack([*losses.values(), get_total_norm(trained)]).isfinite().all():
-                print(f"error: a value is not finite at {agent_step=}; the last checkpoint is kept", file=sys.stderr)
-                sys.exit(3)
-
-        # Measure
-        if due(args.eval_interval):
-            result = evaluate(agent, eval_env, args.eval_episodes, (args.seed, EVAL, agent_step))
-            log(result, "eval")
-            draw_learning_curve(run_dir, args.env_id)
-            bar.set_postfix_str(f"return {result['return_mean']:.0f}")
-        if due(args.diagnostics_interval) and replay.ready():
-            generator = torch.Generator().manual_seed(derive_seed(args.seed, DIAGNOSE, agent_step))
-            batch = replay.sample(args.batch_size, device, generator)
-            noises = clipped_noise(args, (2, args.batch_size, action_dim), env_step, device, generator)
-            log(diagnose(agent, batch, *noises), "diagnostics")
-
-        bar.update(args.action_repeat)
-        if episode_over:
-            length = agent_step - episode_start
-            log({"return": episode_return, "length": length}, "episode")
-            log({name: float(loss) for name, loss in losses.items()}, "losses")
-            log({"env_steps_per_second": length * args.action_repeat / (time.time() - started)}, "time")
-
-    save(finished=False)  # a kill in the last evaluation costs no training
-    video = run_dir / "videos" / "final.mp4" if args.capture_video else None
-    result = evaluate(agent, eval_env, args.final_eval_episodes, (args.seed, FINAL, agent_step), video)
-    log(result, "final")
-    save(finished=True)
-    env.close()
-    eval_env.close()
-    replay.path.unlink()
-    metrics.close()
-    bar.close()
-    draw_learning_curve(run_dir, args.env_id)
-    print(f"return {result['return_mean']:.1f}; checkpoint, metrics.csv and learning_curve.png are in {run_dir}")
+    train(tyro.cli(Args))

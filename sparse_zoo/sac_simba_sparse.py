@@ -156,6 +156,400 @@ class Args:
     """env steps between checkpoints, each written at the next end of an episode"""
 
 
+def init_linear(in_features: int, out_features: int, he_normal: bool = False) -> nn.Linear:
+    """Orthogonal weights, or He's normal cut at 2 sigma, its variance corrected for the cut (JAX's he_normal)."""
+    layer = nn.Linear(in_features, out_features)
+    nn.init.zeros_(layer.bias)
+    if he_normal:
+        std = math.sqrt(2 / in_features) / 0.87962566103423978
+        for rows in layer.weight.detach().split(math.ceil(2**22 / in_features)):  # it needs three times their memory
+            nn.init.trunc_normal_(rows, std=std, a=-2 * std, b=2 * std)
+    else:
+        nn.init.orthogonal_(layer.weight)
+    return layer
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, hidden: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(hidden, eps=1e-6)
+        self.up = init_linear(hidden, 4 * hidden, he_normal=True)
+        self.relu = nn.ReLU()
+        self.down = init_linear(4 * hidden, hidden, he_normal=True)
+
+    def forward(self, x):
+        return x + self.down(self.relu(self.up(self.norm(x))))
+
+
+def simba(in_features: int, hidden: int, blocks: int) -> nn.Sequential:
+    """The SimBa encoder: (batch, in_features) -> (batch, hidden)."""
+    residual = (ResidualBlock(hidden) for _ in range(blocks))
+    return nn.Sequential(init_linear(in_features, hidden), *residual, nn.LayerNorm(hidden, eps=1e-6))
+
+
+class Actor(nn.Module):
+    """Tanh-Gaussian policy."""
+
+    def __init__(self, obs_dim: int, action_dim: int, hidden: int, blocks: int):
+        super().__init__()
+        self.encoder = simba(obs_dim, hidden, blocks)
+        self.mean = init_linear(hidden, action_dim)
+        self.log_std = init_linear(hidden, action_dim)
+
+    def forward(self, obs):
+        """obs (batch, obs_dim) -> mean and log std before tanh, (batch, action_dim); log std within [-10, 2]."""
+        features = self.encoder(obs)
+        return self.mean(features), -10 + 6 * (1 + torch.tanh(self.log_std(features)))
+
+    def sample(self, obs, noise):
+        """Action (batch, action_dim) for standard normal noise of that shape, and its log-probability (batch,)."""
+        mean, log_std = self(obs)
+        raw = mean + log_std.exp() * noise
+        log_prob = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
+        log_prob = log_prob - 2 * (math.log(2) - raw - F.softplus(-2 * raw))  # log(1 - tanh(raw)^2)
+        return torch.tanh(raw), log_prob.sum(-1)
+
+
+class Critic(nn.Module):
+    """One Q-function, or two with --clipped-double-q."""
+
+    def __init__(self, obs_dim: int, action_dim: int, hidden: int, blocks: int, count: int):
+        super().__init__()
+        self.encoders = nn.ModuleList(simba(obs_dim + action_dim, hidden, blocks) for _ in range(count))
+        self.heads = nn.ModuleList(init_linear(hidden, 1) for _ in range(count))
+
+    def forward(self, obs, action):
+        """(batch, obs_dim), (batch, action_dim) -> Q-values (count, batch)"""
+        x = torch.cat([obs, action], -1)
+        return torch.stack([head(encoder(x)).squeeze(-1) for encoder, head in zip(self.encoders, self.heads)])
+
+
+class ObservationNorm:
+    """Running mean and variance of the observations seen in training, applied without clipping, as in SimBa."""
+
+    def __init__(self, obs_dim: int, device: torch.device):
+        self.statistics, self.device = RunningMeanStd(shape=(obs_dim,)), device
+
+    def update(self, obs: np.ndarray) -> None:
+        """Takes one observation (obs_dim,) into the statistics."""
+        self.statistics.update(obs[None])
+
+    def __call__(self, obs: torch.Tensor) -> torch.Tensor:
+        """Raw observations (batch, obs_dim) -> normalised ones on the agent's device."""
+        mean, std = self.statistics.mean, np.sqrt(self.statistics.var + 1e-8)
+        mean, std = (torch.as_tensor(value, dtype=torch.float32, device=self.device) for value in (mean, std))
+        return (obs.to(self.device) - mean) / std
+
+    def state_dict(self) -> dict:
+        return {name: torch.as_tensor(value, dtype=torch.float64) for name, value in vars(self.statistics).items()}
+
+    def load_state_dict(self, state: dict) -> None:
+        for name, value in state.items():
+            setattr(self.statistics, name, value.numpy())
+
+
+class Batch(NamedTuple):
+    """Transitions, float32, batch first; terminated is 1 where the episode ended by itself, not by its time limit."""
+
+    obs: torch.Tensor
+    action: torch.Tensor
+    reward: torch.Tensor
+    next_obs: torch.Tensor
+    terminated: torch.Tensor
+
+
+class ReplayBuffer:
+    """A ring of raw transitions on the CPU, sampled uniformly with replacement."""
+
+    def __init__(self, capacity: int, obs_dim: int, action_dim: int):
+        self.capacity, self.added = capacity, 0
+        shapes = ((obs_dim,), (action_dim,), (), (obs_dim,), ())
+        self.columns = [torch.empty(capacity, *shape) for shape in shapes]
+
+    def add(self, *transition) -> None:
+        for column, value in zip(self.columns, transition):
+            column[self.added % self.capacity] = torch.as_tensor(value)
+        self.added += 1
+
+    def sample(self, batch_size: int, norm: ObservationNorm, generator: torch.Generator | None = None) -> Batch:
+        """A batch on the device of `norm`, old observations normalised by the newest statistics."""
+        index = torch.randint(min(self.added, self.capacity), (batch_size,), generator=generator)
+        batch = Batch(*(column[index].to(norm.device) for column in self.columns))
+        return batch._replace(obs=norm(batch.obs), next_obs=norm(batch.next_obs))
+
+    def state_dict(self) -> dict:
+        filled = [column[: self.added].clone() for column in self.columns]  # of a view, all its memory would be saved
+        return {"added": self.added, "columns": filled}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.added = state["added"]
+        for column, saved in zip(self.columns, state["columns"]):
+            column[: len(saved)] = saved
+
+
+def actor_loss(actor, critic, alpha, obs, noise):
+    """mean(alpha * log pi(a|s) - Q(s, a)) for actions sampled with `noise`, and the entropy mean(-log pi(a|s))."""
+    action, log_prob = actor.sample(obs, noise)
+    return (alpha * log_prob - critic(obs, action).amin(0)).mean(), -log_prob.detach().mean()
+
+
+@torch.no_grad()
+def td_target(actor, target_critic, alpha, batch, gamma, noise):
+    """r + gamma * (1 - terminated) * (Q_target(s', a') - alpha * log pi(a'|s')), (batch,)"""
+    action, log_prob = actor.sample(batch.next_obs, noise)
+    value = target_critic(batch.next_obs, action).amin(0) - alpha * log_prob
+    return batch.reward + gamma * (1 - batch.terminated) * value
+
+
+def critic_loss(critic, batch, target):
+    """Mean squared TD error, summed over the critics."""
+    return (critic(batch.obs, batch.action) - target).square().mean(1).sum()
+
+
+class Agent:
+    """Networks drawn from torch's generator and pruned with masks from --mask-seed, and their optimisers."""
+
+    def __init__(self, args: Args, obs_dim: int, action_dim: int, device: torch.device):
+        hidden, blocks, critics = round(128 * args.width_scale), args.depth_scale, 1 + args.clipped_double_q
+        self.actor = Actor(obs_dim, action_dim, hidden, blocks)
+        self.critic = Critic(obs_dim, action_dim, 4 * hidden, 2 * blocks, critics)
+        self.layers = {}
+        mask_seed = args.seed if args.mask_seed is None else args.mask_seed
+        own = {"actor": args.actor_sparsity, "critic": args.critic_sparsity}
+        for index, (name, own_sparsity) in enumerate(own.items()):
+            sparsity = args.sparsity if own_sparsity is None else own_sparsity
+            how = (args.sparsity_distribution, derive_seed(mask_seed, index), args.sparse_kernel, device)
+            self.layers[name] = sparsify(getattr(self, name), sparsity, *how)
+        # The memo lets the target critic share the critic's index buffers: the pattern is stored once.
+        self.target_critic = copy.deepcopy(self.critic, {id(buffer): buffer for buffer in self.critic.buffers()})
+        self.target_critic.requires_grad_(False)
+        self.temperature = nn.ParameterDict({"log_alpha": torch.tensor(math.log(args.initial_temperature))}).to(device)
+        adamw = partial(torch.optim.AdamW, lr=args.learning_rate, fused=True)
+        self.actor_optimizer = adamw(self.actor.parameters(), weight_decay=args.weight_decay)
+        self.critic_optimizer = adamw(self.critic.parameters(), weight_decay=args.weight_decay)
+        self.temperature_optimizer = adamw(self.temperature.parameters(), weight_decay=0.0)
+
+    def alpha(self) -> torch.Tensor:
+        return self.temperature["log_alpha"].exp()
+
+
+def update(agent: Agent, batch: Batch, noise, next_noise, gamma: float, tau: float) -> dict[str, torch.Tensor]:
+    """One gradient update of everything on a normalised batch; noise (batch, action_dim) is standard normal."""
+    # Actor, against the critic of the last update, whose weights need no gradient here
+    agent.critic.requires_grad_(False)
+    loss_actor, entropy = actor_loss(agent.actor, agent.critic, agent.alpha().detach(), batch.obs, noise)
+    agent.actor_optimizer.zero_grad()
+    loss_actor.backward()
+    agent.actor_optimizer.step()
+    agent.critic.requires_grad_(True)
+
+    # Temperature, towards an entropy of -|A|/2
+    loss_temperature = agent.alpha() * (entropy + 0.5 * noise.shape[1])
+    agent.temperature_optimizer.zero_grad()
+    loss_temperature.backward()
+    agent.temperature_optimizer.step()
+
+    # Critic, with the new actor and the new temperature
+    alpha = agent.alpha().detach()
+    target = td_target(agent.actor, agent.target_critic, alpha, batch, gamma, next_noise)
+    loss_critic = critic_loss(agent.critic, batch, target)
+    agent.critic_optimizer.zero_grad()
+    loss_critic.backward()
+    agent.critic_optimizer.step()
+
+    with torch.no_grad():
+        for slow, fast in zip(agent.target_critic.parameters(), agent.critic.parameters()):
+            slow.lerp_(fast, tau)
+    losses = {"actor_loss": loss_actor.detach(), "critic_loss": loss_critic.detach(), "td_target": target.mean()}
+    return losses | {"alpha": alpha, "entropy": entropy}
+
+
+@torch.no_grad()
+def act(agent: Agent, norm: ObservationNorm, obs: np.ndarray, noise: torch.Tensor | None = None) -> np.ndarray:
+    """The action (action_dim,) for a raw observation: sampled with `noise`, or the policy's mode without."""
+    obs = norm(torch.as_tensor(obs, dtype=torch.float32)[None])
+    action = torch.tanh(agent.actor(obs)[0]) if noise is None else agent.actor.sample(obs, noise.to(obs.device))[0]
+    return action[0].cpu().numpy()
+
+
+def evaluate(agent, norm, env: gym.Env, episodes: int, seed_key: tuple, video: Path | None = None) -> dict[str, float]:
+    """Mean, std and interquartile mean of the deterministic policy's returns; films the first episode on request."""
+    returns, frames = np.zeros(episodes), []
+    for episode in range(episodes):
+        obs, _ = env.reset(seed=derive_seed(*seed_key, episode))
+        done = False
+        while not done:
+            if video and episode == 0:
+                frames.append(env.render())
+            obs, reward, terminated, truncated, _ = env.step(act(agent, norm, obs))
+            returns[episode] += reward
+            done = terminated or truncated
+    if video:
+        import imageio
+
+        video.parent.mkdir(exist_ok=True)
+        imageio.mimwrite(video, frames, fps=30, macro_block_size=None)  # decisions, not real time
+    return {"return_mean": returns.mean(), "return_std": returns.std(), "return_iqm": trim_mean(returns, 0.25)}
+
+
+def diagnose(agent: Agent, batch: Batch, noise, next_noise, gamma: float) -> dict[str, float]:
+    """Plasticity measurements of actor and critic on a normalised batch."""
+    alpha = agent.alpha().detach()
+    target = td_target(agent.actor, agent.target_critic, alpha, batch, gamma, next_noise)
+    loss_actor, _ = actor_loss(agent.actor, agent.critic, alpha, batch.obs, noise)
+    loss_critic = critic_loss(agent.critic, batch, target)
+    obs_action = torch.cat([batch.obs, batch.action], -1)
+    measured = {}
+    for name, loss, encoder, inputs in (
+        ("actor", loss_actor, agent.actor.encoder, batch.obs),
+        ("critic", loss_critic, agent.critic.encoders[0], obs_action),
+    ):
+        parameters = list(getattr(agent, name).parameters())
+        plasticity = measure_plasticity(encoder, inputs, parameters, torch.autograd.grad(loss, parameters))
+        measured |= {f"{name}_{metric}": value for metric, value in plasticity.items()}
+    return measured
+
+
+def train(args: Args) -> None:
+    check_flags(args)
+    device = torch.device(args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu"))
+    threads = args.threads or torch.get_num_threads()
+    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+    torch.set_num_threads(threads)  # after numba, whose start sets the number for both
+    warnings.filterwarnings("ignore", category=UserWarning, module="gymnasium")  # of the precision of Box bounds
+    os.environ["MUJOCO_GL"] = os.environ.get("MUJOCO_GL", "egl") if args.capture_video else "disabled"
+    signal.signal(signal.SIGINT, lambda *_: sys.exit("interrupted; --resume goes on from the last checkpoint"))
+
+    env, eval_env = make_env(args), make_env(args, "rgb_array" if args.capture_video else None)
+    obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
+    gamma = default_gamma(env, args.action_repeat) if args.gamma is None else args.gamma
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    try:
+        agent = Agent(args, obs_dim, action_dim, device)
+    except ValueError as error:
+        fail(str(error))
+    run_dir, checkpoint = open_run(args)
+    if checkpoint and checkpoint["finished"] and not args.eval_only:
+        print(f"this run is finished: its results are in {run_dir} (--no-resume runs it again)")
+        sys.exit(0)
+    norm = ObservationNorm(obs_dim, device)
+    total_steps = math.ceil(args.total_timesteps / args.action_repeat)
+    learning_starts = math.ceil(args.learning_starts / args.action_repeat)
+    replay = ReplayBuffer(min(args.buffer_size, total_steps), obs_dim, action_dim)
+    agent_step = update_step = episode = csv_bytes = 0
+
+    def parts_to_save() -> dict:
+        """Everything with a state_dict, by name; the current agent's, which a reset replaces."""
+        return {name: part for name, part in vars(agent).items() if name != "layers"} | {"norm": norm, "replay": replay}
+
+    if checkpoint:
+        try:
+            for name, part in parts_to_save().items():
+                part.load_state_dict(checkpoint.pop(name))
+        except ValueError as error:
+            fail(f"{run_dir}: {error}")
+        restore_generators(checkpoint["generators"])
+        agent_step, update_step, episode, csv_bytes = checkpoint["counters"]
+    if args.eval_only:
+        video = run_dir / "videos" / f"eval_{agent_step}.mp4" if args.capture_video else None
+        result = evaluate(agent, norm, eval_env, args.final_eval_episodes, (args.seed, FINAL, agent_step), video)
+        print("  ".join(f"{name} {value:.1f}" for name, value in result.items()))
+        sys.exit(0)
+
+    describe_run(run_dir, args, agent.layers)
+    print(f"{run_dir}: " + (f"going on from env step {agent_step * args.action_repeat}" if checkpoint else "new run"))
+    metrics = Metrics(run_dir, args, csv_bytes, agent_step * args.action_repeat)
+    bar = tqdm(total=args.total_timesteps, initial=agent_step * args.action_repeat, unit=" env steps")
+    bar.mininterval = 0.5 if sys.stderr.isatty() else 30
+    saved_step, losses, episode_over = agent_step, {}, True
+
+    def log(values: dict, prefix: str) -> None:
+        values = {f"{prefix}/{name}": value for name, value in values.items()}
+        metrics.log(agent_step * args.action_repeat, agent_step, update_step, values)
+
+    def due(interval: int | None) -> bool:
+        """Whether a multiple of some env steps has just been reached."""
+        return bool(interval) and agent_step * args.action_repeat % interval < args.action_repeat
+
+    def save(finished: bool) -> None:
+        state = {name: part.state_dict() for name, part in parts_to_save().items()}
+        counters = (agent_step, update_step, episode, metrics.sync())
+        save_checkpoint(run_dir, args, {**state, "counters": counters, "finished": finished})
+
+    if agent_step == 0:
+        log(evaluate(agent, norm, eval_env, args.eval_episodes, (args.seed, EVAL, 0)), "eval")
+    while agent_step < total_steps:
+        if episode_over:
+            if (agent_step - saved_step) * args.action_repeat >= args.checkpoint_interval:
+                save(finished=False)
+                saved_step = agent_step
+            obs, _ = env.reset(seed=derive_seed(args.seed, TRAIN, episode))
+            episode, episode_start, episode_return = episode + 1, agent_step, 0.0
+            started = time.time()
+
+        # Act
+        norm.update(obs)
+        if agent_step < learning_starts:
+            action = (2 * torch.rand(action_dim) - 1).numpy()
+        else:
+            action = act(agent, norm, obs, torch.randn(action_dim))
+        next_obs, reward, terminated, truncated, _ = env.step(action)
+        replay.add(obs, action, reward, next_obs, terminated)
+        obs, episode_over = next_obs, terminated or truncated
+        episode_return += reward
+        agent_step += 1
+
+        # Learn
+        if agent_step >= learning_starts:
+            for _ in range(args.updates_per_step):
+                batch = replay.sample(args.batch_size, norm)
+                noise, next_noise = torch.randn(2, args.batch_size, action_dim).to(device)
+                losses = update(agent, batch, noise, next_noise, gamma, args.tau)
+                update_step += 1
+            weights = get_total_norm(p for part in (agent.actor, agent.critic) for p in part.parameters())
+            if not torch.stack([*losses.values(), weights]).isfinite().all():
+                print(f"error: a value is not finite at {agent_step=}; the last checkpoint is kept", file=sys.stderr)
+                sys.exit(3)
+
+        # Measure
+        if due(args.eval_interval):
+            result = evaluate(agent, norm, eval_env, args.eval_episodes, (args.seed, EVAL, agent_step))
+            log(result, "eval")
+            draw_learning_curve(run_dir, args.env_id)
+            bar.set_postfix_str(f"return {result['return_mean']:.0f}")
+        if due(args.diagnostics_interval):
+            generator = torch.Generator().manual_seed(derive_seed(args.seed, DIAGNOSE, agent_step))
+            batch = replay.sample(args.batch_size, norm, generator)
+            noise, next_noise = torch.randn(2, args.batch_size, action_dim, generator=generator).to(device)
+            log(diagnose(agent, batch, noise, next_noise, gamma), "diagnostics")
+
+        # Reset, after the measurements; at the very end it would throw the trained agent away
+        if due(args.reset_interval) and learning_starts <= agent_step < total_steps:
+            agent = Agent(args, obs_dim, action_dim, device)
+
+        bar.update(args.action_repeat)
+        if episode_over:
+            length = agent_step - episode_start
+            log({"return": episode_return, "length": length}, "episode")
+            log({name: float(loss) for name, loss in losses.items()}, "losses")
+            log({"env_steps_per_second": length * args.action_repeat / (time.time() - started)}, "time")
+
+    save(finished=False)  # a kill in the last evaluation costs no training
+    video = run_dir / "videos" / "final.mp4" if args.capture_video else None
+    result = evaluate(agent, norm, eval_env, args.final_eval_episodes, (args.seed, FINAL, agent_step), video)
+    log(result, "final")
+    save(finished=True)
+    metrics.close()
+    bar.close()
+    draw_learning_curve(run_dir, args.env_id)
+    print(f"return {result['return_mean']:.1f}; checkpoint, metrics.csv and learning_curve.png are in {run_dir}")
+
+
+# Appendix: the same in every file that has it
+
+
 # Flags that change results by rounding at most: a run may go on with others. The rest are in its folder's name.
 EXECUTION_FLAGS = {
     *("device", "threads", "runs_dir", "resume", "eval_only", "capture_video", "sparse_kernel"),
@@ -261,6 +655,8 @@ def uniform(shapes: dict[str, tuple[int, ...]], sparsity: float) -> dict[str, fl
 # The active weights of a packed layer are sorted by block of 128 columns, then by row: while a block is worked on, its
 # 128 rows of x^T stay in the cache. Group g = block * rows + row holds the weights pointers[g] <= k < pointers[g + 1].
 BLOCK = 128
+
+
 REORDER = {"reassoc", "contract", "nsz"}  # sums may be vectorised; NaN and infinity still pass through
 
 
@@ -645,393 +1041,5 @@ def draw_learning_curve(run_dir: Path, title: str) -> None:
 # === END RUNS ===
 
 
-class ObservationNorm:
-    """Running mean and variance of the observations seen in training, applied without clipping, as in SimBa."""
-
-    def __init__(self, obs_dim: int, device: torch.device):
-        self.statistics, self.device = RunningMeanStd(shape=(obs_dim,)), device
-
-    def update(self, obs: np.ndarray) -> None:
-        """Takes one observation (obs_dim,) into the statistics."""
-        self.statistics.update(obs[None])
-
-    def __call__(self, obs: torch.Tensor) -> torch.Tensor:
-        """Raw observations (batch, obs_dim) -> normalised ones on the agent's device."""
-        mean, std = self.statistics.mean, np.sqrt(self.statistics.var + 1e-8)
-        mean, std = (torch.as_tensor(value, dtype=torch.float32, device=self.device) for value in (mean, std))
-        return (obs.to(self.device) - mean) / std
-
-    def state_dict(self) -> dict:
-        return {name: torch.as_tensor(value, dtype=torch.float64) for name, value in vars(self.statistics).items()}
-
-    def load_state_dict(self, state: dict) -> None:
-        for name, value in state.items():
-            setattr(self.statistics, name, value.numpy())
-
-
-def init_linear(in_features: int, out_features: int, he_normal: bool = False) -> nn.Linear:
-    """Orthogonal weights, or He's normal cut at 2 sigma, its variance corrected for the cut (JAX's he_normal)."""
-    layer = nn.Linear(in_features, out_features)
-    nn.init.zeros_(layer.bias)
-    if he_normal:
-        std = math.sqrt(2 / in_features) / 0.87962566103423978
-        for rows in layer.weight.detach().split(math.ceil(2**22 / in_features)):  # it needs three times their memory
-            nn.init.trunc_normal_(rows, std=std, a=-2 * std, b=2 * std)
-    else:
-        nn.init.orthogonal_(layer.weight)
-    return layer
-
-
-class ResidualBlock(nn.Module):
-    def __init__(self, hidden: int):
-        super().__init__()
-        self.norm = nn.LayerNorm(hidden, eps=1e-6)
-        self.up = init_linear(hidden, 4 * hidden, he_normal=True)
-        self.relu = nn.ReLU()
-        self.down = init_linear(4 * hidden, hidden, he_normal=True)
-
-    def forward(self, x):
-        return x + self.down(self.relu(self.up(self.norm(x))))
-
-
-def simba(in_features: int, hidden: int, blocks: int) -> nn.Sequential:
-    """The SimBa encoder: (batch, in_features) -> (batch, hidden)."""
-    residual = (ResidualBlock(hidden) for _ in range(blocks))
-    return nn.Sequential(init_linear(in_features, hidden), *residual, nn.LayerNorm(hidden, eps=1e-6))
-
-
-class Actor(nn.Module):
-    """Tanh-Gaussian policy."""
-
-    def __init__(self, obs_dim: int, action_dim: int, hidden: int, blocks: int):
-        super().__init__()
-        self.encoder = simba(obs_dim, hidden, blocks)
-        self.mean = init_linear(hidden, action_dim)
-        self.log_std = init_linear(hidden, action_dim)
-
-    def forward(self, obs):
-        """obs (batch, obs_dim) -> mean and log std before tanh, (batch, action_dim); log std within [-10, 2]."""
-        features = self.encoder(obs)
-        return self.mean(features), -10 + 6 * (1 + torch.tanh(self.log_std(features)))
-
-    def sample(self, obs, noise):
-        """Action (batch, action_dim) for standard normal noise of that shape, and its log-probability (batch,)."""
-        mean, log_std = self(obs)
-        raw = mean + log_std.exp() * noise
-        log_prob = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
-        log_prob = log_prob - 2 * (math.log(2) - raw - F.softplus(-2 * raw))  # log(1 - tanh(raw)^2)
-        return torch.tanh(raw), log_prob.sum(-1)
-
-
-class Critic(nn.Module):
-    """One Q-function, or two with --clipped-double-q."""
-
-    def __init__(self, obs_dim: int, action_dim: int, hidden: int, blocks: int, count: int):
-        super().__init__()
-        self.encoders = nn.ModuleList(simba(obs_dim + action_dim, hidden, blocks) for _ in range(count))
-        self.heads = nn.ModuleList(init_linear(hidden, 1) for _ in range(count))
-
-    def forward(self, obs, action):
-        """(batch, obs_dim), (batch, action_dim) -> Q-values (count, batch)"""
-        x = torch.cat([obs, action], -1)
-        return torch.stack([head(encoder(x)).squeeze(-1) for encoder, head in zip(self.encoders, self.heads)])
-
-
-class Batch(NamedTuple):
-    """Transitions, float32, batch first; terminated is 1 where the episode ended by itself, not by its time limit."""
-
-    obs: torch.Tensor
-    action: torch.Tensor
-    reward: torch.Tensor
-    next_obs: torch.Tensor
-    terminated: torch.Tensor
-
-
-class ReplayBuffer:
-    """A ring of raw transitions on the CPU, sampled uniformly with replacement."""
-
-    def __init__(self, capacity: int, obs_dim: int, action_dim: int):
-        self.capacity, self.added = capacity, 0
-        shapes = ((obs_dim,), (action_dim,), (), (obs_dim,), ())
-        self.columns = [torch.empty(capacity, *shape) for shape in shapes]
-
-    def add(self, *transition) -> None:
-        for column, value in zip(self.columns, transition):
-            column[self.added % self.capacity] = torch.as_tensor(value)
-        self.added += 1
-
-    def sample(self, batch_size: int, norm: ObservationNorm, generator: torch.Generator | None = None) -> Batch:
-        """A batch on the device of `norm`, old observations normalised by the newest statistics."""
-        index = torch.randint(min(self.added, self.capacity), (batch_size,), generator=generator)
-        batch = Batch(*(column[index].to(norm.device) for column in self.columns))
-        return batch._replace(obs=norm(batch.obs), next_obs=norm(batch.next_obs))
-
-    def state_dict(self) -> dict:
-        filled = [column[: self.added].clone() for column in self.columns]  # of a view, all its memory would be saved
-        return {"added": self.added, "columns": filled}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.added = state["added"]
-        for column, saved in zip(self.columns, state["columns"]):
-            column[: len(saved)] = saved
-
-
-def actor_loss(actor, critic, alpha, obs, noise):
-    """mean(alpha * log pi(a|s) - Q(s, a)) for actions sampled with `noise`, and the entropy mean(-log pi(a|s))."""
-    action, log_prob = actor.sample(obs, noise)
-    return (alpha * log_prob - critic(obs, action).amin(0)).mean(), -log_prob.detach().mean()
-
-
-@torch.no_grad()
-def td_target(actor, target_critic, alpha, batch, gamma, noise):
-    """r + gamma * (1 - terminated) * (Q_target(s', a') - alpha * log pi(a'|s')), (batch,)"""
-    action, log_prob = actor.sample(batch.next_obs, noise)
-    value = target_critic(batch.next_obs, action).amin(0) - alpha * log_prob
-    return batch.reward + gamma * (1 - batch.terminated) * value
-
-
-def critic_loss(critic, batch, target):
-    """Mean squared TD error, summed over the critics."""
-    return (critic(batch.obs, batch.action) - target).square().mean(1).sum()
-
-
-class Agent:
-    """Networks drawn from torch's generator and pruned with masks from --mask-seed, and their optimisers."""
-
-    def __init__(self, args: Args, obs_dim: int, action_dim: int, device: torch.device):
-        hidden, blocks, critics = round(128 * args.width_scale), args.depth_scale, 1 + args.clipped_double_q
-        self.actor = Actor(obs_dim, action_dim, hidden, blocks)
-        self.critic = Critic(obs_dim, action_dim, 4 * hidden, 2 * blocks, critics)
-        self.layers = {}
-        mask_seed = args.seed if args.mask_seed is None else args.mask_seed
-        own = {"actor": args.actor_sparsity, "critic": args.critic_sparsity}
-        for index, (name, own_sparsity) in enumerate(own.items()):
-            sparsity = args.sparsity if own_sparsity is None else own_sparsity
-            how = (args.sparsity_distribution, derive_seed(mask_seed, index), args.sparse_kernel, device)
-            self.layers[name] = sparsify(getattr(self, name), sparsity, *how)
-        # The memo lets the target critic share the critic's index buffers: the pattern is stored once.
-        self.target_critic = copy.deepcopy(self.critic, {id(buffer): buffer for buffer in self.critic.buffers()})
-        self.target_critic.requires_grad_(False)
-        self.temperature = nn.ParameterDict({"log_alpha": torch.tensor(math.log(args.initial_temperature))}).to(device)
-        adamw = partial(torch.optim.AdamW, lr=args.learning_rate, fused=True)
-        self.actor_optimizer = adamw(self.actor.parameters(), weight_decay=args.weight_decay)
-        self.critic_optimizer = adamw(self.critic.parameters(), weight_decay=args.weight_decay)
-        self.temperature_optimizer = adamw(self.temperature.parameters(), weight_decay=0.0)
-
-    def alpha(self) -> torch.Tensor:
-        return self.temperature["log_alpha"].exp()
-
-
-def update(agent: Agent, batch: Batch, noise, next_noise, gamma: float, tau: float) -> dict[str, torch.Tensor]:
-    """One gradient update of everything on a normalised batch; noise (batch, action_dim) is standard normal."""
-    # Actor, against the critic of the last update, whose weights need no gradient here
-    agent.critic.requires_grad_(False)
-    loss_actor, entropy = actor_loss(agent.actor, agent.critic, agent.alpha().detach(), batch.obs, noise)
-    agent.actor_optimizer.zero_grad()
-    loss_actor.backward()
-    agent.actor_optimizer.step()
-    agent.critic.requires_grad_(True)
-
-    # Temperature, towards an entropy of -|A|/2
-    loss_temperature = agent.alpha() * (entropy + 0.5 * noise.shape[1])
-    agent.temperature_optimizer.zero_grad()
-    loss_temperature.backward()
-    agent.temperature_optimizer.step()
-
-    # Critic, with the new actor and the new temperature
-    alpha = agent.alpha().detach()
-    target = td_target(agent.actor, agent.target_critic, alpha, batch, gamma, next_noise)
-    loss_critic = critic_loss(agent.critic, batch, target)
-    agent.critic_optimizer.zero_grad()
-    loss_critic.backward()
-    agent.critic_optimizer.step()
-
-    with torch.no_grad():
-        for slow, fast in zip(agent.target_critic.parameters(), agent.critic.parameters()):
-            slow.lerp_(fast, tau)
-    losses = {"actor_loss": loss_actor.detach(), "critic_loss": loss_critic.detach(), "td_target": target.mean()}
-    return losses | {"alpha": alpha, "entropy": entropy}
-
-
-def diagnose(agent: Agent, batch: Batch, noise, next_noise, gamma: float) -> dict[str, float]:
-    """Plasticity measurements of actor and critic on a normalised batch."""
-    alpha = agent.alpha().detach()
-    target = td_target(agent.actor, agent.target_critic, alpha, batch, gamma, next_noise)
-    loss_actor, _ = actor_loss(agent.actor, agent.critic, alpha, batch.obs, noise)
-    loss_critic = critic_loss(agent.critic, batch, target)
-    obs_action = torch.cat([batch.obs, batch.action], -1)
-    measured = {}
-    for name, loss, encoder, inputs in (
-        ("actor", loss_actor, agent.actor.encoder, batch.obs),
-        ("critic", loss_critic, agent.critic.encoders[0], obs_action),
-    ):
-        parameters = list(getattr(agent, name).parameters())
-        plasticity = measure_plasticity(encoder, inputs, parameters, torch.autograd.grad(loss, parameters))
-        measured |= {f"{name}_{metric}": value for metric, value in plasticity.items()}
-    return measured
-
-
-@torch.no_grad()
-def act(agent: Agent, norm: ObservationNorm, obs: np.ndarray, noise: torch.Tensor | None = None) -> np.ndarray:
-    """The action (action_dim,) for a raw observation: sampled with `noise`, or the policy's mode without."""
-    obs = norm(torch.as_tensor(obs, dtype=torch.float32)[None])
-    action = torch.tanh(agent.actor(obs)[0]) if noise is None else agent.actor.sample(obs, noise.to(obs.device))[0]
-    return action[0].cpu().numpy()
-
-
-def evaluate(agent, norm, env: gym.Env, episodes: int, seed_key: tuple, video: Path | None = None) -> dict[str, float]:
-    """Mean, std and interquartile mean of the deterministic policy's returns; films the first episode on request."""
-    returns, frames = np.zeros(episodes), []
-    for episode in range(episodes):
-        obs, _ = env.reset(seed=derive_seed(*seed_key, episode))
-        done = False
-        while not done:
-            if video and episode == 0:
-                frames.append(env.render())
-            obs, reward, terminated, truncated, _ = env.step(act(agent, norm, obs))
-            returns[episode] += reward
-            done = terminated or truncated
-    if video:
-        import imageio
-
-        video.parent.mkdir(exist_ok=True)
-        imageio.mimwrite(video, frames, fps=30, macro_block_size=None)  # decisions, not real time
-    return {"return_mean": returns.mean(), "return_std": returns.std(), "return_iqm": trim_mean(returns, 0.25)}
-
-
 if __name__ == "__main__":
-    args = tyro.cli(Args)
-    check_flags(args)
-    device = torch.device(args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu"))
-    threads = args.threads or torch.get_num_threads()
-    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
-    torch.set_num_threads(threads)  # after numba, whose start sets the number for both
-    warnings.filterwarnings("ignore", category=UserWarning, module="gymnasium")  # of the precision of Box bounds
-    os.environ["MUJOCO_GL"] = os.environ.get("MUJOCO_GL", "egl") if args.capture_video else "disabled"
-    signal.signal(signal.SIGINT, lambda *_: sys.exit("interrupted; --resume goes on from the last checkpoint"))
-
-    env, eval_env = make_env(args), make_env(args, "rgb_array" if args.capture_video else None)
-    obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
-    gamma = default_gamma(env, args.action_repeat) if args.gamma is None else args.gamma
-    random.seed(args.seed)
-    np.random.seed(args.seed)
-    torch.manual_seed(args.seed)
-    try:
-        agent = Agent(args, obs_dim, action_dim, device)
-    except ValueError as error:
-        fail(str(error))
-    run_dir, checkpoint = open_run(args)
-    if checkpoint and checkpoint["finished"] and not args.eval_only:
-        print(f"this run is finished: its results are in {run_dir} (--no-resume runs it again)")
-        sys.exit(0)
-    norm = ObservationNorm(obs_dim, device)
-    total_steps = math.ceil(args.total_timesteps / args.action_repeat)
-    learning_starts = math.ceil(args.learning_starts / args.action_repeat)
-    replay = ReplayBuffer(min(args.buffer_size, total_steps), obs_dim, action_dim)
-    agent_step = update_step = episode = csv_bytes = 0
-
-    def parts_to_save() -> dict:
-        """Everything with a state_dict, by name; the current agent's, which a reset replaces."""
-        return {name: part for name, part in vars(agent).items() if name != "layers"} | {"norm": norm, "replay": replay}
-
-    if checkpoint:
-        try:
-            for name, part in parts_to_save().items():
-                part.load_state_dict(checkpoint.pop(name))
-        except ValueError as error:
-            fail(f"{run_dir}: {error}")
-        restore_generators(checkpoint["generators"])
-        agent_step, update_step, episode, csv_bytes = checkpoint["counters"]
-    if args.eval_only:
-        video = run_dir / "videos" / f"eval_{agent_step}.mp4" if args.capture_video else None
-        result = evaluate(agent, norm, eval_env, args.final_eval_episodes, (args.seed, FINAL, agent_step), video)
-        print("  ".join(f"{name} {value:.1f}" for name, value in result.items()))
-        sys.exit(0)
-
-    describe_run(run_dir, args, agent.layers)
-    print(f"{run_dir}: " + (f"going on from env step {agent_step * args.action_repeat}" if checkpoint else "new run"))
-    metrics = Metrics(run_dir, args, csv_bytes, agent_step * args.action_repeat)
-    bar = tqdm(total=args.total_timesteps, initial=agent_step * args.action_repeat, unit=" env steps")
-    bar.mininterval = 0.5 if sys.stderr.isatty() else 30
-    saved_step, losses, episode_over = agent_step, {}, True
-
-    def log(values: dict, prefix: str) -> None:
-        values = {f"{prefix}/{name}": value for name, value in values.items()}
-        metrics.log(agent_step * args.action_repeat, agent_step, update_step, values)
-
-    def due(interval: int | None) -> bool:
-        """Whether a multiple of some env steps has just been reached."""
-        return bool(interval) and agent_step * args.action_repeat % interval < args.action_repeat
-
-    def save(finished: bool) -> None:
-        state = {name: part.state_dict() for name, part in parts_to_save().items()}
-        counters = (agent_step, update_step, episode, metrics.sync())
-        save_checkpoint(run_dir, args, {**state, "counters": counters, "finished": finished})
-
-    if agent_step == 0:
-        log(evaluate(agent, norm, eval_env, args.eval_episodes, (args.seed, EVAL, 0)), "eval")
-    while agent_step < total_steps:
-        if episode_over:
-            if (agent_step - saved_step) * args.action_repeat >= args.checkpoint_interval:
-                save(finished=False)
-                saved_step = agent_step
-            obs, _ = env.reset(seed=derive_seed(args.seed, TRAIN, episode))
-            episode, episode_start, episode_return = episode + 1, agent_step, 0.0
-            started = time.time()
-
-        # Act
-        norm.update(obs)
-        if agent_step < learning_starts:
-            action = (2 * torch.rand(action_dim) - 1).numpy()
-        else:
-            action = act(agent, norm, obs, torch.randn(action_dim))
-        next_obs, reward, terminated, truncated, _ = env.step(action)
-        replay.add(obs, action, reward, next_obs, terminated)
-        obs, episode_over = next_obs, terminated or truncated
-        episode_return += reward
-        agent_step += 1
-
-        # Learn
-        if agent_step >= learning_starts:
-            for _ in range(args.updates_per_step):
-                batch = replay.sample(args.batch_size, norm)
-                noise, next_noise = torch.randn(2, args.batch_size, action_dim).to(device)
-                losses = update(agent, batch, noise, next_noise, gamma, args.tau)
-                update_step += 1
-            weights = get_total_norm(p for part in (agent.actor, agent.critic) for p in part.parameters())
-            if not torch.stack([*losses.values(), weights]).isfinite().all():
-                print(f"error: a value is not finite at {agent_step=}; the last checkpoint is kept", file=sys.stderr)
-                sys.exit(3)
-
-        # Measure
-        if due(args.eval_interval):
-            result = evaluate(agent, norm, eval_env, args.eval_episodes, (args.seed, EVAL, agent_step))
-            log(result, "eval")
-            draw_learning_curve(run_dir, args.env_id)
-            bar.set_postfix_str(f"return {result['return_mean']:.0f}")
-        if due(args.diagnostics_interval):
-            generator = torch.Generator().manual_seed(derive_seed(args.seed, DIAGNOSE, agent_step))
-            batch = replay.sample(args.batch_size, norm, generator)
-            noise, next_noise = torch.randn(2, args.batch_size, action_dim, generator=generator).to(device)
-            log(diagnose(agent, batch, noise, next_noise, gamma), "diagnostics")
-
-        # Reset, after the measurements; at the very end it would throw the trained agent away
-        if due(args.reset_interval) and learning_starts <= agent_step < total_steps:
-            agent = Agent(args, obs_dim, action_dim, device)
-
-        bar.update(args.action_repeat)
-        if episode_over:
-            length = agent_step - episode_start
-            log({"return": episode_return, "length": length}, "episode")
-            log({name: float(loss) for name, loss in losses.items()}, "losses")
-            log({"env_steps_per_second": length * args.action_repeat / (time.time() - started)}, "time")
-
-    save(finished=False)  # a kill in the last evaluation costs no training
-    video = run_dir / "videos" / "final.mp4" if args.capture_video else None
-    result = evaluate(agent, norm, eval_env, args.final_eval_episodes, (args.seed, FINAL, agent_step), video)
-    log(result, "final")
-    save(finished=True)
-    metrics.close()
-    bar.close()
-    draw_learning_curve(run_dir, args.env_id)
-    print(f"return {result['return_mean']:.1f}; checkpoint, metrics.csv and learning_curve.png are in {run_dir}")
+    train(tyro.cli(Args))

@@ -149,6 +149,391 @@ class Args:
     """env steps between checkpoints, each written at the next end of an episode"""
 
 
+def sparse_init(weight: torch.Tensor, sparsity: float = 0.9) -> None:
+    """Zeroes ceil(sparsity * fan_in) random entries of each row of (out, in); Elsayed et al. 2024, Algorithm 1."""
+    zeros = math.ceil(sparsity * weight.shape[1])
+    weight.scatter_(1, torch.rand_like(weight).argsort(1)[:, :zeros], 0.0)
+
+
+class MLP(nn.Module):
+    """Linear layers with LayerNorm (no parameters) and leaky ReLU, then linear heads side by side."""
+
+    def __init__(self, inputs: int, hidden: int, layers: int, heads: list[int], init: str):
+        super().__init__()
+        sizes = [inputs] + [hidden] * layers
+        self.encoder = nn.Sequential()
+        for fan_in, fan_out in pairwise(sizes):
+            block = (nn.Linear(fan_in, fan_out), nn.LayerNorm(fan_out, elementwise_affine=False), nn.LeakyReLU())
+            self.encoder.extend(block)
+        self.heads = nn.ModuleList(nn.Linear(hidden, outputs) for outputs in heads)
+        for linear in (module for module in self.modules() if isinstance(module, nn.Linear)):
+            nn.init.uniform_(linear.weight, -1 / math.sqrt(linear.in_features), 1 / math.sqrt(linear.in_features))
+            nn.init.zeros_(linear.bias)
+            if init == "sparse_init":
+                sparse_init(linear.weight.data)
+
+    def forward(self, state: torch.Tensor) -> torch.Tensor:
+        """(..., inputs) -> (..., sum of heads)"""
+        features = self.encoder(state)
+        return torch.cat([head(features) for head in self.heads], -1)
+
+
+class Statistics:
+    """Mean and unbiased variance of a stream of arrays (Welford 1962)."""
+
+    def __init__(self, shape: tuple[int, ...] = ()):
+        self.count, self.mean, self.squares = 0, np.zeros(shape), np.zeros(shape)
+
+    def update(self, x) -> None:
+        self.count += 1
+        difference = x - self.mean
+        self.mean = self.mean + difference / self.count
+        self.squares = self.squares + difference * (x - self.mean)
+
+    def std(self):
+        """With epsilon; 1 before the second sample."""
+        return np.sqrt((self.squares / (self.count - 1) if self.count > 1 else 1.0) + 1e-8)
+
+
+class Normalizer:
+    """What the agent sees: normalised observations with the time in the episode, and scaled rewards."""
+
+    def __init__(self, obs_dim: int, gamma: float, episode_limit: float):
+        self.obs, self.reward, self.reward_trace = Statistics((obs_dim,)), Statistics(), 0.0
+        self.gamma, self.episode_limit = gamma, episode_limit
+
+    def state(self, obs: np.ndarray, length: int, update: bool = True) -> np.ndarray:
+        """Observation after `length` steps of an episode -> network input (obs_dim + 1,), float32.
+
+        The last entry grows from -0.5 to nearly 0.5; it starts to move with the second step, as in the original.
+        """
+        if update:
+            self.obs.update(obs)
+        state = np.empty(len(obs) + 1, np.float32)
+        state[:-1] = (obs - self.obs.mean) / self.obs.std()
+        state[-1] = max(length - 1, 0) / self.episode_limit - 0.5
+        return state
+
+    def scale(self, reward: float, done: bool) -> float:
+        """The reward over the std of the discounted sum of rewards, which starts anew with an episode's last reward."""
+        self.reward_trace = float(self.reward_trace * self.gamma * (1 - done) + reward)
+        self.reward.update(self.reward_trace)
+        return float(reward / self.reward.std())
+
+    def state_dict(self) -> dict:
+        parts = (self.obs, self.reward)
+        statistics = [{key: torch.as_tensor(value) for key, value in vars(part).items()} for part in parts]
+        return {"statistics": statistics, "reward_trace": self.reward_trace}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.reward_trace = state["reward_trace"]
+        for part, tensors in zip((self.obs, self.reward), state["statistics"]):
+            vars(part).update({key: tensor.numpy()[()] for key, tensor in tensors.items()})
+
+
+@numba.njit(cache=True)
+def policy_gradient(output, action, direction, entropy_coefficient):
+    """Gradient of -log pi(a|s) - entropy_coefficient * direction * entropy with respect to the actor's output.
+
+    The output (2 * action_dim,) is the mean and, before softplus, the std of a Gaussian; direction is the sign of the
+    TD error.
+    """
+    mean, raw = output[: len(action)], output[len(action) :]
+    std = np.log1p(np.exp(-np.abs(raw))) + np.maximum(raw, 0)
+    error = action - mean
+    grad_std = (1 - (error / std) ** 2 - entropy_coefficient * direction) / std
+    return np.concatenate((-error / std**2, grad_std / (1 + np.exp(-raw)))).astype(np.float32)
+
+
+class StreamingNetwork:
+    """An MLP with its eligibility traces and its optimiser, ObGD; one sample at a time.
+
+    Weights and traces are two flat vectors. The parameters of `mlp` are views of the first, and their .grad views of
+    the second: a trace is a gradient that is not cleared but decayed, and autograd adds to it as the loops do.
+    """
+
+    def __init__(self, mlp: MLP, kappa: float, args: Args):
+        self.mlp, self.kappa, self.learning_rate = mlp, kappa, args.learning_rate
+        self.decay, self.compiled = np.float32(args.gamma * args.trace_lambda), args.sparse_kernel != "dense"
+        parameters = list(mlp.parameters())
+        weights = nn.utils.parameters_to_vector(parameters).detach()
+        nn.utils.vector_to_parameters(weights, parameters)
+        traces = torch.zeros_like(weights)
+        for parameter, trace in zip(parameters, traces.split([parameter.numel() for parameter in parameters])):
+            parameter.grad = trace.view_as(parameter)
+        self.weights, self.traces = weights.numpy(), traces.numpy()
+        self.hidden = tuple(self.view(module) for module in mlp.encoder if isinstance(module, nn.Linear | SparseLinear))
+        self.heads = tuple(self.view(head) for head in mlp.heads)
+
+    @staticmethod
+    def view(layer: "nn.Linear | SparseLinear") -> tuple[np.ndarray, ...]:
+        """The layer's arrays for the compiled loops."""
+        if isinstance(layer, SparseLinear):
+            weight, (rows, columns) = layer.values, layer.shape
+            row, col = layer.index // columns, layer.index % columns
+            _, pointers = sort_into_blocks(row, col, layer.shape)
+        else:
+            weight, (rows, columns) = layer.weight, layer.weight.shape
+            pointers, col = torch.arange(rows + 1) * columns, torch.empty(0)
+        arrays = (weight.data.flatten(), weight.grad.flatten(), layer.bias.data, layer.bias.grad)
+        pattern = (pointers.to(torch.uint32), col.to(torch.uint32))  # unsigned: no check for indices below zero
+        memory = (np.zeros(columns, np.float32), np.zeros(1, np.float32))
+        return (*(array.numpy() for array in arrays + pattern), *memory)
+
+    def __call__(self, state: np.ndarray) -> np.ndarray:
+        """(inputs,) -> (outputs,); the next step differentiates the last call."""
+        if self.compiled:
+            return forward(self.hidden, self.heads, state)
+        self.output = self.mlp(torch.from_numpy(state))
+        return self.output.detach().numpy()
+
+    def step(self, grad: np.ndarray, delta: float, done: bool) -> float:
+        """One step for a loss with gradient `grad` (outputs,) and a TD error; returns the step size."""
+        if self.compiled:
+            backward(self.hidden, self.heads, grad, self.decay)
+        else:
+            self.traces *= self.decay
+            self.output.backward(torch.from_numpy(grad))
+        alpha = bounded_step(self.weights, self.traces, delta, self.learning_rate, self.kappa)
+        if done:
+            self.traces[:] = 0
+        return alpha
+
+
+class Agent:
+    """Networks drawn from torch's generator and pruned with masks from --mask-seed."""
+
+    def __init__(self, args: Args, obs_dim: int, action_dim: int):
+        hidden, layers = round(128 * args.width_scale), 1 + args.depth_scale
+        device = torch.device("cpu" if args.device == "auto" else args.device)
+        mask_seed = args.seed if args.mask_seed is None else args.mask_seed
+        networks = {
+            "actor": ([action_dim, action_dim], args.actor_sparsity, args.actor_kappa),
+            "critic": ([1], args.critic_sparsity, args.critic_kappa),
+        }
+        self.layers = {}
+        for index, (name, (heads, own_sparsity, kappa)) in enumerate(networks.items()):
+            mlp = MLP(obs_dim + 1, hidden, layers, heads, args.init)  # one input more: the time
+            sparsity = args.sparsity if own_sparsity is None else own_sparsity
+            how = (args.sparsity_distribution, derive_seed(mask_seed, index), "dense", device)
+            self.layers[name] = sparsify(mlp, sparsity, *how)
+            setattr(self, name, StreamingNetwork(mlp, kappa, args))
+
+
+def update(agent: Agent, state, output, action, reward: float, next_state, cut: bool, done: bool, args: Args):
+    """Learns from one transition; `cut` where nothing follows to bootstrap from, `done` where the episode ends.
+
+    The actor must have been run on `state` last. Returns the TD error and both step sizes.
+    """
+    next_value = float(agent.critic(next_state)[0])
+    delta = reward + args.gamma * (1 - cut) * next_value - float(agent.critic(state)[0])
+    actor_grad = policy_gradient(output, action, np.sign(delta), args.entropy_coefficient)
+    actor_step = agent.actor.step(actor_grad, delta, done)
+    critic_step = agent.critic.step(np.array([-1], np.float32), delta, done)  # the gradient of -V(s)
+    return delta, actor_step, critic_step
+
+
+def act(agent: Agent, state: np.ndarray, noise: np.ndarray | float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+    """The action mean + std * noise (action_dim,), and the actor's output that `update` needs."""
+    output = agent.actor(state)
+    mean, raw = np.split(output, 2)
+    return mean + np.float32(noise) * np.logaddexp(0, raw), output
+
+
+def episode_limit(env: gym.Env) -> float:
+    """Env steps until an episode is cut off; infinity where there is no limit."""
+    return env.spec.max_episode_steps or (1000 if env.spec.id.startswith("dm_control/") else math.inf)
+
+
+def evaluate(agent, norm, env: gym.Env, episodes: int, seed_key: tuple, video: Path | None = None) -> dict[str, float]:
+    """Mean, std and interquartile mean of the deterministic policy's returns; films the first episode on request."""
+    returns, frames = np.zeros(episodes), []
+    for episode in range(episodes):
+        obs, _ = env.reset(seed=derive_seed(*seed_key, episode))
+        length, done = 0, False
+        while not done:
+            if video and episode == 0:
+                frames.append(env.render())
+            action, _ = act(agent, norm.state(obs, length, update=False))
+            obs, reward, terminated, truncated, _ = env.step(action)
+            returns[episode] += reward
+            length, done = length + 1, terminated or truncated
+    if video:
+        import imageio
+
+        video.parent.mkdir(exist_ok=True)
+        imageio.mimwrite(video, frames, fps=30, macro_block_size=None)
+    return {"return_mean": returns.mean(), "return_std": returns.std(), "return_iqm": trim_mean(returns, 0.25)}
+
+
+class Recent:
+    """The last transitions (state, action, reward, next_state, cut), for diagnostics alone."""
+
+    def __init__(self, size: int = 256):
+        self.transitions = deque(maxlen=size)
+
+    def columns(self) -> list[torch.Tensor]:
+        """One tensor (transitions, ...) for each part."""
+        return [torch.as_tensor(np.array(column), dtype=torch.float32) for column in zip(*self.transitions)]
+
+    def state_dict(self) -> dict:
+        return {"columns": self.columns()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.transitions.extend(zip(*(column.numpy() for column in state["columns"])))
+
+
+def diagnose(agent: Agent, recent: Recent, args: Args) -> dict[str, float]:
+    """Plasticity measurements of actor and critic on the last transitions.
+
+    The gradient is that of a step without traces: the mean of delta times the gradient of each transition's loss.
+    """
+    state, action, reward, next_state, cut = recent.columns()
+    with torch.no_grad():
+        value, next_value = agent.critic.mlp(state)[:, 0], agent.critic.mlp(next_state)[:, 0]
+        delta = reward + args.gamma * (1 - cut) * next_value - value
+        outputs = agent.actor.mlp(state)
+    samples = zip(outputs.numpy(), action.numpy(), delta.sign().numpy())
+    actor_grad = torch.tensor(np.array([policy_gradient(*sample, args.entropy_coefficient) for sample in samples]))
+    measured = {}
+    for name, grad in (("actor", actor_grad), ("critic", -torch.ones(len(state), 1))):
+        mlp = getattr(agent, name).mlp
+        parameters = list(mlp.parameters())
+        gradients = torch.autograd.grad(mlp(state), parameters, delta[:, None] * grad / len(state))
+        plasticity = measure_plasticity(mlp.encoder, state, parameters, gradients)
+        measured |= {f"{name}_{metric}": value for metric, value in plasticity.items()}
+    return measured
+
+
+def train(args: Args) -> None:
+    check_flags(args)
+    torch.set_num_threads(args.threads)
+    warnings.filterwarnings("ignore", module="gymnasium")  # of the precision of Box bounds, and of v4 tasks' age
+    os.environ["MUJOCO_GL"] = os.environ.get("MUJOCO_GL", "egl") if args.capture_video else "disabled"
+    signal.signal(signal.SIGINT, lambda *_: sys.exit("interrupted; --resume goes on from the last checkpoint"))
+
+    env, eval_env = make_env(args), make_env(args, "rgb_array" if args.capture_video else None)
+    obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
+    bounds = env.unwrapped.action_space
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    try:
+        agent = Agent(args, obs_dim, action_dim)
+    except ValueError as error:
+        fail(str(error))
+    run_dir, checkpoint = open_run(args)
+    if checkpoint and checkpoint["finished"] and not args.eval_only:
+        print(f"this run is finished: its results are in {run_dir} (--no-resume runs it again)")
+        sys.exit(0)
+    norm, recent = Normalizer(obs_dim, args.gamma, episode_limit(env)), Recent()
+    parts_to_save = {"actor": agent.actor.mlp, "critic": agent.critic.mlp, "norm": norm, "recent": recent}
+    agent_step = update_step = episode = csv_bytes = 0
+
+    if checkpoint:
+        try:
+            for name, part in parts_to_save.items():
+                part.load_state_dict(checkpoint.pop(name))
+        except ValueError as error:
+            fail(f"{run_dir}: {error}")
+        restore_generators(checkpoint["generators"])
+        agent_step, update_step, episode, csv_bytes = checkpoint["counters"]
+    if args.eval_only:
+        video = run_dir / "videos" / f"eval_{agent_step}.mp4" if args.capture_video else None
+        result = evaluate(agent, norm, eval_env, args.final_eval_episodes, (args.seed, FINAL, agent_step), video)
+        print("  ".join(f"{name} {value:.1f}" for name, value in result.items()))
+        sys.exit(0)
+
+    describe_run(run_dir, args, agent.layers)
+    print(f"{run_dir}: " + (f"going on from env step {agent_step}" if checkpoint else "new run"))
+    metrics = Metrics(run_dir, args, csv_bytes, agent_step)
+    bar = tqdm(total=args.total_timesteps, initial=agent_step, unit=" env steps")
+    bar.mininterval = 0.5 if sys.stderr.isatty() else 30
+    saved_step, episode_over = agent_step, True
+
+    def log(values: dict, prefix: str) -> None:
+        values = {f"{prefix}/{name}": value for name, value in values.items()}
+        metrics.log(agent_step, agent_step, update_step, values)
+
+    def due(interval: int) -> bool:
+        """Whether a multiple of some env steps has just been reached."""
+        return interval > 0 and agent_step % interval == 0
+
+    def stop_unless_finite(value: float) -> None:
+        if not math.isfinite(value):
+            print(f"error: a value is not finite at {agent_step=}; the last checkpoint is kept", file=sys.stderr)
+            sys.exit(3)
+
+    def save(finished: bool) -> None:
+        stop_unless_finite(agent.actor.weights.sum() + agent.critic.weights.sum())
+        state = {name: part.state_dict() for name, part in parts_to_save.items()}
+        counters = (agent_step, update_step, episode, metrics.sync())
+        save_checkpoint(run_dir, args, {**state, "counters": counters, "finished": finished})
+
+    if agent_step == 0:
+        log(evaluate(agent, norm, eval_env, args.eval_episodes, (args.seed, EVAL, 0)), "eval")
+    while agent_step < args.total_timesteps:
+        if episode_over:
+            if agent_step - saved_step >= args.checkpoint_interval:
+                save(finished=False)  # the traces are zero now
+                saved_step = agent_step
+            obs, _ = env.reset(seed=derive_seed(args.seed, TRAIN, episode))
+            state = norm.state(obs, 0)
+            episode, length, episode_return = episode + 1, 0, 0.0
+            first_update, absolute_delta, started = update_step, 0.0, time.time()
+
+        # Act
+        if agent_step < args.learning_starts:
+            action = np.random.uniform(bounds.low, bounds.high)
+        else:
+            action, output = act(agent, state, np.random.standard_normal(action_dim))
+            stop_unless_finite(output.sum())
+        obs, reward, terminated, truncated, _ = env.step(action)
+        agent_step, length, episode_return = agent_step + 1, length + 1, episode_return + reward
+        episode_over = terminated or truncated
+        next_state, reward = norm.state(obs, length), norm.scale(reward, episode_over)
+        cut = terminated or (truncated and not args.bootstrap_on_truncation)
+        recent.transitions.append((state, action, reward, next_state, cut))
+
+        # Learn
+        if agent_step > args.learning_starts:
+            delta, *step_sizes = update(agent, state, output, action, reward, next_state, cut, episode_over, args)
+            update_step, absolute_delta = update_step + 1, absolute_delta + abs(delta)
+            stop_unless_finite(delta)
+        state = next_state
+
+        # Measure
+        if due(args.eval_interval):
+            result = evaluate(agent, norm, eval_env, args.eval_episodes, (args.seed, EVAL, agent_step))
+            log(result, "eval")
+            draw_learning_curve(run_dir, args.env_id)
+            bar.set_postfix_str(f"return {result['return_mean']:.0f}")
+        if due(args.diagnostics_interval):
+            stop_unless_finite(agent.actor.weights.sum() + agent.critic.weights.sum())
+            log(diagnose(agent, recent, args), "diagnostics")
+
+        bar.update()
+        if episode_over:
+            log({"return": episode_return, "length": length}, "episode")
+            if update_step > first_update:
+                sizes = dict(zip(("actor_step_size", "critic_step_size"), step_sizes))
+                log({"absolute_td_error": absolute_delta / (update_step - first_update), **sizes}, "losses")
+            log({"env_steps_per_second": length / (time.time() - started)}, "time")
+
+    save(finished=False)  # a kill in the last evaluation costs no training
+    video = run_dir / "videos" / "final.mp4" if args.capture_video else None
+    result = evaluate(agent, norm, eval_env, args.final_eval_episodes, (args.seed, FINAL, agent_step), video)
+    log(result, "final")
+    save(finished=True)
+    metrics.close()
+    bar.close()
+    draw_learning_curve(run_dir, args.env_id)
+    print(f"return {result['return_mean']:.1f}; checkpoint, metrics.csv and learning_curve.png are in {run_dir}")
+
+
+# Appendix: the same in every file that has it
+
+
 # Flags that change results by rounding at most: a run may go on with others. The rest are in its folder's name.
 EXECUTION_FLAGS = {
     *("device", "threads", "runs_dir", "resume", "eval_only", "capture_video", "sparse_kernel"),
@@ -242,6 +627,8 @@ def uniform(shapes: dict[str, tuple[int, ...]], sparsity: float) -> dict[str, fl
 # The active weights of a packed layer are sorted by block of 128 columns, then by row: while a block is worked on, its
 # 128 rows of x^T stay in the cache. Group g = block * rows + row holds the weights pointers[g] <= k < pointers[g + 1].
 BLOCK = 128
+
+
 REORDER = {"reassoc", "contract", "nsz"}  # sums may be vectorised; NaN and infinity still pass through
 
 
@@ -626,88 +1013,6 @@ def draw_learning_curve(run_dir: Path, title: str) -> None:
 # === END RUNS ===
 
 
-class Statistics:
-    """Mean and unbiased variance of a stream of arrays (Welford 1962)."""
-
-    def __init__(self, shape: tuple[int, ...] = ()):
-        self.count, self.mean, self.squares = 0, np.zeros(shape), np.zeros(shape)
-
-    def update(self, x) -> None:
-        self.count += 1
-        difference = x - self.mean
-        self.mean = self.mean + difference / self.count
-        self.squares = self.squares + difference * (x - self.mean)
-
-    def std(self):
-        """With epsilon; 1 before the second sample."""
-        return np.sqrt((self.squares / (self.count - 1) if self.count > 1 else 1.0) + 1e-8)
-
-
-class Normalizer:
-    """What the agent sees: normalised observations with the time in the episode, and scaled rewards."""
-
-    def __init__(self, obs_dim: int, gamma: float, episode_limit: float):
-        self.obs, self.reward, self.reward_trace = Statistics((obs_dim,)), Statistics(), 0.0
-        self.gamma, self.episode_limit = gamma, episode_limit
-
-    def state(self, obs: np.ndarray, length: int, update: bool = True) -> np.ndarray:
-        """Observation after `length` steps of an episode -> network input (obs_dim + 1,), float32.
-
-        The last entry grows from -0.5 to nearly 0.5; it starts to move with the second step, as in the original.
-        """
-        if update:
-            self.obs.update(obs)
-        state = np.empty(len(obs) + 1, np.float32)
-        state[:-1] = (obs - self.obs.mean) / self.obs.std()
-        state[-1] = max(length - 1, 0) / self.episode_limit - 0.5
-        return state
-
-    def scale(self, reward: float, done: bool) -> float:
-        """The reward over the std of the discounted sum of rewards, which starts anew with an episode's last reward."""
-        self.reward_trace = float(self.reward_trace * self.gamma * (1 - done) + reward)
-        self.reward.update(self.reward_trace)
-        return float(reward / self.reward.std())
-
-    def state_dict(self) -> dict:
-        parts = (self.obs, self.reward)
-        statistics = [{key: torch.as_tensor(value) for key, value in vars(part).items()} for part in parts]
-        return {"statistics": statistics, "reward_trace": self.reward_trace}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.reward_trace = state["reward_trace"]
-        for part, tensors in zip((self.obs, self.reward), state["statistics"]):
-            vars(part).update({key: tensor.numpy()[()] for key, tensor in tensors.items()})
-
-
-def sparse_init(weight: torch.Tensor, sparsity: float = 0.9) -> None:
-    """Zeroes ceil(sparsity * fan_in) random entries of each row of (out, in); Elsayed et al. 2024, Algorithm 1."""
-    zeros = math.ceil(sparsity * weight.shape[1])
-    weight.scatter_(1, torch.rand_like(weight).argsort(1)[:, :zeros], 0.0)
-
-
-class MLP(nn.Module):
-    """Linear layers with LayerNorm (no parameters) and leaky ReLU, then linear heads side by side."""
-
-    def __init__(self, inputs: int, hidden: int, layers: int, heads: list[int], init: str):
-        super().__init__()
-        sizes = [inputs] + [hidden] * layers
-        self.encoder = nn.Sequential()
-        for fan_in, fan_out in pairwise(sizes):
-            block = (nn.Linear(fan_in, fan_out), nn.LayerNorm(fan_out, elementwise_affine=False), nn.LeakyReLU())
-            self.encoder.extend(block)
-        self.heads = nn.ModuleList(nn.Linear(hidden, outputs) for outputs in heads)
-        for linear in (module for module in self.modules() if isinstance(module, nn.Linear)):
-            nn.init.uniform_(linear.weight, -1 / math.sqrt(linear.in_features), 1 / math.sqrt(linear.in_features))
-            nn.init.zeros_(linear.bias)
-            if init == "sparse_init":
-                sparse_init(linear.weight.data)
-
-    def forward(self, state: torch.Tensor) -> torch.Tensor:
-        """(..., inputs) -> (..., sum of heads)"""
-        features = self.encoder(state)
-        return torch.cat([head(features) for head in self.heads], -1)
-
-
 # A linear layer, as the compiled loops see it, is a plain tuple of numpy arrays (a NamedTuple would be compiled anew in
 # every run):
 #   weight, weight_trace   (active weights,), views of the network's flat vectors
@@ -805,302 +1110,5 @@ def bounded_step(weights, traces, delta, learning_rate, kappa):
     return alpha
 
 
-class StreamingNetwork:
-    """An MLP with its eligibility traces and its optimiser, ObGD; one sample at a time.
-
-    Weights and traces are two flat vectors. The parameters of `mlp` are views of the first, and their .grad views of
-    the second: a trace is a gradient that is not cleared but decayed, and autograd adds to it as the loops do.
-    """
-
-    def __init__(self, mlp: MLP, kappa: float, args: Args):
-        self.mlp, self.kappa, self.learning_rate = mlp, kappa, args.learning_rate
-        self.decay, self.compiled = np.float32(args.gamma * args.trace_lambda), args.sparse_kernel != "dense"
-        parameters = list(mlp.parameters())
-        weights = nn.utils.parameters_to_vector(parameters).detach()
-        nn.utils.vector_to_parameters(weights, parameters)
-        traces = torch.zeros_like(weights)
-        for parameter, trace in zip(parameters, traces.split([parameter.numel() for parameter in parameters])):
-            parameter.grad = trace.view_as(parameter)
-        self.weights, self.traces = weights.numpy(), traces.numpy()
-        self.hidden = tuple(self.view(module) for module in mlp.encoder if isinstance(module, nn.Linear | SparseLinear))
-        self.heads = tuple(self.view(head) for head in mlp.heads)
-
-    @staticmethod
-    def view(layer: nn.Linear | SparseLinear) -> tuple[np.ndarray, ...]:
-        """The layer's arrays for the compiled loops."""
-        if isinstance(layer, SparseLinear):
-            weight, (rows, columns) = layer.values, layer.shape
-            row, col = layer.index // columns, layer.index % columns
-            _, pointers = sort_into_blocks(row, col, layer.shape)
-        else:
-            weight, (rows, columns) = layer.weight, layer.weight.shape
-            pointers, col = torch.arange(rows + 1) * columns, torch.empty(0)
-        arrays = (weight.data.flatten(), weight.grad.flatten(), layer.bias.data, layer.bias.grad)
-        pattern = (pointers.to(torch.uint32), col.to(torch.uint32))  # unsigned: no check for indices below zero
-        memory = (np.zeros(columns, np.float32), np.zeros(1, np.float32))
-        return (*(array.numpy() for array in arrays + pattern), *memory)
-
-    def __call__(self, state: np.ndarray) -> np.ndarray:
-        """(inputs,) -> (outputs,); the next step differentiates the last call."""
-        if self.compiled:
-            return forward(self.hidden, self.heads, state)
-        self.output = self.mlp(torch.from_numpy(state))
-        return self.output.detach().numpy()
-
-    def step(self, grad: np.ndarray, delta: float, done: bool) -> float:
-        """One step for a loss with gradient `grad` (outputs,) and a TD error; returns the step size."""
-        if self.compiled:
-            backward(self.hidden, self.heads, grad, self.decay)
-        else:
-            self.traces *= self.decay
-            self.output.backward(torch.from_numpy(grad))
-        alpha = bounded_step(self.weights, self.traces, delta, self.learning_rate, self.kappa)
-        if done:
-            self.traces[:] = 0
-        return alpha
-
-
-@numba.njit(cache=True)
-def policy_gradient(output, action, direction, entropy_coefficient):
-    """Gradient of -log pi(a|s) - entropy_coefficient * direction * entropy with respect to the actor's output.
-
-    The output (2 * action_dim,) is the mean and, before softplus, the std of a Gaussian; direction is the sign of the
-    TD error.
-    """
-    mean, raw = output[: len(action)], output[len(action) :]
-    std = np.log1p(np.exp(-np.abs(raw))) + np.maximum(raw, 0)
-    error = action - mean
-    grad_std = (1 - (error / std) ** 2 - entropy_coefficient * direction) / std
-    return np.concatenate((-error / std**2, grad_std / (1 + np.exp(-raw)))).astype(np.float32)
-
-
-class Agent:
-    """Networks drawn from torch's generator and pruned with masks from --mask-seed."""
-
-    def __init__(self, args: Args, obs_dim: int, action_dim: int):
-        hidden, layers = round(128 * args.width_scale), 1 + args.depth_scale
-        device = torch.device("cpu" if args.device == "auto" else args.device)
-        mask_seed = args.seed if args.mask_seed is None else args.mask_seed
-        networks = {
-            "actor": ([action_dim, action_dim], args.actor_sparsity, args.actor_kappa),
-            "critic": ([1], args.critic_sparsity, args.critic_kappa),
-        }
-        self.layers = {}
-        for index, (name, (heads, own_sparsity, kappa)) in enumerate(networks.items()):
-            mlp = MLP(obs_dim + 1, hidden, layers, heads, args.init)  # one input more: the time
-            sparsity = args.sparsity if own_sparsity is None else own_sparsity
-            how = (args.sparsity_distribution, derive_seed(mask_seed, index), "dense", device)
-            self.layers[name] = sparsify(mlp, sparsity, *how)
-            setattr(self, name, StreamingNetwork(mlp, kappa, args))
-
-
-def episode_limit(env: gym.Env) -> float:
-    """Env steps until an episode is cut off; infinity where there is no limit."""
-    return env.spec.max_episode_steps or (1000 if env.spec.id.startswith("dm_control/") else math.inf)
-
-
-def act(agent: Agent, state: np.ndarray, noise: np.ndarray | float = 0.0) -> tuple[np.ndarray, np.ndarray]:
-    """The action mean + std * noise (action_dim,), and the actor's output that `update` needs."""
-    output = agent.actor(state)
-    mean, raw = np.split(output, 2)
-    return mean + np.float32(noise) * np.logaddexp(0, raw), output
-
-
-def update(agent: Agent, state, output, action, reward: float, next_state, cut: bool, done: bool, args: Args):
-    """Learns from one transition; `cut` where nothing follows to bootstrap from, `done` where the episode ends.
-
-    The actor must have been run on `state` last. Returns the TD error and both step sizes.
-    """
-    next_value = float(agent.critic(next_state)[0])
-    delta = reward + args.gamma * (1 - cut) * next_value - float(agent.critic(state)[0])
-    actor_grad = policy_gradient(output, action, np.sign(delta), args.entropy_coefficient)
-    actor_step = agent.actor.step(actor_grad, delta, done)
-    critic_step = agent.critic.step(np.array([-1], np.float32), delta, done)  # the gradient of -V(s)
-    return delta, actor_step, critic_step
-
-
-class Recent:
-    """The last transitions (state, action, reward, next_state, cut), for diagnostics alone."""
-
-    def __init__(self, size: int = 256):
-        self.transitions = deque(maxlen=size)
-
-    def columns(self) -> list[torch.Tensor]:
-        """One tensor (transitions, ...) for each part."""
-        return [torch.as_tensor(np.array(column), dtype=torch.float32) for column in zip(*self.transitions)]
-
-    def state_dict(self) -> dict:
-        return {"columns": self.columns()}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.transitions.extend(zip(*(column.numpy() for column in state["columns"])))
-
-
-def diagnose(agent: Agent, recent: Recent, args: Args) -> dict[str, float]:
-    """Plasticity measurements of actor and critic on the last transitions.
-
-    The gradient is that of a step without traces: the mean of delta times the gradient of each transition's loss.
-    """
-    state, action, reward, next_state, cut = recent.columns()
-    with torch.no_grad():
-        value, next_value = agent.critic.mlp(state)[:, 0], agent.critic.mlp(next_state)[:, 0]
-        delta = reward + args.gamma * (1 - cut) * next_value - value
-        outputs = agent.actor.mlp(state)
-    samples = zip(outputs.numpy(), action.numpy(), delta.sign().numpy())
-    actor_grad = torch.tensor(np.array([policy_gradient(*sample, args.entropy_coefficient) for sample in samples]))
-    measured = {}
-    for name, grad in (("actor", actor_grad), ("critic", -torch.ones(len(state), 1))):
-        mlp = getattr(agent, name).mlp
-        parameters = list(mlp.parameters())
-        gradients = torch.autograd.grad(mlp(state), parameters, delta[:, None] * grad / len(state))
-        plasticity = measure_plasticity(mlp.encoder, state, parameters, gradients)
-        measured |= {f"{name}_{metric}": value for metric, value in plasticity.items()}
-    return measured
-
-
-def evaluate(agent, norm, env: gym.Env, episodes: int, seed_key: tuple, video: Path | None = None) -> dict[str, float]:
-    """Mean, std and interquartile mean of the deterministic policy's returns; films the first episode on request."""
-    returns, frames = np.zeros(episodes), []
-    for episode in range(episodes):
-        obs, _ = env.reset(seed=derive_seed(*seed_key, episode))
-        length, done = 0, False
-        while not done:
-            if video and episode == 0:
-                frames.append(env.render())
-            action, _ = act(agent, norm.state(obs, length, update=False))
-            obs, reward, terminated, truncated, _ = env.step(action)
-            returns[episode] += reward
-            length, done = length + 1, terminated or truncated
-    if video:
-        import imageio
-
-        video.parent.mkdir(exist_ok=True)
-        imageio.mimwrite(video, frames, fps=30, macro_block_size=None)
-    return {"return_mean": returns.mean(), "return_std": returns.std(), "return_iqm": trim_mean(returns, 0.25)}
-
-
 if __name__ == "__main__":
-    args = tyro.cli(Args)
-    check_flags(args)
-    torch.set_num_threads(args.threads)
-    warnings.filterwarnings("ignore", module="gymnasium")  # of the precision of Box bounds, and of v4 tasks' age
-    os.environ["MUJOCO_GL"] = os.environ.get("MUJOCO_GL", "egl") if args.capture_video else "disabled"
-    signal.signal(signal.SIGINT, lambda *_: sys.exit("interrupted; --resume goes on from the last checkpoint"))
-
-    env, eval_env = make_env(args), make_env(args, "rgb_array" if args.capture_video else None)
-    obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
-    bounds = env.unwrapped.action_space
-    random.seed(args.seed)
-    np.random.seed(args.seed)
-    torch.manual_seed(args.seed)
-    try:
-        agent = Agent(args, obs_dim, action_dim)
-    except ValueError as error:
-        fail(str(error))
-    run_dir, checkpoint = open_run(args)
-    if checkpoint and checkpoint["finished"] and not args.eval_only:
-        print(f"this run is finished: its results are in {run_dir} (--no-resume runs it again)")
-        sys.exit(0)
-    norm, recent = Normalizer(obs_dim, args.gamma, episode_limit(env)), Recent()
-    parts_to_save = {"actor": agent.actor.mlp, "critic": agent.critic.mlp, "norm": norm, "recent": recent}
-    agent_step = update_step = episode = csv_bytes = 0
-
-    if checkpoint:
-        try:
-            for name, part in parts_to_save.items():
-                part.load_state_dict(checkpoint.pop(name))
-        except ValueError as error:
-            fail(f"{run_dir}: {error}")
-        restore_generators(checkpoint["generators"])
-        agent_step, update_step, episode, csv_bytes = checkpoint["counters"]
-    if args.eval_only:
-        video = run_dir / "videos" / f"eval_{agent_step}.mp4" if args.capture_video else None
-        result = evaluate(agent, norm, eval_env, args.final_eval_episodes, (args.seed, FINAL, agent_step), video)
-        print("  ".join(f"{name} {value:.1f}" for name, value in result.items()))
-        sys.exit(0)
-
-    describe_run(run_dir, args, agent.layers)
-    print(f"{run_dir}: " + (f"going on from env step {agent_step}" if checkpoint else "new run"))
-    metrics = Metrics(run_dir, args, csv_bytes, agent_step)
-    bar = tqdm(total=args.total_timesteps, initial=agent_step, unit=" env steps")
-    bar.mininterval = 0.5 if sys.stderr.isatty() else 30
-    saved_step, episode_over = agent_step, True
-
-    def log(values: dict, prefix: str) -> None:
-        values = {f"{prefix}/{name}": value for name, value in values.items()}
-        metrics.log(agent_step, agent_step, update_step, values)
-
-    def due(interval: int) -> bool:
-        """Whether a multiple of some env steps has just been reached."""
-        return interval > 0 and agent_step % interval == 0
-
-    def stop_unless_finite(value: float) -> None:
-        if not math.isfinite(value):
-            print(f"error: a value is not finite at {agent_step=}; the last checkpoint is kept", file=sys.stderr)
-            sys.exit(3)
-
-    def save(finished: bool) -> None:
-        stop_unless_finite(agent.actor.weights.sum() + agent.critic.weights.sum())
-        state = {name: part.state_dict() for name, part in parts_to_save.items()}
-        counters = (agent_step, update_step, episode, metrics.sync())
-        save_checkpoint(run_dir, args, {**state, "counters": counters, "finished": finished})
-
-    if agent_step == 0:
-        log(evaluate(agent, norm, eval_env, args.eval_episodes, (args.seed, EVAL, 0)), "eval")
-    while agent_step < args.total_timesteps:
-        if episode_over:
-            if agent_step - saved_step >= args.checkpoint_interval:
-                save(finished=False)  # the traces are zero now
-                saved_step = agent_step
-            obs, _ = env.reset(seed=derive_seed(args.seed, TRAIN, episode))
-            state = norm.state(obs, 0)
-            episode, length, episode_return = episode + 1, 0, 0.0
-            first_update, absolute_delta, started = update_step, 0.0, time.time()
-
-        # Act
-        if agent_step < args.learning_starts:
-            action = np.random.uniform(bounds.low, bounds.high)
-        else:
-            action, output = act(agent, state, np.random.standard_normal(action_dim))
-            stop_unless_finite(output.sum())
-        obs, reward, terminated, truncated, _ = env.step(action)
-        agent_step, length, episode_return = agent_step + 1, length + 1, episode_return + reward
-        episode_over = terminated or truncated
-        next_state, reward = norm.state(obs, length), norm.scale(reward, episode_over)
-        cut = terminated or (truncated and not args.bootstrap_on_truncation)
-        recent.transitions.append((state, action, reward, next_state, cut))
-
-        # Learn
-        if agent_step > args.learning_starts:
-            delta, *step_sizes = update(agent, state, output, action, reward, next_state, cut, episode_over, args)
-            update_step, absolute_delta = update_step + 1, absolute_delta + abs(delta)
-            stop_unless_finite(delta)
-        state = next_state
-
-        # Measure
-        if due(args.eval_interval):
-            result = evaluate(agent, norm, eval_env, args.eval_episodes, (args.seed, EVAL, agent_step))
-            log(result, "eval")
-            draw_learning_curve(run_dir, args.env_id)
-            bar.set_postfix_str(f"return {result['return_mean']:.0f}")
-        if due(args.diagnostics_interval):
-            stop_unless_finite(agent.actor.weights.sum() + agent.critic.weights.sum())
-            log(diagnose(agent, recent, args), "diagnostics")
-
-        bar.update()
-        if episode_over:
-            log({"return": episode_return, "length": length}, "episode")
-            if update_step > first_update:
-                sizes = dict(zip(("actor_step_size", "critic_step_size"), step_sizes))
-                log({"absolute_td_error": absolute_delta / (update_step - first_update), **sizes}, "losses")
-            log({"env_steps_per_second": length / (time.time() - started)}, "time")
-
-    save(finished=False)  # a kill in the last evaluation costs no training
-    video = run_dir / "videos" / "final.mp4" if args.capture_video else None
-    result = evaluate(agent, norm, eval_env, args.final_eval_episodes, (args.seed, FINAL, agent_step), video)
-    log(result, "final")
-    save(finished=True)
-    metrics.close()
-    bar.close()
-    draw_learning_curve(run_dir, args.env_id)
-    print(f"return {result['return_mean']:.1f}; checkpoint, metrics.csv and learning_curve.png are in {run_dir}")
+    train(tyro.cli(Args))
