@@ -164,7 +164,9 @@ def init_linear(in_features: int, out_features: int, he_normal: bool = False) ->
     nn.init.zeros_(layer.bias)
     if he_normal:
         std = math.sqrt(2 / in_features) / 0.87962566103423978
-        for rows in layer.weight.detach().split(math.ceil(2**22 / in_features)):  # it needs three times their memory
+        for rows in layer.weight.detach().split(
+            math.ceil(2**22 / in_features)
+        ):  # it needs three times their memory
             nn.init.trunc_normal_(rows, std=std, a=-2 * std, b=2 * std)
     else:
         nn.init.orthogonal_(layer.weight)
@@ -186,7 +188,9 @@ class ResidualBlock(nn.Module):
 def simba(in_features: int, hidden: int, blocks: int) -> nn.Sequential:
     """The SimBa encoder: (batch, in_features) -> (batch, hidden)."""
     residual = (ResidualBlock(hidden) for _ in range(blocks))
-    return nn.Sequential(init_linear(in_features, hidden), *residual, nn.LayerNorm(hidden, eps=1e-6))
+    return nn.Sequential(
+        init_linear(in_features, hidden), *residual, nn.LayerNorm(hidden, eps=1e-6)
+    )
 
 
 class Actor(nn.Module):
@@ -207,13 +211,17 @@ class Critic(nn.Module):
 
     def __init__(self, obs_dim: int, action_dim: int, hidden: int, blocks: int, count: int):
         super().__init__()
-        self.encoders = nn.ModuleList(simba(obs_dim + action_dim, hidden, blocks) for _ in range(count))
+        self.encoders = nn.ModuleList(
+            simba(obs_dim + action_dim, hidden, blocks) for _ in range(count)
+        )
         self.heads = nn.ModuleList(init_linear(hidden, 1) for _ in range(count))
 
     def forward(self, obs, action):
         """(batch, obs_dim), (batch, action_dim) -> Q-values (count, batch)"""
         x = torch.cat([obs, action], -1)
-        return torch.stack([head(encoder(x)).squeeze(-1) for encoder, head in zip(self.encoders, self.heads)])
+        return torch.stack(
+            [head(encoder(x)).squeeze(-1) for encoder, head in zip(self.encoders, self.heads)]
+        )
 
 
 class ObservationNorm:
@@ -229,11 +237,16 @@ class ObservationNorm:
     def __call__(self, obs: torch.Tensor) -> torch.Tensor:
         """Raw observations (batch, obs_dim) -> normalised ones on the agent's device."""
         mean, std = self.statistics.mean, np.sqrt(self.statistics.var + 1e-8)
-        mean, std = (torch.as_tensor(value, dtype=torch.float32, device=self.device) for value in (mean, std))
+        mean, std = (
+            torch.as_tensor(value, dtype=torch.float32, device=self.device) for value in (mean, std)
+        )
         return (obs.to(self.device) - mean) / std
 
     def state_dict(self) -> dict:
-        return {name: torch.as_tensor(value, dtype=torch.float64) for name, value in vars(self.statistics).items()}
+        return {
+            name: torch.as_tensor(value, dtype=torch.float64)
+            for name, value in vars(self.statistics).items()
+        }
 
     def load_state_dict(self, state: dict) -> None:
         for name, value in state.items():
@@ -263,14 +276,18 @@ class ReplayBuffer:
             column[self.added % self.capacity] = torch.as_tensor(value)
         self.added += 1
 
-    def sample(self, batch_size: int, norm: ObservationNorm, generator: torch.Generator | None = None) -> Batch:
+    def sample(
+        self, batch_size: int, norm: ObservationNorm, generator: torch.Generator | None = None
+    ) -> Batch:
         """A batch on the device of `norm`, old observations normalised by the newest statistics."""
         index = torch.randint(min(self.added, self.capacity), (batch_size,), generator=generator)
         batch = Batch(*(column[index].to(norm.device) for column in self.columns))
         return batch._replace(obs=norm(batch.obs), next_obs=norm(batch.next_obs))
 
     def state_dict(self) -> dict:
-        filled = [column[: self.added].clone() for column in self.columns]  # of a view, all its memory would be saved
+        filled = [
+            column[: self.added].clone() for column in self.columns
+        ]  # of a view, all its memory would be saved
         return {"added": self.added, "columns": filled}
 
     def load_state_dict(self, state: dict) -> None:
@@ -300,7 +317,11 @@ class Agent:
     """Networks drawn from torch's generator and pruned with masks from --mask-seed, and their optimisers."""
 
     def __init__(self, args: Args, obs_dim: int, action_dim: int, device: torch.device):
-        hidden, blocks, critics = round(128 * args.width_scale), args.depth_scale, 1 + args.clipped_double_q
+        hidden, blocks, critics = (
+            round(128 * args.width_scale),
+            args.depth_scale,
+            1 + args.clipped_double_q,
+        )
         self.actor = Actor(obs_dim, action_dim, hidden, blocks)
         self.critic = Critic(obs_dim, action_dim, 4 * hidden, 2 * blocks, critics)
         self.layers = {}
@@ -308,17 +329,28 @@ class Agent:
         own = {"actor": args.actor_sparsity, "critic": args.critic_sparsity}
         for index, (name, own_sparsity) in enumerate(own.items()):
             sparsity = args.sparsity if own_sparsity is None else own_sparsity
-            how = (args.sparsity_distribution, derive_seed(mask_seed, index), args.sparse_kernel, device)
+            how = (
+                args.sparsity_distribution,
+                derive_seed(mask_seed, index),
+                args.sparse_kernel,
+                device,
+            )
             self.layers[name] = sparsify(getattr(self, name), sparsity, *how)
         # The memo lets the target critic share the critic's index buffers: the pattern is stored once.
-        self.target_critic = copy.deepcopy(self.critic, {id(buffer): buffer for buffer in self.critic.buffers()})
+        self.target_critic = copy.deepcopy(
+            self.critic, {id(buffer): buffer for buffer in self.critic.buffers()}
+        )
         self.target_critic.requires_grad_(False)
-        adamw = partial(torch.optim.AdamW, lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
+        adamw = partial(
+            torch.optim.AdamW, lr=args.learning_rate, weight_decay=args.weight_decay, fused=True
+        )
         self.actor_optimizer = adamw(self.actor.parameters())
         self.critic_optimizer = adamw(self.critic.parameters())
 
 
-def update(agent: Agent, batch: Batch, noise, next_noise, gamma: float, tau: float) -> dict[str, torch.Tensor]:
+def update(
+    agent: Agent, batch: Batch, noise, next_noise, gamma: float, tau: float
+) -> dict[str, torch.Tensor]:
     """One gradient update of everything on a normalised batch; noise (batch, action_dim) has the exploration std."""
     # Actor, against the critic of the last update, whose weights need no gradient here
     agent.critic.requires_grad_(False)
@@ -338,17 +370,25 @@ def update(agent: Agent, batch: Batch, noise, next_noise, gamma: float, tau: flo
     with torch.no_grad():
         for slow, fast in zip(agent.target_critic.parameters(), agent.critic.parameters()):
             slow.lerp_(fast, tau)
-    return {"actor_loss": loss_actor.detach(), "critic_loss": loss_critic.detach(), "td_target": target.mean()}
+    return {
+        "actor_loss": loss_actor.detach(),
+        "critic_loss": loss_critic.detach(),
+        "td_target": target.mean(),
+    }
 
 
 @torch.no_grad()
-def act(agent: Agent, norm: ObservationNorm, obs: np.ndarray, noise: torch.Tensor | None = None) -> np.ndarray:
+def act(
+    agent: Agent, norm: ObservationNorm, obs: np.ndarray, noise: torch.Tensor | None = None
+) -> np.ndarray:
     """The action (action_dim,) for a raw observation, with `noise` (action_dim,) or without."""
     obs = norm(torch.as_tensor(obs, dtype=torch.float32)[None])
     return agent.actor(obs, 0.0 if noise is None else noise.to(obs.device))[0].cpu().numpy()
 
 
-def evaluate(agent, norm, env: gym.Env, episodes: int, seed_key: tuple, video: Path | None = None) -> dict[str, float]:
+def evaluate(
+    agent, norm, env: gym.Env, episodes: int, seed_key: tuple, video: Path | None = None
+) -> dict[str, float]:
     """Mean, std and interquartile mean of the deterministic policy's returns; films the first episode on request."""
     returns, frames = np.zeros(episodes), []
     for episode in range(episodes):
@@ -365,7 +405,11 @@ def evaluate(agent, norm, env: gym.Env, episodes: int, seed_key: tuple, video: P
 
         video.parent.mkdir(exist_ok=True)
         imageio.mimwrite(video, frames, fps=30, macro_block_size=None)  # decisions, not real time
-    return {"return_mean": returns.mean(), "return_std": returns.std(), "return_iqm": trim_mean(returns, 0.25)}
+    return {
+        "return_mean": returns.mean(),
+        "return_std": returns.std(),
+        "return_iqm": trim_mean(returns, 0.25),
+    }
 
 
 def diagnose(agent: Agent, batch: Batch, noise, next_noise, gamma: float) -> dict[str, float]:
@@ -380,20 +424,30 @@ def diagnose(agent: Agent, batch: Batch, noise, next_noise, gamma: float) -> dic
         ("critic", loss_critic, agent.critic.encoders[0], obs_action),
     ):
         parameters = list(getattr(agent, name).parameters())
-        plasticity = measure_plasticity(encoder, inputs, parameters, torch.autograd.grad(loss, parameters))
+        plasticity = measure_plasticity(
+            encoder, inputs, parameters, torch.autograd.grad(loss, parameters)
+        )
         measured |= {f"{name}_{metric}": value for metric, value in plasticity.items()}
     return measured
 
 
 def train(args: Args) -> None:
     check_flags(args)
-    device = torch.device(args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(
+        args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
+    )
     threads = args.threads or torch.get_num_threads()
     numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
     torch.set_num_threads(threads)  # after numba, whose start sets the number for both
-    warnings.filterwarnings("ignore", category=UserWarning, module="gymnasium")  # of the precision of Box bounds
-    os.environ["MUJOCO_GL"] = os.environ.get("MUJOCO_GL", "egl") if args.capture_video else "disabled"
-    signal.signal(signal.SIGINT, lambda *_: sys.exit("interrupted; --resume goes on from the last checkpoint"))
+    warnings.filterwarnings(
+        "ignore", category=UserWarning, module="gymnasium"
+    )  # of the precision of Box bounds
+    os.environ["MUJOCO_GL"] = (
+        os.environ.get("MUJOCO_GL", "egl") if args.capture_video else "disabled"
+    )
+    signal.signal(
+        signal.SIGINT, lambda *_: sys.exit("interrupted; --resume goes on from the last checkpoint")
+    )
 
     env, eval_env = make_env(args), make_env(args, "rgb_array" if args.capture_video else None)
     obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
@@ -418,7 +472,10 @@ def train(args: Args) -> None:
 
     def parts_to_save() -> dict:
         """Everything with a state_dict, by name; the current agent's, which a reset replaces."""
-        return {name: part for name, part in vars(agent).items() if name != "layers"} | {"norm": norm, "replay": replay}
+        return {name: part for name, part in vars(agent).items() if name != "layers"} | {
+            "norm": norm,
+            "replay": replay,
+        }
 
     if checkpoint:
         try:
@@ -430,14 +487,21 @@ def train(args: Args) -> None:
         agent_step, update_step, episode, csv_bytes = checkpoint["counters"]
     if args.eval_only:
         video = run_dir / "videos" / f"eval_{agent_step}.mp4" if args.capture_video else None
-        result = evaluate(agent, norm, eval_env, args.final_eval_episodes, (args.seed, FINAL, agent_step), video)
+        result = evaluate(
+            agent, norm, eval_env, args.final_eval_episodes, (args.seed, FINAL, agent_step), video
+        )
         print("  ".join(f"{name} {value:.1f}" for name, value in result.items()))
         sys.exit(0)
 
     describe_run(run_dir, args, agent.layers)
-    print(f"{run_dir}: " + (f"going on from env step {agent_step * args.action_repeat}" if checkpoint else "new run"))
+    print(
+        f"{run_dir}: "
+        + (f"going on from env step {agent_step * args.action_repeat}" if checkpoint else "new run")
+    )
     metrics = Metrics(run_dir, args, csv_bytes, agent_step * args.action_repeat)
-    bar = tqdm(total=args.total_timesteps, initial=agent_step * args.action_repeat, unit=" env steps")
+    bar = tqdm(
+        total=args.total_timesteps, initial=agent_step * args.action_repeat, unit=" env steps"
+    )
     bar.mininterval = 0.5 if sys.stderr.isatty() else 30
     saved_step, losses, episode_over = agent_step, {}, True
 
@@ -484,21 +548,30 @@ def train(args: Args) -> None:
                 noise, next_noise = args.exploration_noise * torch.randn(noise_shape).to(device)
                 losses = update(agent, batch, noise, next_noise, gamma, args.tau)
                 update_step += 1
-            weights = get_total_norm(p for part in (agent.actor, agent.critic) for p in part.parameters())
+            weights = get_total_norm(
+                p for part in (agent.actor, agent.critic) for p in part.parameters()
+            )
             if not torch.stack([*losses.values(), weights]).isfinite().all():
-                print(f"error: a value is not finite at {agent_step=}; the last checkpoint is kept", file=sys.stderr)
+                print(
+                    f"error: a value is not finite at {agent_step=}; the last checkpoint is kept",
+                    file=sys.stderr,
+                )
                 sys.exit(3)
 
         # Measure
         if due(args.eval_interval):
-            result = evaluate(agent, norm, eval_env, args.eval_episodes, (args.seed, EVAL, agent_step))
+            result = evaluate(
+                agent, norm, eval_env, args.eval_episodes, (args.seed, EVAL, agent_step)
+            )
             log(result, "eval")
             draw_learning_curve(run_dir, args.env_id)
             bar.set_postfix_str(f"return {result['return_mean']:.0f}")
         if due(args.diagnostics_interval):
             generator = torch.Generator().manual_seed(derive_seed(args.seed, DIAGNOSE, agent_step))
             batch = replay.sample(args.batch_size, norm, generator)
-            noise, next_noise = args.exploration_noise * torch.randn(noise_shape, generator=generator).to(device)
+            noise, next_noise = args.exploration_noise * torch.randn(
+                noise_shape, generator=generator
+            ).to(device)
             log(diagnose(agent, batch, noise, next_noise, gamma), "diagnostics")
 
         # Reset, after the measurements; at the very end it would throw the trained agent away
@@ -510,17 +583,24 @@ def train(args: Args) -> None:
             length = agent_step - episode_start
             log({"return": episode_return, "length": length}, "episode")
             log({name: float(loss) for name, loss in losses.items()}, "losses")
-            log({"env_steps_per_second": length * args.action_repeat / (time.time() - started)}, "time")
+            log(
+                {"env_steps_per_second": length * args.action_repeat / (time.time() - started)},
+                "time",
+            )
 
     save(finished=False)  # a kill in the last evaluation costs no training
     video = run_dir / "videos" / "final.mp4" if args.capture_video else None
-    result = evaluate(agent, norm, eval_env, args.final_eval_episodes, (args.seed, FINAL, agent_step), video)
+    result = evaluate(
+        agent, norm, eval_env, args.final_eval_episodes, (args.seed, FINAL, agent_step), video
+    )
     log(result, "final")
     save(finished=True)
     metrics.close()
     bar.close()
     draw_learning_curve(run_dir, args.env_id)
-    print(f"return {result['return_mean']:.1f}; checkpoint, metrics.csv and learning_curve.png are in {run_dir}")
+    print(
+        f"return {result['return_mean']:.1f}; checkpoint, metrics.csv and learning_curve.png are in {run_dir}"
+    )
 
 
 # Appendix: the same in every file that has it
@@ -528,8 +608,17 @@ def train(args: Args) -> None:
 
 # Flags that change results by rounding at most: a run may go on with others. The rest are in its folder's name.
 EXECUTION_FLAGS = {
-    *("device", "threads", "runs_dir", "resume", "eval_only", "capture_video", "sparse_kernel"),
-    *("track", "wandb_project", "wandb_entity", "checkpoint_interval"),
+    "device",
+    "threads",
+    "runs_dir",
+    "resume",
+    "eval_only",
+    "capture_video",
+    "sparse_kernel",
+    "track",
+    "wandb_project",
+    "wandb_entity",
+    "checkpoint_interval",
 }
 
 
@@ -542,7 +631,11 @@ def check_flags(args: Args) -> None:
         ("between 0 and 1", lambda x: 0 <= x <= 1, "gamma tau"),
         ("above 0 and finite", lambda x: 0 < x < math.inf, "learning_rate"),
         ("at least 0 and finite", lambda x: 0 <= x < math.inf, "weight_decay exploration_noise"),
-        ("at least 1/128 (one hidden unit in the actor) and finite", lambda x: 1 / 128 <= x < math.inf, "width_scale"),
+        (
+            "at least 1/128 (one hidden unit in the actor) and finite",
+            lambda x: 1 / 128 <= x < math.inf,
+            "width_scale",
+        ),
         ("at least 1", lambda x: x >= 1, counts),
         ("at least 0", lambda x: x >= 0, "learning_starts diagnostics_interval"),
         ("at least 0 and below 2^32", lambda x: 0 <= x < 2**32, "seed mask_seed"),
@@ -571,21 +664,35 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
             env.reset(seed=0)
             env.render()
     except (gym.error.Error, ImportError, RuntimeError, ValueError, AttributeError) as error:
-        filming = " (--capture-video needs a renderer: MUJOCO_GL=egl or osmesa)" if args.capture_video else ""
+        filming = (
+            " (--capture-video needs a renderer: MUJOCO_GL=egl or osmesa)"
+            if args.capture_video
+            else ""
+        )
         fail(f"--env-id {args.env_id}: {error}{filming}")
     action_space, space = env.action_space, env.observation_space
-    if not isinstance(action_space, gym.spaces.Box) or len(action_space.shape) != 1 or not action_space.is_bounded():
-        fail(f"--env-id {args.env_id} has actions {action_space}; this agent needs a bounded Box of one dimension")
+    if (
+        not isinstance(action_space, gym.spaces.Box)
+        or len(action_space.shape) != 1
+        or not action_space.is_bounded()
+    ):
+        fail(
+            f"--env-id {args.env_id} has actions {action_space}; this agent needs a bounded Box of one dimension"
+        )
     for part in space.values() if isinstance(space, gym.spaces.Dict) else [space]:
         if not isinstance(part, gym.spaces.Box):
-            fail(f"--env-id {args.env_id} has observations {part}; this agent needs Box or a Dict of Box")
+            fail(
+                f"--env-id {args.env_id} has observations {part}; this agent needs Box or a Dict of Box"
+            )
     env = gym.wrappers.RescaleAction(gym.wrappers.FlattenObservation(env), -1.0, 1.0)
     return gym.wrappers.RepeatAction(env, args.action_repeat)
 
 
 def default_gamma(env: gym.Env, action_repeat: int) -> float:
     """TD-MPC2's heuristic: (T/5 - 1) / (T/5) within [0.95, 0.995] for episodes of T decisions."""
-    frames = env.spec.max_episode_steps or (1000 if env.spec.id.startswith("dm_control/") else math.inf)
+    frames = env.spec.max_episode_steps or (
+        1000 if env.spec.id.startswith("dm_control/") else math.inf
+    )
     return min(max(1 - 5 * action_repeat / frames, 0.95), 0.995)
 
 
@@ -612,9 +719,13 @@ def erdos_renyi(shapes: dict[str, tuple[int, ...]], sparsity: float) -> dict[str
     dense = {name for name, shape in shapes.items() if len(shape) == 1}
     while len(dense) < len(shapes):
         rest = [name for name in shapes if name not in dense]
-        epsilon = (budget - sum(size[name] for name in dense)) / sum(sum(shapes[name]) for name in rest)
+        epsilon = (budget - sum(size[name] for name in dense)) / sum(
+            sum(shapes[name]) for name in rest
+        )
         if epsilon <= 0:
-            raise ValueError(f"sparsity {sparsity} is out of reach: biases and norms alone hold more parameters")
+            raise ValueError(
+                f"sparsity {sparsity} is out of reach: biases and norms alone hold more parameters"
+            )
         density = {name: epsilon * sum(shapes[name]) / size[name] for name in rest}
         overfull = {name for name in rest if density[name] > 1}
         if not overfull:
@@ -633,14 +744,22 @@ def uniform(shapes: dict[str, tuple[int, ...]], sparsity: float) -> dict[str, fl
 BLOCK = 128
 
 
-REORDER = {"reassoc", "contract", "nsz"}  # sums may be vectorised; NaN and infinity still pass through
+REORDER = {
+    "reassoc",
+    "contract",
+    "nsz",
+}  # sums may be vectorised; NaN and infinity still pass through
 
 
-def sort_into_blocks(row: torch.Tensor, col: torch.Tensor, shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+def sort_into_blocks(
+    row: torch.Tensor, col: torch.Tensor, shape: tuple[int, int]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The order that sorts entries (row, col) of a matrix of some shape into blocks, and the pointers to its groups."""
     group = col // BLOCK * shape[0] + row
     groups = math.ceil(shape[1] / BLOCK) * shape[0]
-    return torch.argsort(group, stable=True), F.pad(torch.bincount(group, minlength=groups).cumsum(0), (1, 0))
+    return torch.argsort(group, stable=True), F.pad(
+        torch.bincount(group, minlength=groups).cumsum(0), (1, 0)
+    )
 
 
 @numba.njit(parallel=True, fastmath=REORDER, cache=True)
@@ -654,7 +773,9 @@ def packed_product(pointers, col, values, x_t, y_t):
                 last = min(k + 1, end - 1)
                 x0, x1 = x_t[col[k]], x_t[col[last]]
                 w0 = values[k]
-                w1 = values[last] if last > k else np.float32(0)  # the last of an odd row stands alone
+                w1 = (
+                    values[last] if last > k else np.float32(0)
+                )  # the last of an odd row stands alone
                 for b in range(len(y)):
                     y[b] += w0 * x0[b] + w1 * x1[b]
 
@@ -704,7 +825,9 @@ class PackedLinear(torch.autograd.Function):
         grad_x = grad_values = grad_bias = None
         if ctx.needs_input_grad[0]:
             by_column, zeros = values.index_select(0, layer.by_column), torch.zeros_like(x_t)
-            grad_x = call_numba(packed_product, layer.pointers_t, layer.row, by_column, grad_t, zeros).t()
+            grad_x = call_numba(
+                packed_product, layer.pointers_t, layer.row, by_column, grad_t, zeros
+            ).t()
         if ctx.needs_input_grad[1]:
             empty = torch.empty_like(values)
             grad_values = call_numba(packed_gradient, layer.pointers, layer.col, grad_t, x_t, empty)
@@ -739,12 +862,18 @@ class SparseLinear(nn.Module):
 
     def _load_from_state_dict(self, state: dict, prefix: str, *rest) -> None:
         if not torch.equal(state[prefix + "active"].cpu(), self.active.cpu()):
-            raise ValueError("the saved mask is not the one drawn here: another version of PyTorch or of this file?")
+            raise ValueError(
+                "the saved mask is not the one drawn here: another version of PyTorch or of this file?"
+            )
         nn.Module._load_from_state_dict(self, state, prefix, *rest)
 
     def dense_weight(self) -> torch.Tensor:
         """The values in their places among zeros, with the shape of the dense weight."""
-        return self.values.new_zeros(math.prod(self.shape)).index_copy_(0, self.index, self.values).view(self.shape)
+        return (
+            self.values.new_zeros(math.prod(self.shape))
+            .index_copy_(0, self.index, self.values)
+            .view(self.shape)
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(batch, in) -> (batch, out)"""
@@ -759,7 +888,10 @@ class SparseConv2d(nn.Module):
     `active` (nnz,) lists their places in the flattened weight (out, in, k_h, k_w).
     """
 
-    _load_from_state_dict, dense_weight = SparseLinear._load_from_state_dict, SparseLinear.dense_weight
+    _load_from_state_dict, dense_weight = (
+        SparseLinear._load_from_state_dict,
+        SparseLinear.dense_weight,
+    )
 
     def __init__(self, conv: nn.Conv2d, active: torch.Tensor):
         super().__init__()
@@ -775,7 +907,12 @@ class SparseConv2d(nn.Module):
 
 
 def sparsify(
-    network: nn.Module, sparsity: float, distribution: str, mask_seed: int, kernel: str, device: torch.device
+    network: nn.Module,
+    sparsity: float,
+    distribution: str,
+    mask_seed: int,
+    kernel: str,
+    device: torch.device,
 ) -> list[dict]:
     """Prunes a network once, at random, and moves it: each linear layer and convolution that loses weights is replaced.
 
@@ -783,21 +920,33 @@ def sparsify(
     table: name, shape, active and total weights of each layer. Raises ValueError if the sparsity is out of reach.
     """
     shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
-    layer_sparsity = {"erdos_renyi": erdos_renyi, "uniform": uniform}[distribution](shapes, sparsity)
+    layer_sparsity = {"erdos_renyi": erdos_renyi, "uniform": uniform}[distribution](
+        shapes, sparsity
+    )
     generator = torch.Generator().manual_seed(mask_seed)
     table = []
-    for name in [name for name, layer in network.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]:
-        layer = network.get_submodule(name)  # one at a time, so that dense weights are freed on the way
+    for name in [
+        name for name, layer in network.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)
+    ]:
+        layer = network.get_submodule(
+            name
+        )  # one at a time, so that dense weights are freed on the way
         total = layer.weight.numel()
         count = max(1, round((1 - layer_sparsity[name + ".weight"]) * total))
-        table.append({"layer": name, "shape": list(layer.weight.shape), "active": count, "total": total})
+        table.append(
+            {"layer": name, "shape": list(layer.weight.shape), "active": count, "total": total}
+        )
         if count < total:
-            permutation = torch.randperm(total, generator=generator, dtype=torch.int32)  # half the memory of int64
+            permutation = torch.randperm(
+                total, generator=generator, dtype=torch.int32
+            )  # half the memory of int64
             active = permutation[:count].long().sort().values
             packed = device.type == "cpu" and count <= 0.25 * total
             chosen = kernel if kernel != "auto" else "packed" if packed else "dense"
             linear = isinstance(layer, nn.Linear)
-            network.set_submodule(name, SparseLinear(layer, active, chosen) if linear else SparseConv2d(layer, active))
+            network.set_submodule(
+                name, SparseLinear(layer, active, chosen) if linear else SparseConv2d(layer, active)
+            )
     other = sum(math.prod(shape) for shape in shapes.values()) - sum(row["total"] for row in table)
     table.append({"layer": "biases and norms", "shape": [other], "active": other, "total": other})
     network.to(device)
@@ -812,9 +961,16 @@ def run_and_record(encoder: nn.Module, inputs: torch.Tensor) -> tuple[torch.Tens
     """The features of an encoder (batch, hidden), and the outputs of its linear and of its ReLU layers."""
     linear_outputs, relu_outputs, handles = [], [], []
     for module in encoder.modules():
-        for kinds, outputs in (((nn.Linear, SparseLinear), linear_outputs), ((nn.ReLU, nn.LeakyReLU), relu_outputs)):
+        for kinds, outputs in (
+            ((nn.Linear, SparseLinear), linear_outputs),
+            ((nn.ReLU, nn.LeakyReLU), relu_outputs),
+        ):
             if isinstance(module, kinds):
-                handles.append(module.register_forward_hook(lambda _, __, y, outputs=outputs: outputs.append(y)))
+                handles.append(
+                    module.register_forward_hook(
+                        lambda _, __, y, outputs=outputs: outputs.append(y)
+                    )
+                )
     with torch.no_grad():
         features = encoder(inputs)
     for handle in handles:
@@ -822,7 +978,9 @@ def run_and_record(encoder: nn.Module, inputs: torch.Tensor) -> tuple[torch.Tens
     return features, linear_outputs, relu_outputs
 
 
-def stable_rank(features: torch.Tensor, mass: float = 0.99, threshold: float = 0.01) -> tuple[int, int]:
+def stable_rank(
+    features: torch.Tensor, mass: float = 0.99, threshold: float = 0.01
+) -> tuple[int, int]:
     """Two effective ranks of features (batch, hidden).
 
     First: how many leading singular values hold `mass` of their sum (Kumar et al. 2021; the official code). Second:
@@ -831,7 +989,9 @@ def stable_rank(features: torch.Tensor, mass: float = 0.99, threshold: float = 0
     """
     singular = torch.linalg.svdvals(features.float())
     cumulative = singular.cumsum(0) / singular.sum()
-    return int((cumulative < mass).sum()) + 1, int((singular / math.sqrt(len(features)) > threshold).sum())
+    return int((cumulative < mass).sum()) + 1, int(
+        (singular / math.sqrt(len(features)) > threshold).sum()
+    )
 
 
 def dormant_ratio(outputs: list[torch.Tensor], tau: float = 0.1) -> float:
@@ -844,7 +1004,9 @@ def dormant_ratio(outputs: list[torch.Tensor], tau: float = 0.1) -> float:
     return 100 * dormant / sum(len(score) for score in scores)
 
 
-def measure_plasticity(encoder: nn.Module, inputs: torch.Tensor, parameters: list, gradients: list) -> dict[str, float]:
+def measure_plasticity(
+    encoder: nn.Module, inputs: torch.Tensor, parameters: list, gradients: list
+) -> dict[str, float]:
     """The measurements of section 4 for one network, on a batch of inputs to its encoder."""
     features, linear_outputs, relu_outputs = run_and_record(encoder, inputs)
     rank_99, rank_threshold = stable_rank(features)
@@ -878,7 +1040,9 @@ def open_run(args) -> tuple[Path, dict | None]:
     code 2 if the folder cannot be used, another process works in it, or the checkpoint is damaged or of other flags.
     """
     flags = {name: value for name, value in asdict(args).items() if name not in EXECUTION_FLAGS}
-    digest = hashlib.sha256(json.dumps({**flags, "seed": None}, sort_keys=True).encode()).hexdigest()[:8]
+    digest = hashlib.sha256(
+        json.dumps({**flags, "seed": None}, sort_keys=True).encode()
+    ).hexdigest()[:8]
     env = args.env_id.replace("/", "-").replace(":", "-")
     run_dir = Path(args.runs_dir) / f"{env}__{args.exp_name}__{digest}__s{args.seed}"
     try:
@@ -887,9 +1051,13 @@ def open_run(args) -> tuple[Path, dict | None]:
             open_run.lock = FileLock(run_dir / ".lock")  # held until the process ends
             open_run.lock.acquire(timeout=0)
         if not args.resume and not args.eval_only and any(run_dir.glob("[!.]*")):
-            old = next(path for n in range(1, 10**6) if not (path := Path(f"{run_dir}.old{n}")).exists())
+            old = next(
+                path for n in range(1, 10**6) if not (path := Path(f"{run_dir}.old{n}")).exists()
+            )
             old.mkdir()
-            for path in sorted(run_dir.glob("[!.]*"), reverse=True):  # checkpoints after what they count on
+            for path in sorted(
+                run_dir.glob("[!.]*"), reverse=True
+            ):  # checkpoints after what they count on
                 path.rename(old / path.name)
             print(f"the previous run of these flags is now in {old}")
         path, metrics = run_dir / "checkpoint.pt", run_dir / "metrics.csv"
@@ -897,21 +1065,29 @@ def open_run(args) -> tuple[Path, dict | None]:
             path = run_dir / "checkpoint.previous.pt"
         if not path.exists():
             if args.eval_only:
-                fail(f"nothing to evaluate: no checkpoint in {run_dir}; train first, with the same flags")
+                fail(
+                    f"nothing to evaluate: no checkpoint in {run_dir}; train first, with the same flags"
+                )
             finished = metrics.exists() and ",final/return_mean," in metrics.read_text()
             return run_dir, {"finished": True} if finished else None
     except Timeout:
-        fail(f"another process is working in {run_dir}; wait for it, or change --seed or --exp-name")
+        fail(
+            f"another process is working in {run_dir}; wait for it, or change --seed or --exp-name"
+        )
     except OSError as error:
         fail(f"cannot use {run_dir} ({error.strerror}); choose another folder with --runs-dir")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         made_with = checkpoint["args"]
     except Exception as error:
-        fail(f"cannot read {path} ({type(error).__name__}); if it is damaged, delete it to go on from the one before")
+        fail(
+            f"cannot read {path} ({type(error).__name__}); if it is damaged, delete it to go on from the one before"
+        )
     for name, value in flags.items():
         if made_with.get(name) != value:
-            fail(f"{path} was made with --{name.replace('_', '-')} {made_with.get(name)}, not {value}; move it away")
+            fail(
+                f"{path} was made with --{name.replace('_', '-')} {made_with.get(name)}, not {value}; move it away"
+            )
     return run_dir, checkpoint
 
 
@@ -947,13 +1123,32 @@ def describe_run(run_dir: Path, args, layers: dict[str, list[dict]]) -> None:
         print(f"{network:<26}{'shape':>14}{'density':>9}{'active':>13} /{'total':>12}")
         for row in [*rows, {"layer": "all", "shape": [], "active": active, "total": total}]:
             shape, density = " x ".join(map(str, row["shape"])), row["active"] / row["total"]
-            print(f"  {row['layer']:<24}{shape:>14}{density:>9.4f}{row['active']:>13,} /{row['total']:>12,}")
-    how = {"shell": True, "cwd": Path(__file__).resolve().parent, "capture_output": True, "text": True}
-    revision = subprocess.run("git describe --always --dirty", **how).stdout.strip() or None  # None without git
+            print(
+                f"  {row['layer']:<24}{shape:>14}{density:>9.4f}{row['active']:>13,} /{row['total']:>12,}"
+            )
+    how = {
+        "shell": True,
+        "cwd": Path(__file__).resolve().parent,
+        "capture_output": True,
+        "text": True,
+    }
+    revision = (
+        subprocess.run("git describe --always --dirty", **how).stdout.strip() or None
+    )  # None without git
     packages = ("torch", "numpy", "numba", "gymnasium", "shimmy", "dm-control", "mujoco", "ale-py")
-    installed = {str(package.name).lower().replace("_", "-"): package.version for package in distributions()}
-    versions = {"python": platform.python_version(), **{name: installed.get(name) for name in packages}}
-    record = {"args": asdict(args), "versions": versions, "git_revision": revision, "layers": layers}
+    installed = {
+        str(package.name).lower().replace("_", "-"): package.version for package in distributions()
+    }
+    versions = {
+        "python": platform.python_version(),
+        **{name: installed.get(name) for name in packages},
+    }
+    record = {
+        "args": asdict(args),
+        "versions": versions,
+        "git_revision": revision,
+        "layers": layers,
+    }
     (run_dir / "args.json").write_text(json.dumps(record, indent=1))
 
 
@@ -963,7 +1158,9 @@ class Metrics:
     def __init__(self, run_dir: Path, args, csv_bytes: int, env_step: int):
         self.file = open(run_dir / "metrics.csv", "a")  # noqa: SIM115
         if os.fstat(self.file.fileno()).st_size < csv_bytes:
-            fail(f"{self.file.name} lacks what came before the checkpoint; bring it back, or start with --no-resume")
+            fail(
+                f"{self.file.name} lacks what came before the checkpoint; bring it back, or start with --no-resume"
+            )
         self.file.truncate(csv_bytes)  # what came after the checkpoint will be written again
         if csv_bytes == 0:
             self.file.write("env_step,agent_step,update_step,metric,value\n")
@@ -972,14 +1169,23 @@ class Metrics:
         if args.track:
             import wandb
 
-            where = {"project": args.wandb_project, "entity": args.wandb_entity, "id": run_dir.name, "dir": run_dir}
+            where = {
+                "project": args.wandb_project,
+                "entity": args.wandb_entity,
+                "id": run_dir.name,
+                "dir": run_dir,
+            }
             try:
-                self.wandb = wandb.init(**where, config=asdict(args), resume="allow" if csv_bytes else None)
+                self.wandb = wandb.init(
+                    **where, config=asdict(args), resume="allow" if csv_bytes else None
+                )
             except wandb.Error as error:
                 fail(f"--track: {error}")
             self.wandb.define_metric("*", step_metric="env_step")
 
-    def log(self, env_step: int, agent_step: int, update_step: int, values: dict[str, float]) -> None:
+    def log(
+        self, env_step: int, agent_step: int, update_step: int, values: dict[str, float]
+    ) -> None:
         for metric, value in values.items():
             self.file.write(f"{env_step},{agent_step},{update_step},{metric},{float(value)!r}\n")
             self.tensorboard.add_scalar(metric, float(value), env_step)
@@ -1002,10 +1208,14 @@ class Metrics:
 
 def draw_learning_curve(run_dir: Path, title: str) -> None:
     """learning_curve.png from metrics.csv: returns of training episodes and of evaluations (mean and std)."""
-    metrics = pd.read_csv(run_dir / "metrics.csv").pivot(index="env_step", columns="metric", values="value")
+    metrics = pd.read_csv(run_dir / "metrics.csv").pivot(
+        index="env_step", columns="metric", values="value"
+    )
     axes = (figure := Figure((6, 4), layout="constrained")).subplots()
     if "episode/return" in metrics:
-        axes.plot(metrics["episode/return"].dropna(), color="0.75", lw=0.8, label="training episodes")
+        axes.plot(
+            metrics["episode/return"].dropna(), color="0.75", lw=0.8, label="training episodes"
+        )
     mean, std = (metrics[f"eval/return_{name}"].dropna() for name in ("mean", "std"))
     axes.plot(mean, marker="o", ms=3, label="evaluation (mean, std over episodes)")
     axes.fill_between(mean.index, mean - std, mean + std, alpha=0.2)

@@ -188,7 +188,9 @@ def lecun_normal(conv: nn.Conv2d) -> nn.Conv2d:
 class ResidualBlock(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
-        first, second = (lecun_normal(nn.Conv2d(channels, channels, 3, padding=1)) for _ in range(2))
+        first, second = (
+            lecun_normal(nn.Conv2d(channels, channels, 3, padding=1)) for _ in range(2)
+        )
         self.layers = nn.Sequential(nn.ReLU(), first, nn.ReLU(inplace=True), second)
 
     def forward(self, x):
@@ -203,7 +205,9 @@ def impala(width_scale: float, blocks: int) -> nn.Sequential:
         conv = nn.Conv2d(fan_in, fan_out, 3, padding=1)
         nn.init.xavier_uniform_(conv.weight)
         nn.init.zeros_(conv.bias)
-        pool = nn.MaxPool2d(3, 2, padding=size % 2, ceil_mode=True)  # the border of JAX's padding="SAME"
+        pool = nn.MaxPool2d(
+            3, 2, padding=size % 2, ceil_mode=True
+        )  # the border of JAX's padding="SAME"
         modules += [conv, pool, *(ResidualBlock(fan_out) for _ in range(blocks))]
         size = math.ceil(size / 2)
     return nn.Sequential(*modules, nn.ReLU())
@@ -218,7 +222,9 @@ class NoisyLinear(nn.Module):
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__()
-        self.mean = nn.Linear(in_features, out_features)  # weights and biases uniform in +-1/sqrt(in_features)
+        self.mean = nn.Linear(
+            in_features, out_features
+        )  # weights and biases uniform in +-1/sqrt(in_features)
 
     def add_noise(self, sigma: float) -> None:
         self.weight_name = "values" if isinstance(self.mean, SparseLinear) else "weight"
@@ -255,9 +261,15 @@ class Network(nn.Module):
     def noisy_layers(self) -> list[NoisyLinear]:
         return [self.hidden, self.value, self.advantage]
 
-    def draw_noise(self, generator: torch.Generator | None = None) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def draw_noise(
+        self, generator: torch.Generator | None = None
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Noise of one pass for each noisy layer, sign(x) sqrt(|x|) of standard normals: (in,), (out,)."""
-        sizes = [size for layer in self.noisy_layers() for size in (layer.in_features, layer.out_features)]
+        sizes = [
+            size
+            for layer in self.noisy_layers()
+            for size in (layer.in_features, layer.out_features)
+        ]
         normal = torch.randn(sum(sizes), generator=generator).to(self.hidden.sigma.device)
         parts = (normal.sign() * normal.abs().sqrt()).split(sizes)
         return list(zip(parts[::2], parts[1::2]))
@@ -316,15 +328,28 @@ class PrioritizedReplay:
     """
 
     def __init__(self, path: Path, args: Args, capacity: int, slack: int, mode: str = "w+"):
-        self.capacity, self.n_step, self.gamma, self.added, self.largest = capacity, args.n_step, args.gamma, 0, 1.0
-        self.priority_exponent, self.importance_exponent = args.priority_exponent, args.importance_exponent
+        self.capacity, self.n_step, self.gamma, self.added, self.largest = (
+            capacity,
+            args.n_step,
+            args.gamma,
+            0,
+            1.0,
+        )
+        self.priority_exponent, self.importance_exponent = (
+            args.priority_exponent,
+            args.importance_exponent,
+        )
         size = capacity + slack
         self.path, shape, needed = path, (size, SIZE, SIZE), size * SIZE * SIZE
         if mode == "r+" and (not path.exists() or path.stat().st_size != needed):
-            fail(f"{path} is not as the checkpoint left it; bring it back, or start with --no-resume")
+            fail(
+                f"{path} is not as the checkpoint left it; bring it back, or start with --no-resume"
+            )
         free = shutil.disk_usage(path.parent).free / 1e9
         if mode == "w+" and free < needed / 1e9:
-            fail(f"{path} needs {needed / 1e9:.1f} of {free:.1f} GB free; lower --buffer-size or --checkpoint-interval")
+            fail(
+                f"{path} needs {needed / 1e9:.1f} of {free:.1f} GB free; lower --buffer-size or --checkpoint-interval"
+            )
         self.frames = np.asarray(np.memmap(path, np.uint8, mode, shape=shape))
         self.action, self.start = np.zeros(size, np.int64), np.full(size, -1)
         self.reward, self.terminal = np.zeros(size, np.float32), np.zeros(size, np.float32)
@@ -341,7 +366,9 @@ class PrioritizedReplay:
         self._append(frame, self.start[last])
         newest = self.added - 1
         first = max(self.start[last], newest - self.n_step, newest - self.capacity + 1)
-        whole = np.arange(first, newest if terminal else newest - self.n_step + 1)  # the new starting points
+        whole = np.arange(
+            first, newest if terminal else newest - self.n_step + 1
+        )  # the new starting points
         self.priority[whole % len(self.frames)] = self.largest
 
     def _append(self, frame: np.ndarray, start: int) -> None:
@@ -354,21 +381,38 @@ class PrioritizedReplay:
         """Whether there is a transition to sample."""
         return bool(self.priority.any())
 
-    def sample(self, batch_size: int, device: torch.device, generator: torch.Generator | None = None) -> Batch:
+    def sample(
+        self, batch_size: int, device: torch.device, generator: torch.Generator | None = None
+    ) -> Batch:
         """In proportion to the priorities, with replacement; call it when ready()."""
         ring = len(self.frames)
         cumulative = self.priority[: self.added].cumsum()
-        points = torch.rand(batch_size, generator=generator, dtype=torch.float64).numpy() * cumulative[-1]
+        points = (
+            torch.rand(batch_size, generator=generator, dtype=torch.float64).numpy()
+            * cumulative[-1]
+        )
         index = np.searchsorted(cumulative, points, side="right")
         number = index + (self.added - 1 - index) // ring * ring
         steps = (number[:, None] + np.arange(self.n_step)) % ring
-        going_on = np.cumprod(1 - self.terminal[steps], axis=1)  # (batch, n): no terminal up to and including this step
+        going_on = np.cumprod(
+            1 - self.terminal[steps], axis=1
+        )  # (batch, n): no terminal up to and including this step
         factor = np.float32(self.gamma) ** np.arange(self.n_step, dtype=np.float32)
-        factor = factor * np.concatenate([np.ones((batch_size, 1), np.float32), going_on[:, :-1]], axis=1)
-        reward, discount = (factor * self.reward[steps]).sum(1), self.gamma**self.n_step * going_on[:, -1]
+        factor = factor * np.concatenate(
+            [np.ones((batch_size, 1), np.float32), going_on[:, :-1]], axis=1
+        )
+        reward, discount = (
+            (factor * self.reward[steps]).sum(1),
+            self.gamma**self.n_step * going_on[:, -1],
+        )
         stacks = np.empty((2, batch_size, SIZE, SIZE, STACK), np.uint8)
         gather_stacks(self.frames, number, self.start[index], stacks[0])
-        gather_stacks(self.frames, np.minimum(number + self.n_step, self.added - 1), self.start[index], stacks[1])
+        gather_stacks(
+            self.frames,
+            np.minimum(number + self.n_step, self.added - 1),
+            self.start[index],
+            stacks[1],
+        )
         weight = self.priority[index] ** -self.importance_exponent
         weight = (weight / weight.max()).astype(np.float32)
         columns = (stacks[0], self.action[index], reward, discount, stacks[1], weight, index)
@@ -409,8 +453,12 @@ def project(points, probabilities, support):
 def target_distribution(network, target_network, batch, support, noise):
     """The distribution of R_n + gamma^n Z_target(s_n, argmax_a E Z(s_n, a)) on the support, (batch, atoms)"""
     action = (network(batch.next_obs, noise).softmax(-1) @ support).argmax(1)
-    probabilities = target_network(batch.next_obs, noise).softmax(-1)[torch.arange(len(action)), action]
-    return project(batch.reward[:, None] + batch.discount[:, None] * support, probabilities, support)
+    probabilities = target_network(batch.next_obs, noise).softmax(-1)[
+        torch.arange(len(action)), action
+    ]
+    return project(
+        batch.reward[:, None] + batch.discount[:, None] * support, probabilities, support
+    )
 
 
 def cross_entropy(network, batch, target, noise):
@@ -431,15 +479,23 @@ class Agent:
             layer.add_noise(args.noisy_sigma)
         self.network.encoder.to(memory_format=torch.channels_last)
         # The memo lets the target network share the index buffers: the pattern is stored once.
-        self.target_network = copy.deepcopy(self.network, {id(buffer): buffer for buffer in self.network.buffers()})
+        self.target_network = copy.deepcopy(
+            self.network, {id(buffer): buffer for buffer in self.network.buffers()}
+        )
         self.target_network.requires_grad_(False)
-        self.optimizer = torch.optim.Adam(self.network.parameters(), args.learning_rate, eps=args.adam_eps, fused=True)
+        self.optimizer = torch.optim.Adam(
+            self.network.parameters(), args.learning_rate, eps=args.adam_eps, fused=True
+        )
         self.support = torch.linspace(-args.v_max, args.v_max, args.atoms, device=device)
 
 
-def update(agent: Agent, batch: Batch, noise, next_noise) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+def update(
+    agent: Agent, batch: Batch, noise, next_noise
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """One gradient update of the network; returns what is logged, and the loss of each transition (batch,)."""
-    target = target_distribution(agent.network, agent.target_network, batch, agent.support, next_noise)
+    target = target_distribution(
+        agent.network, agent.target_network, batch, agent.support, next_noise
+    )
     losses = cross_entropy(agent.network, batch, target, noise)
     loss = (batch.weight * losses).mean()
     agent.optimizer.zero_grad()
@@ -460,7 +516,9 @@ def act(agent: Agent, stack: np.ndarray, noise=None) -> int:
     return int((logits.softmax(-1) @ agent.support).argmax())
 
 
-def evaluate(args, agent, env: gym.Env, games: int, seed_key: tuple, video: Path | None = None) -> dict[str, float]:
+def evaluate(
+    args, agent, env: gym.Env, games: int, seed_key: tuple, video: Path | None = None
+) -> dict[str, float]:
     """Mean, std and interquartile mean of the scores of whole games, without noise; films the first on request."""
     returns, frames = np.zeros(games), []
     for game in range(games):
@@ -482,30 +540,44 @@ def evaluate(args, agent, env: gym.Env, games: int, seed_key: tuple, video: Path
 
         video.parent.mkdir(exist_ok=True)
         imageio.mimwrite(video, frames, fps=60 / args.action_repeat, macro_block_size=None)
-    return {"return_mean": returns.mean(), "return_std": returns.std(), "return_iqm": trim_mean(returns, 0.25)}
+    return {
+        "return_mean": returns.mean(),
+        "return_std": returns.std(),
+        "return_iqm": trim_mean(returns, 0.25),
+    }
 
 
 def diagnose(agent: Agent, batch: Batch, noise, next_noise) -> dict[str, float]:
     """Plasticity measurements of the hidden layer behind the CNN, gradients and norms of all weights."""
-    target = target_distribution(agent.network, agent.target_network, batch, agent.support, next_noise)
+    target = target_distribution(
+        agent.network, agent.target_network, batch, agent.support, next_noise
+    )
     loss = (batch.weight * cross_entropy(agent.network, batch, target, noise)).mean()
     parameters = list(agent.network.parameters())
     body = nn.Sequential(agent.network.hidden, nn.ReLU())
     with torch.no_grad():
         features = agent.network.encode(batch.obs)
-    plasticity = measure_plasticity(body, features, parameters, torch.autograd.grad(loss, parameters))
+    plasticity = measure_plasticity(
+        body, features, parameters, torch.autograd.grad(loss, parameters)
+    )
     return {f"critic_{metric}": value for metric, value in plasticity.items()}
 
 
 def train(args: Args) -> None:
     check_flags(args)
-    device = torch.device(args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(
+        args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
+    )
     threads = args.threads or torch.get_num_threads()
     numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
     torch.set_num_threads(threads)  # after numba, whose start sets the number for both
     warnings.filterwarnings("ignore", category=UserWarning, module="gymnasium")
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages for tensors: fewer page faults on Linux
-    signal.signal(signal.SIGINT, lambda *_: sys.exit("interrupted; --resume goes on from the last checkpoint"))
+    os.environ.setdefault(
+        "THP_MEM_ALLOC_ENABLE", "1"
+    )  # large pages for tensors: fewer page faults on Linux
+    signal.signal(
+        signal.SIGINT, lambda *_: sys.exit("interrupted; --resume goes on from the last checkpoint")
+    )
 
     env, eval_env = make_env(args), make_env(args, "rgb_array" if args.capture_video else None)
     random.seed(args.seed)
@@ -520,14 +592,21 @@ def train(args: Args) -> None:
         (run_dir / "replay.u8").unlink(missing_ok=True)  # left by a kill after the last checkpoint
         print(f"this run is finished: its results are in {run_dir} (--no-resume runs it again)")
         sys.exit(0)
-    parts_to_save = {name: getattr(agent, name) for name in ("network", "target_network", "optimizer")}
+    parts_to_save = {
+        name: getattr(agent, name) for name in ("network", "target_network", "optimizer")
+    }
     agent_step = update_step = episode = csv_bytes = 0
     if not args.eval_only:
         total_steps = math.ceil(args.total_timesteps / args.action_repeat)
         capacity = min(args.buffer_size, 2 * total_steps)  # frames; a life of T decisions has T + 1
         # Two checkpoints' worth, each up to the longest game (108,000 env steps) late, with room for starts of lives
-        slack = min(2 * total_steps - capacity, 2 * (args.checkpoint_interval + 2 * 108_000) // args.action_repeat)
-        replay = PrioritizedReplay(run_dir / "replay.u8", args, capacity, slack, "r+" if checkpoint else "w+")
+        slack = min(
+            2 * total_steps - capacity,
+            2 * (args.checkpoint_interval + 2 * 108_000) // args.action_repeat,
+        )
+        replay = PrioritizedReplay(
+            run_dir / "replay.u8", args, capacity, slack, "r+" if checkpoint else "w+"
+        )
         parts_to_save["replay"] = replay
 
     if checkpoint:
@@ -540,15 +619,24 @@ def train(args: Args) -> None:
         agent_step, update_step, episode, csv_bytes = checkpoint["counters"]
     if args.eval_only:
         video = run_dir / "videos" / f"eval_{agent_step}.mp4" if args.capture_video else None
-        result = evaluate(args, agent, eval_env, args.final_eval_episodes, (args.seed, FINAL, agent_step), video)
+        result = evaluate(
+            args, agent, eval_env, args.final_eval_episodes, (args.seed, FINAL, agent_step), video
+        )
         print("  ".join(f"{name} {value:.1f}" for name, value in result.items()))
         sys.exit(0)
 
     describe_run(run_dir, args, agent.layers)
-    print(f"replay: up to {replay.frames.nbytes / 1e9:.1f} GB in {replay.path}, deleted at the end of training")
-    print(f"{run_dir}: " + (f"going on from env step {agent_step * args.action_repeat}" if checkpoint else "new run"))
+    print(
+        f"replay: up to {replay.frames.nbytes / 1e9:.1f} GB in {replay.path}, deleted at the end of training"
+    )
+    print(
+        f"{run_dir}: "
+        + (f"going on from env step {agent_step * args.action_repeat}" if checkpoint else "new run")
+    )
     metrics = Metrics(run_dir, args, csv_bytes, agent_step * args.action_repeat)
-    bar = tqdm(total=args.total_timesteps, initial=agent_step * args.action_repeat, unit=" env steps")
+    bar = tqdm(
+        total=args.total_timesteps, initial=agent_step * args.action_repeat, unit=" env steps"
+    )
     bar.mininterval = 0.5 if sys.stderr.isatty() else 30
     saved_step, losses, game_over = agent_step, {}, True
 
@@ -595,19 +683,30 @@ def train(args: Args) -> None:
         if agent_step * args.action_repeat >= args.learning_starts and replay.ready():
             for _ in range(args.updates_per_step):
                 batch = replay.sample(args.batch_size, device)
-                losses, each = update(agent, batch, agent.network.draw_noise(), agent.network.draw_noise())
+                losses, each = update(
+                    agent, batch, agent.network.draw_noise(), agent.network.draw_noise()
+                )
                 update_step += 1
-                if not (each.isfinite().all() and get_total_norm(agent.network.parameters()).isfinite()):
-                    print(f"error: values not finite at {agent_step=}; the last checkpoint is kept", file=sys.stderr)
+                if not (
+                    each.isfinite().all() and get_total_norm(agent.network.parameters()).isfinite()
+                ):
+                    print(
+                        f"error: values not finite at {agent_step=}; the last checkpoint is kept",
+                        file=sys.stderr,
+                    )
                     sys.exit(3)
                 replay.set_priorities(batch.index, each)
                 if update_step % args.target_interval == 0:
-                    for slow, fast in zip(agent.target_network.parameters(), agent.network.parameters()):
+                    for slow, fast in zip(
+                        agent.target_network.parameters(), agent.network.parameters()
+                    ):
                         slow.copy_(fast.detach())
 
         # Measure
         if due(args.eval_interval):
-            result = evaluate(args, agent, eval_env, args.eval_episodes, (args.seed, EVAL, agent_step))
+            result = evaluate(
+                args, agent, eval_env, args.eval_episodes, (args.seed, EVAL, agent_step)
+            )
             log(result, "eval")
             draw_learning_curve(run_dir, args.env_id)
             bar.set_postfix_str(f"return {result['return_mean']:.0f}")
@@ -622,18 +721,25 @@ def train(args: Args) -> None:
             length = agent_step - episode_start
             log({"return": episode_return, "length": length}, "episode")
             log({name: float(loss) for name, loss in losses.items()}, "losses")
-            log({"env_steps_per_second": length * args.action_repeat / (time.time() - started)}, "time")
+            log(
+                {"env_steps_per_second": length * args.action_repeat / (time.time() - started)},
+                "time",
+            )
 
     save(finished=False)  # a kill in the last evaluation costs no training
     video = run_dir / "videos" / "final.mp4" if args.capture_video else None
-    result = evaluate(args, agent, eval_env, args.final_eval_episodes, (args.seed, FINAL, agent_step), video)
+    result = evaluate(
+        args, agent, eval_env, args.final_eval_episodes, (args.seed, FINAL, agent_step), video
+    )
     log(result, "final")
     save(finished=True)
     replay.path.unlink()
     metrics.close()
     bar.close()
     draw_learning_curve(run_dir, args.env_id)
-    print(f"return {result['return_mean']:.1f}; checkpoint, metrics.csv and learning_curve.png are in {run_dir}")
+    print(
+        f"return {result['return_mean']:.1f}; checkpoint, metrics.csv and learning_curve.png are in {run_dir}"
+    )
 
 
 # Appendix: the same in every file that has it
@@ -641,8 +747,16 @@ def train(args: Args) -> None:
 
 # Flags that change results by rounding at most: a run may go on with others. The rest are in its folder's name.
 EXECUTION_FLAGS = {
-    *("device", "threads", "runs_dir", "resume", "eval_only", "capture_video", "sparse_kernel"),
-    *("track", "wandb_project", "wandb_entity"),
+    "device",
+    "threads",
+    "runs_dir",
+    "resume",
+    "eval_only",
+    "capture_video",
+    "sparse_kernel",
+    "track",
+    "wandb_project",
+    "wandb_entity",
 }
 
 
@@ -652,7 +766,11 @@ def check_flags(args: Args) -> None:
     counts += " threads eval_interval eval_episodes final_eval_episodes checkpoint_interval"
     rules = [
         ("at least 0 and below 1", lambda x: 0 <= x < 1, "sparsity sticky_actions"),
-        ("between 0 and 1", lambda x: 0 <= x <= 1, "gamma priority_exponent importance_exponent eval_epsilon"),
+        (
+            "between 0 and 1",
+            lambda x: 0 <= x <= 1,
+            "gamma priority_exponent importance_exponent eval_epsilon",
+        ),
         ("above 0 and finite", lambda x: 0 < x < math.inf, "learning_rate adam_eps v_max"),
         ("at least 0 and finite", lambda x: 0 <= x < math.inf, "noisy_sigma"),
         ("at least 1/16 (one channel) and finite", lambda x: 1 / 16 <= x < math.inf, "width_scale"),
@@ -682,7 +800,11 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
 
     ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
     gym.register_envs(ale_py)
-    emulator = {"frameskip": 1, "repeat_action_probability": args.sticky_actions, "render_mode": render_mode}
+    emulator = {
+        "frameskip": 1,
+        "repeat_action_probability": args.sticky_actions,
+        "render_mode": render_mode,
+    }
     try:
         env = gym.make(args.env_id, disable_env_checker=True, **emulator)
         return gym.wrappers.AtariPreprocessing(env, frame_skip=args.action_repeat, screen_size=SIZE)
@@ -713,9 +835,13 @@ def erdos_renyi(shapes: dict[str, tuple[int, ...]], sparsity: float) -> dict[str
     dense = {name for name, shape in shapes.items() if len(shape) == 1}
     while len(dense) < len(shapes):
         rest = [name for name in shapes if name not in dense]
-        epsilon = (budget - sum(size[name] for name in dense)) / sum(sum(shapes[name]) for name in rest)
+        epsilon = (budget - sum(size[name] for name in dense)) / sum(
+            sum(shapes[name]) for name in rest
+        )
         if epsilon <= 0:
-            raise ValueError(f"sparsity {sparsity} is out of reach: biases and norms alone hold more parameters")
+            raise ValueError(
+                f"sparsity {sparsity} is out of reach: biases and norms alone hold more parameters"
+            )
         density = {name: epsilon * sum(shapes[name]) / size[name] for name in rest}
         overfull = {name for name in rest if density[name] > 1}
         if not overfull:
@@ -734,14 +860,22 @@ def uniform(shapes: dict[str, tuple[int, ...]], sparsity: float) -> dict[str, fl
 BLOCK = 128
 
 
-REORDER = {"reassoc", "contract", "nsz"}  # sums may be vectorised; NaN and infinity still pass through
+REORDER = {
+    "reassoc",
+    "contract",
+    "nsz",
+}  # sums may be vectorised; NaN and infinity still pass through
 
 
-def sort_into_blocks(row: torch.Tensor, col: torch.Tensor, shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+def sort_into_blocks(
+    row: torch.Tensor, col: torch.Tensor, shape: tuple[int, int]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The order that sorts entries (row, col) of a matrix of some shape into blocks, and the pointers to its groups."""
     group = col // BLOCK * shape[0] + row
     groups = math.ceil(shape[1] / BLOCK) * shape[0]
-    return torch.argsort(group, stable=True), F.pad(torch.bincount(group, minlength=groups).cumsum(0), (1, 0))
+    return torch.argsort(group, stable=True), F.pad(
+        torch.bincount(group, minlength=groups).cumsum(0), (1, 0)
+    )
 
 
 @numba.njit(parallel=True, fastmath=REORDER, cache=True)
@@ -755,7 +889,9 @@ def packed_product(pointers, col, values, x_t, y_t):
                 last = min(k + 1, end - 1)
                 x0, x1 = x_t[col[k]], x_t[col[last]]
                 w0 = values[k]
-                w1 = values[last] if last > k else np.float32(0)  # the last of an odd row stands alone
+                w1 = (
+                    values[last] if last > k else np.float32(0)
+                )  # the last of an odd row stands alone
                 for b in range(len(y)):
                     y[b] += w0 * x0[b] + w1 * x1[b]
 
@@ -805,7 +941,9 @@ class PackedLinear(torch.autograd.Function):
         grad_x = grad_values = grad_bias = None
         if ctx.needs_input_grad[0]:
             by_column, zeros = values.index_select(0, layer.by_column), torch.zeros_like(x_t)
-            grad_x = call_numba(packed_product, layer.pointers_t, layer.row, by_column, grad_t, zeros).t()
+            grad_x = call_numba(
+                packed_product, layer.pointers_t, layer.row, by_column, grad_t, zeros
+            ).t()
         if ctx.needs_input_grad[1]:
             empty = torch.empty_like(values)
             grad_values = call_numba(packed_gradient, layer.pointers, layer.col, grad_t, x_t, empty)
@@ -840,12 +978,18 @@ class SparseLinear(nn.Module):
 
     def _load_from_state_dict(self, state: dict, prefix: str, *rest) -> None:
         if not torch.equal(state[prefix + "active"].cpu(), self.active.cpu()):
-            raise ValueError("the saved mask is not the one drawn here: another version of PyTorch or of this file?")
+            raise ValueError(
+                "the saved mask is not the one drawn here: another version of PyTorch or of this file?"
+            )
         nn.Module._load_from_state_dict(self, state, prefix, *rest)
 
     def dense_weight(self) -> torch.Tensor:
         """The values in their places among zeros, with the shape of the dense weight."""
-        return self.values.new_zeros(math.prod(self.shape)).index_copy_(0, self.index, self.values).view(self.shape)
+        return (
+            self.values.new_zeros(math.prod(self.shape))
+            .index_copy_(0, self.index, self.values)
+            .view(self.shape)
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(batch, in) -> (batch, out)"""
@@ -860,7 +1004,10 @@ class SparseConv2d(nn.Module):
     `active` (nnz,) lists their places in the flattened weight (out, in, k_h, k_w).
     """
 
-    _load_from_state_dict, dense_weight = SparseLinear._load_from_state_dict, SparseLinear.dense_weight
+    _load_from_state_dict, dense_weight = (
+        SparseLinear._load_from_state_dict,
+        SparseLinear.dense_weight,
+    )
 
     def __init__(self, conv: nn.Conv2d, active: torch.Tensor):
         super().__init__()
@@ -876,7 +1023,12 @@ class SparseConv2d(nn.Module):
 
 
 def sparsify(
-    network: nn.Module, sparsity: float, distribution: str, mask_seed: int, kernel: str, device: torch.device
+    network: nn.Module,
+    sparsity: float,
+    distribution: str,
+    mask_seed: int,
+    kernel: str,
+    device: torch.device,
 ) -> list[dict]:
     """Prunes a network once, at random, and moves it: each linear layer and convolution that loses weights is replaced.
 
@@ -884,21 +1036,33 @@ def sparsify(
     table: name, shape, active and total weights of each layer. Raises ValueError if the sparsity is out of reach.
     """
     shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
-    layer_sparsity = {"erdos_renyi": erdos_renyi, "uniform": uniform}[distribution](shapes, sparsity)
+    layer_sparsity = {"erdos_renyi": erdos_renyi, "uniform": uniform}[distribution](
+        shapes, sparsity
+    )
     generator = torch.Generator().manual_seed(mask_seed)
     table = []
-    for name in [name for name, layer in network.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]:
-        layer = network.get_submodule(name)  # one at a time, so that dense weights are freed on the way
+    for name in [
+        name for name, layer in network.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)
+    ]:
+        layer = network.get_submodule(
+            name
+        )  # one at a time, so that dense weights are freed on the way
         total = layer.weight.numel()
         count = max(1, round((1 - layer_sparsity[name + ".weight"]) * total))
-        table.append({"layer": name, "shape": list(layer.weight.shape), "active": count, "total": total})
+        table.append(
+            {"layer": name, "shape": list(layer.weight.shape), "active": count, "total": total}
+        )
         if count < total:
-            permutation = torch.randperm(total, generator=generator, dtype=torch.int32)  # half the memory of int64
+            permutation = torch.randperm(
+                total, generator=generator, dtype=torch.int32
+            )  # half the memory of int64
             active = permutation[:count].long().sort().values
             packed = device.type == "cpu" and count <= 0.25 * total
             chosen = kernel if kernel != "auto" else "packed" if packed else "dense"
             linear = isinstance(layer, nn.Linear)
-            network.set_submodule(name, SparseLinear(layer, active, chosen) if linear else SparseConv2d(layer, active))
+            network.set_submodule(
+                name, SparseLinear(layer, active, chosen) if linear else SparseConv2d(layer, active)
+            )
     other = sum(math.prod(shape) for shape in shapes.values()) - sum(row["total"] for row in table)
     table.append({"layer": "biases and norms", "shape": [other], "active": other, "total": other})
     network.to(device)
@@ -913,9 +1077,16 @@ def run_and_record(encoder: nn.Module, inputs: torch.Tensor) -> tuple[torch.Tens
     """The features of an encoder (batch, hidden), and the outputs of its linear and of its ReLU layers."""
     linear_outputs, relu_outputs, handles = [], [], []
     for module in encoder.modules():
-        for kinds, outputs in (((nn.Linear, SparseLinear), linear_outputs), ((nn.ReLU, nn.LeakyReLU), relu_outputs)):
+        for kinds, outputs in (
+            ((nn.Linear, SparseLinear), linear_outputs),
+            ((nn.ReLU, nn.LeakyReLU), relu_outputs),
+        ):
             if isinstance(module, kinds):
-                handles.append(module.register_forward_hook(lambda _, __, y, outputs=outputs: outputs.append(y)))
+                handles.append(
+                    module.register_forward_hook(
+                        lambda _, __, y, outputs=outputs: outputs.append(y)
+                    )
+                )
     with torch.no_grad():
         features = encoder(inputs)
     for handle in handles:
@@ -923,7 +1094,9 @@ def run_and_record(encoder: nn.Module, inputs: torch.Tensor) -> tuple[torch.Tens
     return features, linear_outputs, relu_outputs
 
 
-def stable_rank(features: torch.Tensor, mass: float = 0.99, threshold: float = 0.01) -> tuple[int, int]:
+def stable_rank(
+    features: torch.Tensor, mass: float = 0.99, threshold: float = 0.01
+) -> tuple[int, int]:
     """Two effective ranks of features (batch, hidden).
 
     First: how many leading singular values hold `mass` of their sum (Kumar et al. 2021; the official code). Second:
@@ -932,7 +1105,9 @@ def stable_rank(features: torch.Tensor, mass: float = 0.99, threshold: float = 0
     """
     singular = torch.linalg.svdvals(features.float())
     cumulative = singular.cumsum(0) / singular.sum()
-    return int((cumulative < mass).sum()) + 1, int((singular / math.sqrt(len(features)) > threshold).sum())
+    return int((cumulative < mass).sum()) + 1, int(
+        (singular / math.sqrt(len(features)) > threshold).sum()
+    )
 
 
 def dormant_ratio(outputs: list[torch.Tensor], tau: float = 0.1) -> float:
@@ -945,7 +1120,9 @@ def dormant_ratio(outputs: list[torch.Tensor], tau: float = 0.1) -> float:
     return 100 * dormant / sum(len(score) for score in scores)
 
 
-def measure_plasticity(encoder: nn.Module, inputs: torch.Tensor, parameters: list, gradients: list) -> dict[str, float]:
+def measure_plasticity(
+    encoder: nn.Module, inputs: torch.Tensor, parameters: list, gradients: list
+) -> dict[str, float]:
     """The measurements of section 4 for one network, on a batch of inputs to its encoder."""
     features, linear_outputs, relu_outputs = run_and_record(encoder, inputs)
     rank_99, rank_threshold = stable_rank(features)
@@ -979,7 +1156,9 @@ def open_run(args) -> tuple[Path, dict | None]:
     code 2 if the folder cannot be used, another process works in it, or the checkpoint is damaged or of other flags.
     """
     flags = {name: value for name, value in asdict(args).items() if name not in EXECUTION_FLAGS}
-    digest = hashlib.sha256(json.dumps({**flags, "seed": None}, sort_keys=True).encode()).hexdigest()[:8]
+    digest = hashlib.sha256(
+        json.dumps({**flags, "seed": None}, sort_keys=True).encode()
+    ).hexdigest()[:8]
     env = args.env_id.replace("/", "-").replace(":", "-")
     run_dir = Path(args.runs_dir) / f"{env}__{args.exp_name}__{digest}__s{args.seed}"
     try:
@@ -988,9 +1167,13 @@ def open_run(args) -> tuple[Path, dict | None]:
             open_run.lock = FileLock(run_dir / ".lock")  # held until the process ends
             open_run.lock.acquire(timeout=0)
         if not args.resume and not args.eval_only and any(run_dir.glob("[!.]*")):
-            old = next(path for n in range(1, 10**6) if not (path := Path(f"{run_dir}.old{n}")).exists())
+            old = next(
+                path for n in range(1, 10**6) if not (path := Path(f"{run_dir}.old{n}")).exists()
+            )
             old.mkdir()
-            for path in sorted(run_dir.glob("[!.]*"), reverse=True):  # checkpoints after what they count on
+            for path in sorted(
+                run_dir.glob("[!.]*"), reverse=True
+            ):  # checkpoints after what they count on
                 path.rename(old / path.name)
             print(f"the previous run of these flags is now in {old}")
         path, metrics = run_dir / "checkpoint.pt", run_dir / "metrics.csv"
@@ -998,21 +1181,29 @@ def open_run(args) -> tuple[Path, dict | None]:
             path = run_dir / "checkpoint.previous.pt"
         if not path.exists():
             if args.eval_only:
-                fail(f"nothing to evaluate: no checkpoint in {run_dir}; train first, with the same flags")
+                fail(
+                    f"nothing to evaluate: no checkpoint in {run_dir}; train first, with the same flags"
+                )
             finished = metrics.exists() and ",final/return_mean," in metrics.read_text()
             return run_dir, {"finished": True} if finished else None
     except Timeout:
-        fail(f"another process is working in {run_dir}; wait for it, or change --seed or --exp-name")
+        fail(
+            f"another process is working in {run_dir}; wait for it, or change --seed or --exp-name"
+        )
     except OSError as error:
         fail(f"cannot use {run_dir} ({error.strerror}); choose another folder with --runs-dir")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         made_with = checkpoint["args"]
     except Exception as error:
-        fail(f"cannot read {path} ({type(error).__name__}); if it is damaged, delete it to go on from the one before")
+        fail(
+            f"cannot read {path} ({type(error).__name__}); if it is damaged, delete it to go on from the one before"
+        )
     for name, value in flags.items():
         if made_with.get(name) != value:
-            fail(f"{path} was made with --{name.replace('_', '-')} {made_with.get(name)}, not {value}; move it away")
+            fail(
+                f"{path} was made with --{name.replace('_', '-')} {made_with.get(name)}, not {value}; move it away"
+            )
     return run_dir, checkpoint
 
 
@@ -1048,13 +1239,32 @@ def describe_run(run_dir: Path, args, layers: dict[str, list[dict]]) -> None:
         print(f"{network:<26}{'shape':>14}{'density':>9}{'active':>13} /{'total':>12}")
         for row in [*rows, {"layer": "all", "shape": [], "active": active, "total": total}]:
             shape, density = " x ".join(map(str, row["shape"])), row["active"] / row["total"]
-            print(f"  {row['layer']:<24}{shape:>14}{density:>9.4f}{row['active']:>13,} /{row['total']:>12,}")
-    how = {"shell": True, "cwd": Path(__file__).resolve().parent, "capture_output": True, "text": True}
-    revision = subprocess.run("git describe --always --dirty", **how).stdout.strip() or None  # None without git
+            print(
+                f"  {row['layer']:<24}{shape:>14}{density:>9.4f}{row['active']:>13,} /{row['total']:>12,}"
+            )
+    how = {
+        "shell": True,
+        "cwd": Path(__file__).resolve().parent,
+        "capture_output": True,
+        "text": True,
+    }
+    revision = (
+        subprocess.run("git describe --always --dirty", **how).stdout.strip() or None
+    )  # None without git
     packages = ("torch", "numpy", "numba", "gymnasium", "shimmy", "dm-control", "mujoco", "ale-py")
-    installed = {str(package.name).lower().replace("_", "-"): package.version for package in distributions()}
-    versions = {"python": platform.python_version(), **{name: installed.get(name) for name in packages}}
-    record = {"args": asdict(args), "versions": versions, "git_revision": revision, "layers": layers}
+    installed = {
+        str(package.name).lower().replace("_", "-"): package.version for package in distributions()
+    }
+    versions = {
+        "python": platform.python_version(),
+        **{name: installed.get(name) for name in packages},
+    }
+    record = {
+        "args": asdict(args),
+        "versions": versions,
+        "git_revision": revision,
+        "layers": layers,
+    }
     (run_dir / "args.json").write_text(json.dumps(record, indent=1))
 
 
@@ -1064,7 +1274,9 @@ class Metrics:
     def __init__(self, run_dir: Path, args, csv_bytes: int, env_step: int):
         self.file = open(run_dir / "metrics.csv", "a")  # noqa: SIM115
         if os.fstat(self.file.fileno()).st_size < csv_bytes:
-            fail(f"{self.file.name} lacks what came before the checkpoint; bring it back, or start with --no-resume")
+            fail(
+                f"{self.file.name} lacks what came before the checkpoint; bring it back, or start with --no-resume"
+            )
         self.file.truncate(csv_bytes)  # what came after the checkpoint will be written again
         if csv_bytes == 0:
             self.file.write("env_step,agent_step,update_step,metric,value\n")
@@ -1073,14 +1285,23 @@ class Metrics:
         if args.track:
             import wandb
 
-            where = {"project": args.wandb_project, "entity": args.wandb_entity, "id": run_dir.name, "dir": run_dir}
+            where = {
+                "project": args.wandb_project,
+                "entity": args.wandb_entity,
+                "id": run_dir.name,
+                "dir": run_dir,
+            }
             try:
-                self.wandb = wandb.init(**where, config=asdict(args), resume="allow" if csv_bytes else None)
+                self.wandb = wandb.init(
+                    **where, config=asdict(args), resume="allow" if csv_bytes else None
+                )
             except wandb.Error as error:
                 fail(f"--track: {error}")
             self.wandb.define_metric("*", step_metric="env_step")
 
-    def log(self, env_step: int, agent_step: int, update_step: int, values: dict[str, float]) -> None:
+    def log(
+        self, env_step: int, agent_step: int, update_step: int, values: dict[str, float]
+    ) -> None:
         for metric, value in values.items():
             self.file.write(f"{env_step},{agent_step},{update_step},{metric},{float(value)!r}\n")
             self.tensorboard.add_scalar(metric, float(value), env_step)
@@ -1103,10 +1324,14 @@ class Metrics:
 
 def draw_learning_curve(run_dir: Path, title: str) -> None:
     """learning_curve.png from metrics.csv: returns of training episodes and of evaluations (mean and std)."""
-    metrics = pd.read_csv(run_dir / "metrics.csv").pivot(index="env_step", columns="metric", values="value")
+    metrics = pd.read_csv(run_dir / "metrics.csv").pivot(
+        index="env_step", columns="metric", values="value"
+    )
     axes = (figure := Figure((6, 4), layout="constrained")).subplots()
     if "episode/return" in metrics:
-        axes.plot(metrics["episode/return"].dropna(), color="0.75", lw=0.8, label="training episodes")
+        axes.plot(
+            metrics["episode/return"].dropna(), color="0.75", lw=0.8, label="training episodes"
+        )
     mean, std = (metrics[f"eval/return_{name}"].dropna() for name in ("mean", "std"))
     axes.plot(mean, marker="o", ms=3, label="evaluation (mean, std over episodes)")
     axes.fill_between(mean.index, mean - std, mean + std, alpha=0.2)

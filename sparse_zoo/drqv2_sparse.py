@@ -187,7 +187,9 @@ class Encoder(nn.Module):
             orthogonal(nn.Conv2d(fan_in, 32, 3, stride), gain)
             for fan_in, stride in ((3 * STACK, 2), (32, 1), (32, 1), (32, 1))
         ]
-        self.layers = nn.Sequential(*(module for conv in convolutions for module in (conv, nn.ReLU(inplace=True))))
+        self.layers = nn.Sequential(
+            *(module for conv in convolutions for module in (conv, nn.ReLU(inplace=True)))
+        )
 
     def forward(self, obs: torch.Tensor, bf16: bool = False) -> torch.Tensor:
         """Stacks of uint8 (batch, SIZE, SIZE, 3 STACK) -> (batch, features), float32
@@ -196,7 +198,9 @@ class Encoder(nn.Module):
         """
         features = []
         for part in obs.split(32 if obs.device.type == "cpu" else len(obs)):
-            images = part.permute(0, 3, 1, 2).float().div_(255).sub_(0.5)  # channels stay last in memory
+            images = (
+                part.permute(0, 3, 1, 2).float().div_(255).sub_(0.5)
+            )  # channels stay last in memory
             with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
                 features.append(self.layers(images).permute(0, 2, 3, 1).float().flatten(1))
         return torch.cat(features)
@@ -211,7 +215,9 @@ def mlp(inputs: int, hidden: int, layers: int) -> nn.Sequential:
 
 def trunk(feature_dim: int) -> nn.Sequential:
     """What stands between the encoder and a head: (batch, Encoder.features) -> (batch, feature_dim)"""
-    return nn.Sequential(orthogonal(nn.Linear(Encoder.features, feature_dim)), nn.LayerNorm(feature_dim), nn.Tanh())
+    return nn.Sequential(
+        orthogonal(nn.Linear(Encoder.features, feature_dim)), nn.LayerNorm(feature_dim), nn.Tanh()
+    )
 
 
 class Actor(nn.Module):
@@ -243,7 +249,9 @@ class Critic(nn.Module):
     def forward(self, features, action):
         """(batch, Encoder.features), (batch, action_dim) -> Q-values (2, batch)"""
         x = torch.cat([self.trunk(features), action], -1)
-        return torch.stack([head(body(x)).squeeze(-1) for body, head in zip(self.bodies, self.heads)])
+        return torch.stack(
+            [head(body(x)).squeeze(-1) for body, head in zip(self.bodies, self.heads)]
+        )
 
 
 class Batch(NamedTuple):
@@ -283,16 +291,29 @@ class FrameReplay:
     are written: a killed run finds its replay as it was.
     """
 
-    def __init__(self, path: Path, capacity: int, slack: int, action_dim: int, n_step: int, gamma: float, mode="w+"):
+    def __init__(
+        self,
+        path: Path,
+        capacity: int,
+        slack: int,
+        action_dim: int,
+        n_step: int,
+        gamma: float,
+        mode="w+",
+    ):
         self.capacity, self.n_step, self.gamma, self.added = capacity, n_step, gamma, 0
         self.newest = -1  # the last frame with n_step steps of its episode behind it
         size = capacity + slack
         self.path, shape, needed = path, (size, SIZE, SIZE, 3), size * SIZE * SIZE * 3
         if mode == "r+" and (not path.exists() or path.stat().st_size != needed):
-            fail(f"{path} is not as the checkpoint left it; bring it back, or start with --no-resume")
+            fail(
+                f"{path} is not as the checkpoint left it; bring it back, or start with --no-resume"
+            )
         free = shutil.disk_usage(path.parent).free / 1e9
         if mode == "w+" and free < needed / 1e9:
-            fail(f"{path} needs {needed / 1e9:.1f} of {free:.1f} GB free; lower --buffer-size or --checkpoint-interval")
+            fail(
+                f"{path} needs {needed / 1e9:.1f} of {free:.1f} GB free; lower --buffer-size or --checkpoint-interval"
+            )
         self.frames = np.asarray(np.memmap(path, np.uint8, mode, shape=shape))
         self.action = np.zeros((size, action_dim), np.float32)
         self.reward, self.terminated = np.zeros(size, np.float32), np.zeros(size, np.float32)
@@ -317,16 +338,22 @@ class FrameReplay:
         """Whether there is a transition to sample; episodes shorter than n_step have none."""
         return self.newest >= max(0, self.added - self.capacity)
 
-    def sample(self, batch_size: int, device: torch.device, generator: torch.Generator | None = None) -> Batch:
+    def sample(
+        self, batch_size: int, device: torch.device, generator: torch.Generator | None = None
+    ) -> Batch:
         """Uniform over the frames with n_step steps of their episode behind them; call it when ready()."""
         ring, low = len(self.frames), max(0, self.added - self.capacity)
         index = np.zeros(0, np.int64)
         while len(index) < batch_size:
-            draw = torch.randint(low, self.added - self.n_step, (batch_size,), generator=generator).numpy()
+            draw = torch.randint(
+                low, self.added - self.n_step, (batch_size,), generator=generator
+            ).numpy()
             draw = draw[self.start[draw % ring] == self.start[(draw + self.n_step) % ring]]
             index = np.append(index, draw)[:batch_size]
         steps = (index[:, None] + np.arange(self.n_step)) % ring
-        reward = self.reward[steps] @ np.float32(self.gamma) ** np.arange(self.n_step, dtype=np.float32)
+        reward = self.reward[steps] @ np.float32(self.gamma) ** np.arange(
+            self.n_step, dtype=np.float32
+        )
         discount = self.gamma**self.n_step * (1 - self.terminated[steps[:, -1]])
         shifts = torch.randint(2 * PAD + 1, (2, batch_size, 2), generator=generator).numpy()
         stacks = np.empty((2, batch_size, SIZE, SIZE, 3 * STACK), np.uint8)
@@ -344,7 +371,9 @@ class FrameReplay:
 
     def load_state_dict(self, state: dict) -> None:
         self.added, self.newest = state["counters"]
-        for column, saved in zip((self.action, self.reward, self.terminated, self.start), state["columns"]):
+        for column, saved in zip(
+            (self.action, self.reward, self.terminated, self.start), state["columns"]
+        ):
             column[: len(saved)] = saved.numpy()
 
 
@@ -356,7 +385,9 @@ def actor_loss(actor, critic, features, noise):
 @torch.no_grad()
 def td_target(actor, target_critic, batch, next_features, noise):
     """R_n + gamma^n min Q_target(s_n, pi(s_n) + noise), (batch,)"""
-    return batch.reward + batch.discount * target_critic(next_features, actor(next_features, noise)).amin(0)
+    return batch.reward + batch.discount * target_critic(
+        next_features, actor(next_features, noise)
+    ).amin(0)
 
 
 def critic_loss(critic, features, action, target):
@@ -369,7 +400,9 @@ def exploration_std(args: Args, env_step: int) -> float:
     return float(np.interp(env_step / args.std_decay, (0, 1), (args.std_start, args.std_end)))
 
 
-def clipped_noise(args: Args, shape: tuple, env_step: int, device, generator: torch.Generator | None = None):
+def clipped_noise(
+    args: Args, shape: tuple, env_step: int, device, generator: torch.Generator | None = None
+):
     """Gaussian noise with the scheduled std, clipped to --noise-clip."""
     noise = exploration_std(args, env_step) * torch.randn(shape, generator=generator)
     return noise.clamp(-args.noise_clip, args.noise_clip).to(device)
@@ -380,16 +413,29 @@ class Agent:
 
     def __init__(self, args: Args, action_dim: int, device: torch.device):
         self.encoder, self.actor = Encoder(), Actor(action_dim, args.feature_dim)
-        self.critic = Critic(action_dim, args.feature_dim, round(1024 * args.width_scale), 1 + args.depth_scale)
+        self.critic = Critic(
+            action_dim, args.feature_dim, round(1024 * args.width_scale), 1 + args.depth_scale
+        )
         self.layers = {}
         mask_seed = args.seed if args.mask_seed is None else args.mask_seed
-        sparsities = {"encoder": args.sparsity * args.sparsify_encoder, "actor": 0.0, "critic": args.sparsity}
+        sparsities = {
+            "encoder": args.sparsity * args.sparsify_encoder,
+            "actor": 0.0,
+            "critic": args.sparsity,
+        }
         for index, (name, sparsity) in enumerate(sparsities.items()):
-            how = (args.sparsity_distribution, derive_seed(mask_seed, index), args.sparse_kernel, device)
+            how = (
+                args.sparsity_distribution,
+                derive_seed(mask_seed, index),
+                args.sparse_kernel,
+                device,
+            )
             self.layers[name] = sparsify(getattr(self, name), sparsity, *how)
         self.encoder.to(memory_format=torch.channels_last)
         # The memo lets the target critic share the critic's index buffers: the pattern is stored once.
-        self.target_critic = copy.deepcopy(self.critic, {id(buffer): buffer for buffer in self.critic.buffers()})
+        self.target_critic = copy.deepcopy(
+            self.critic, {id(buffer): buffer for buffer in self.critic.buffers()}
+        )
         self.target_critic.requires_grad_(False)
         adam = partial(torch.optim.Adam, lr=args.learning_rate, fused=True)
         self.encoder_optimizer = adam(self.encoder.parameters())
@@ -397,7 +443,9 @@ class Agent:
         self.critic_optimizer = adam(self.critic.parameters())
 
 
-def update(agent: Agent, batch: Batch, noise, next_noise, tau: float, bf16: bool = False) -> dict[str, torch.Tensor]:
+def update(
+    agent: Agent, batch: Batch, noise, next_noise, tau: float, bf16: bool = False
+) -> dict[str, torch.Tensor]:
     """One gradient update of everything; noise (batch, action_dim) has the scheduled std and is clipped."""
     # Critic and encoder
     features = agent.encoder(batch.obs, bf16)
@@ -422,7 +470,11 @@ def update(agent: Agent, batch: Batch, noise, next_noise, tau: float, bf16: bool
     with torch.no_grad():
         for slow, fast in zip(agent.target_critic.parameters(), agent.critic.parameters()):
             slow.lerp_(fast, tau)
-    return {"actor_loss": loss_actor.detach(), "critic_loss": loss_critic.detach(), "td_target": target.mean()}
+    return {
+        "actor_loss": loss_actor.detach(),
+        "critic_loss": loss_critic.detach(),
+        "td_target": target.mean(),
+    }
 
 
 def push(stack: np.ndarray, frame: np.ndarray) -> np.ndarray:
@@ -438,7 +490,9 @@ def act(agent: Agent, stack: np.ndarray, noise: torch.Tensor | None = None) -> n
     return agent.actor(features, 0.0 if noise is None else noise.to(device))[0].cpu().numpy()
 
 
-def evaluate(agent, env: gym.Env, episodes: int, seed_key: tuple, video: Path | None = None) -> dict[str, float]:
+def evaluate(
+    agent, env: gym.Env, episodes: int, seed_key: tuple, video: Path | None = None
+) -> dict[str, float]:
     """Mean, std and interquartile mean of the deterministic policy's returns; films the first episode on request."""
     returns, frames = np.zeros(episodes), []
     for episode in range(episodes):
@@ -456,7 +510,11 @@ def evaluate(agent, env: gym.Env, episodes: int, seed_key: tuple, video: Path | 
 
         video.parent.mkdir(exist_ok=True)
         imageio.mimwrite(video, frames, fps=30, macro_block_size=None)  # decisions, not real time
-    return {"return_mean": returns.mean(), "return_std": returns.std(), "return_iqm": trim_mean(returns, 0.25)}
+    return {
+        "return_mean": returns.mean(),
+        "return_std": returns.std(),
+        "return_iqm": trim_mean(returns, 0.25),
+    }
 
 
 def diagnose(agent: Agent, batch: Batch, noise, next_noise) -> dict[str, float]:
@@ -470,24 +528,37 @@ def diagnose(agent: Agent, batch: Batch, noise, next_noise) -> dict[str, float]:
         inputs = {"actor": agent.actor.trunk(features)}
         inputs["critic"] = torch.cat([agent.critic.trunk(features), batch.action], -1)
     measured = {}
-    bodies = {"actor": (loss_actor, agent.actor.body), "critic": (loss_critic, agent.critic.bodies[0])}
+    bodies = {
+        "actor": (loss_actor, agent.actor.body),
+        "critic": (loss_critic, agent.critic.bodies[0]),
+    }
     for name, (loss, body) in bodies.items():
         parameters = list(getattr(agent, name).parameters())
-        plasticity = measure_plasticity(body, inputs[name], parameters, torch.autograd.grad(loss, parameters))
+        plasticity = measure_plasticity(
+            body, inputs[name], parameters, torch.autograd.grad(loss, parameters)
+        )
         measured |= {f"{name}_{metric}": value for metric, value in plasticity.items()}
     return measured
 
 
 def train(args: Args) -> None:
     check_flags(args)
-    device = torch.device(args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(
+        args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
+    )
     threads = args.threads or torch.get_num_threads()
     numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
     torch.set_num_threads(threads)  # after numba, whose start sets the number for both
-    warnings.filterwarnings("ignore", category=UserWarning, module="gymnasium")  # of the precision of Box bounds
+    warnings.filterwarnings(
+        "ignore", category=UserWarning, module="gymnasium"
+    )  # of the precision of Box bounds
     os.environ.setdefault("MUJOCO_GL", "egl")
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages for tensors: fewer page faults on Linux
-    signal.signal(signal.SIGINT, lambda *_: sys.exit("interrupted; --resume goes on from the last checkpoint"))
+    os.environ.setdefault(
+        "THP_MEM_ALLOC_ENABLE", "1"
+    )  # large pages for tensors: fewer page faults on Linux
+    signal.signal(
+        signal.SIGINT, lambda *_: sys.exit("interrupted; --resume goes on from the last checkpoint")
+    )
 
     env, eval_env = make_env(args), make_env(args)
     (action_dim,) = env.action_space.shape
@@ -507,11 +578,17 @@ def train(args: Args) -> None:
     agent_step = update_step = episode = csv_bytes = 0
     if not args.eval_only:
         total_steps = math.ceil(args.total_timesteps / args.action_repeat)
-        capacity = min(args.buffer_size, 2 * total_steps)  # frames; an episode of T decisions has T + 1
-        between = args.checkpoint_interval + (env.spec.max_episode_steps or 1000)  # env steps between checkpoints
+        capacity = min(
+            args.buffer_size, 2 * total_steps
+        )  # frames; an episode of T decisions has T + 1
+        between = args.checkpoint_interval + (
+            env.spec.max_episode_steps or 1000
+        )  # env steps between checkpoints
         slack = min(2 * total_steps - capacity, math.ceil(4 * between / args.action_repeat))
         mode = "r+" if checkpoint else "w+"
-        replay = FrameReplay(run_dir / "replay.u8", capacity, slack, action_dim, args.n_step, args.gamma, mode)
+        replay = FrameReplay(
+            run_dir / "replay.u8", capacity, slack, action_dim, args.n_step, args.gamma, mode
+        )
         parts_to_save["replay"] = replay
 
     if checkpoint:
@@ -524,16 +601,25 @@ def train(args: Args) -> None:
         agent_step, update_step, episode, csv_bytes = checkpoint["counters"]
     if args.eval_only:
         video = run_dir / "videos" / f"eval_{agent_step}.mp4" if args.capture_video else None
-        result = evaluate(agent, eval_env, args.final_eval_episodes, (args.seed, FINAL, agent_step), video)
+        result = evaluate(
+            agent, eval_env, args.final_eval_episodes, (args.seed, FINAL, agent_step), video
+        )
         print("  ".join(f"{name} {value:.1f}" for name, value in result.items()))
         eval_env.close()
         sys.exit(0)
 
     describe_run(run_dir, args, agent.layers)
-    print(f"replay: up to {replay.frames.nbytes / 1e9:.1f} GB in {replay.path}, deleted at the end of training")
-    print(f"{run_dir}: " + (f"going on from env step {agent_step * args.action_repeat}" if checkpoint else "new run"))
+    print(
+        f"replay: up to {replay.frames.nbytes / 1e9:.1f} GB in {replay.path}, deleted at the end of training"
+    )
+    print(
+        f"{run_dir}: "
+        + (f"going on from env step {agent_step * args.action_repeat}" if checkpoint else "new run")
+    )
     metrics = Metrics(run_dir, args, csv_bytes, agent_step * args.action_repeat)
-    bar = tqdm(total=args.total_timesteps, initial=agent_step * args.action_repeat, unit=" env steps")
+    bar = tqdm(
+        total=args.total_timesteps, initial=agent_step * args.action_repeat, unit=" env steps"
+    )
     bar.mininterval = 0.5 if sys.stderr.isatty() else 30
     trained = [p for part in (agent.encoder, agent.actor, agent.critic) for p in part.parameters()]
     saved_step, episode_over = agent_step, True
@@ -577,13 +663,22 @@ def train(args: Args) -> None:
         agent_step += 1
 
         # Learn
-        if env_step >= args.learning_starts and agent_step % args.decisions_per_update == 0 and replay.ready():
+        if (
+            env_step >= args.learning_starts
+            and agent_step % args.decisions_per_update == 0
+            and replay.ready()
+        ):
             batch = replay.sample(args.batch_size, device)
-            noise, next_noise = clipped_noise(args, (2, args.batch_size, action_dim), env_step, device)
+            noise, next_noise = clipped_noise(
+                args, (2, args.batch_size, action_dim), env_step, device
+            )
             losses = update(agent, batch, noise, next_noise, args.tau, args.bf16)
             update_step += 1
             if not torch.stack([*losses.values(), get_total_norm(trained)]).isfinite().all():
-                print(f"error: a value is not finite at {agent_step=}; the last checkpoint is kept", file=sys.stderr)
+                print(
+                    f"error: a value is not finite at {agent_step=}; the last checkpoint is kept",
+                    file=sys.stderr,
+                )
                 sys.exit(3)
 
         # Measure
@@ -595,7 +690,9 @@ def train(args: Args) -> None:
         if due(args.diagnostics_interval) and replay.ready():
             generator = torch.Generator().manual_seed(derive_seed(args.seed, DIAGNOSE, agent_step))
             batch = replay.sample(args.batch_size, device, generator)
-            noises = clipped_noise(args, (2, args.batch_size, action_dim), env_step, device, generator)
+            noises = clipped_noise(
+                args, (2, args.batch_size, action_dim), env_step, device, generator
+            )
             log(diagnose(agent, batch, *noises), "diagnostics")
 
         bar.update(args.action_repeat)
@@ -603,11 +700,16 @@ def train(args: Args) -> None:
             length = agent_step - episode_start
             log({"return": episode_return, "length": length}, "episode")
             log({name: float(loss) for name, loss in losses.items()}, "losses")
-            log({"env_steps_per_second": length * args.action_repeat / (time.time() - started)}, "time")
+            log(
+                {"env_steps_per_second": length * args.action_repeat / (time.time() - started)},
+                "time",
+            )
 
     save(finished=False)  # a kill in the last evaluation costs no training
     video = run_dir / "videos" / "final.mp4" if args.capture_video else None
-    result = evaluate(agent, eval_env, args.final_eval_episodes, (args.seed, FINAL, agent_step), video)
+    result = evaluate(
+        agent, eval_env, args.final_eval_episodes, (args.seed, FINAL, agent_step), video
+    )
     log(result, "final")
     save(finished=True)
     env.close()
@@ -616,7 +718,9 @@ def train(args: Args) -> None:
     metrics.close()
     bar.close()
     draw_learning_curve(run_dir, args.env_id)
-    print(f"return {result['return_mean']:.1f}; checkpoint, metrics.csv and learning_curve.png are in {run_dir}")
+    print(
+        f"return {result['return_mean']:.1f}; checkpoint, metrics.csv and learning_curve.png are in {run_dir}"
+    )
 
 
 # Appendix: the same in every file that has it
@@ -624,21 +728,35 @@ def train(args: Args) -> None:
 
 # Flags that change results by rounding at most: a run may go on with others. The rest are in its folder's name.
 EXECUTION_FLAGS = {
-    *("device", "threads", "runs_dir", "resume", "eval_only", "capture_video", "sparse_kernel"),
-    *("track", "wandb_project", "wandb_entity"),
+    "device",
+    "threads",
+    "runs_dir",
+    "resume",
+    "eval_only",
+    "capture_video",
+    "sparse_kernel",
+    "track",
+    "wandb_project",
+    "wandb_entity",
 }
 
 
 def check_flags(args: Args) -> None:
     """Ends the program if a flag makes no sense."""
     counts = "depth_scale action_repeat total_timesteps decisions_per_update batch_size buffer_size n_step feature_dim"
-    counts += " std_decay threads eval_interval eval_episodes final_eval_episodes checkpoint_interval"
+    counts += (
+        " std_decay threads eval_interval eval_episodes final_eval_episodes checkpoint_interval"
+    )
     rules = [
         ("at least 0 and below 1", lambda x: 0 <= x < 1, "sparsity"),
         ("between 0 and 1", lambda x: 0 <= x <= 1, "gamma tau"),
         ("above 0 and finite", lambda x: 0 < x < math.inf, "learning_rate"),
         ("at least 0 and finite", lambda x: 0 <= x < math.inf, "std_start std_end noise_clip"),
-        ("at least 1/1024 (one hidden unit) and finite", lambda x: 1 / 1024 <= x < math.inf, "width_scale"),
+        (
+            "at least 1/1024 (one hidden unit) and finite",
+            lambda x: 1 / 1024 <= x < math.inf,
+            "width_scale",
+        ),
         ("at least 1", lambda x: x >= 1, counts),
         ("above --n-step", lambda x: x > args.n_step, "buffer_size"),
         ("at least 0", lambda x: x >= 0, "learning_starts diagnostics_interval camera"),
@@ -676,15 +794,23 @@ def make_env(args: Args) -> gym.Env:
     except (gym.error.Error, ModuleNotFoundError, ValueError) as error:
         fail(f"--env-id {args.env_id}, camera {camera}: {error}")
     except TypeError:
-        fail(f"--env-id {args.env_id}: takes no width and height of pictures; dm_control/* and MuJoCo tasks do")
+        fail(
+            f"--env-id {args.env_id}: takes no width and height of pictures; dm_control/* and MuJoCo tasks do"
+        )
     except Exception as error:
         how = f"MUJOCO_GL={os.environ['MUJOCO_GL']} needs a renderer: egl (Debian: apt install libegl1 libgl1-mesa-dri)"
-        fail(f"--env-id {args.env_id}: no pictures ({type(error).__name__}: {error}). {how} or osmesa (libosmesa6)")
+        fail(
+            f"--env-id {args.env_id}: no pictures ({type(error).__name__}: {error}). {how} or osmesa (libosmesa6)"
+        )
     space = env.action_space
     if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1 or not space.is_bounded():
-        fail(f"--env-id {args.env_id} has actions {space}; this agent needs a bounded Box of one dimension")
+        fail(
+            f"--env-id {args.env_id} has actions {space}; this agent needs a bounded Box of one dimension"
+        )
     if frame is None or frame.shape != (SIZE, SIZE, 3):
-        fail(f"--env-id {args.env_id}: renders {np.shape(frame)}; this agent needs ({SIZE}, {SIZE}, 3)")
+        fail(
+            f"--env-id {args.env_id}: renders {np.shape(frame)}; this agent needs ({SIZE}, {SIZE}, 3)"
+        )
     env = gym.wrappers.RepeatAction(gym.wrappers.RescaleAction(env, -1.0, 1.0), args.action_repeat)
     return gym.wrappers.AddRenderObservation(env, render_only=True)
 
@@ -712,9 +838,13 @@ def erdos_renyi(shapes: dict[str, tuple[int, ...]], sparsity: float) -> dict[str
     dense = {name for name, shape in shapes.items() if len(shape) == 1}
     while len(dense) < len(shapes):
         rest = [name for name in shapes if name not in dense]
-        epsilon = (budget - sum(size[name] for name in dense)) / sum(sum(shapes[name]) for name in rest)
+        epsilon = (budget - sum(size[name] for name in dense)) / sum(
+            sum(shapes[name]) for name in rest
+        )
         if epsilon <= 0:
-            raise ValueError(f"sparsity {sparsity} is out of reach: biases and norms alone hold more parameters")
+            raise ValueError(
+                f"sparsity {sparsity} is out of reach: biases and norms alone hold more parameters"
+            )
         density = {name: epsilon * sum(shapes[name]) / size[name] for name in rest}
         overfull = {name for name in rest if density[name] > 1}
         if not overfull:
@@ -733,14 +863,22 @@ def uniform(shapes: dict[str, tuple[int, ...]], sparsity: float) -> dict[str, fl
 BLOCK = 128
 
 
-REORDER = {"reassoc", "contract", "nsz"}  # sums may be vectorised; NaN and infinity still pass through
+REORDER = {
+    "reassoc",
+    "contract",
+    "nsz",
+}  # sums may be vectorised; NaN and infinity still pass through
 
 
-def sort_into_blocks(row: torch.Tensor, col: torch.Tensor, shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+def sort_into_blocks(
+    row: torch.Tensor, col: torch.Tensor, shape: tuple[int, int]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The order that sorts entries (row, col) of a matrix of some shape into blocks, and the pointers to its groups."""
     group = col // BLOCK * shape[0] + row
     groups = math.ceil(shape[1] / BLOCK) * shape[0]
-    return torch.argsort(group, stable=True), F.pad(torch.bincount(group, minlength=groups).cumsum(0), (1, 0))
+    return torch.argsort(group, stable=True), F.pad(
+        torch.bincount(group, minlength=groups).cumsum(0), (1, 0)
+    )
 
 
 @numba.njit(parallel=True, fastmath=REORDER, cache=True)
@@ -754,7 +892,9 @@ def packed_product(pointers, col, values, x_t, y_t):
                 last = min(k + 1, end - 1)
                 x0, x1 = x_t[col[k]], x_t[col[last]]
                 w0 = values[k]
-                w1 = values[last] if last > k else np.float32(0)  # the last of an odd row stands alone
+                w1 = (
+                    values[last] if last > k else np.float32(0)
+                )  # the last of an odd row stands alone
                 for b in range(len(y)):
                     y[b] += w0 * x0[b] + w1 * x1[b]
 
@@ -804,7 +944,9 @@ class PackedLinear(torch.autograd.Function):
         grad_x = grad_values = grad_bias = None
         if ctx.needs_input_grad[0]:
             by_column, zeros = values.index_select(0, layer.by_column), torch.zeros_like(x_t)
-            grad_x = call_numba(packed_product, layer.pointers_t, layer.row, by_column, grad_t, zeros).t()
+            grad_x = call_numba(
+                packed_product, layer.pointers_t, layer.row, by_column, grad_t, zeros
+            ).t()
         if ctx.needs_input_grad[1]:
             empty = torch.empty_like(values)
             grad_values = call_numba(packed_gradient, layer.pointers, layer.col, grad_t, x_t, empty)
@@ -839,12 +981,18 @@ class SparseLinear(nn.Module):
 
     def _load_from_state_dict(self, state: dict, prefix: str, *rest) -> None:
         if not torch.equal(state[prefix + "active"].cpu(), self.active.cpu()):
-            raise ValueError("the saved mask is not the one drawn here: another version of PyTorch or of this file?")
+            raise ValueError(
+                "the saved mask is not the one drawn here: another version of PyTorch or of this file?"
+            )
         nn.Module._load_from_state_dict(self, state, prefix, *rest)
 
     def dense_weight(self) -> torch.Tensor:
         """The values in their places among zeros, with the shape of the dense weight."""
-        return self.values.new_zeros(math.prod(self.shape)).index_copy_(0, self.index, self.values).view(self.shape)
+        return (
+            self.values.new_zeros(math.prod(self.shape))
+            .index_copy_(0, self.index, self.values)
+            .view(self.shape)
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(batch, in) -> (batch, out)"""
@@ -859,7 +1007,10 @@ class SparseConv2d(nn.Module):
     `active` (nnz,) lists their places in the flattened weight (out, in, k_h, k_w).
     """
 
-    _load_from_state_dict, dense_weight = SparseLinear._load_from_state_dict, SparseLinear.dense_weight
+    _load_from_state_dict, dense_weight = (
+        SparseLinear._load_from_state_dict,
+        SparseLinear.dense_weight,
+    )
 
     def __init__(self, conv: nn.Conv2d, active: torch.Tensor):
         super().__init__()
@@ -875,7 +1026,12 @@ class SparseConv2d(nn.Module):
 
 
 def sparsify(
-    network: nn.Module, sparsity: float, distribution: str, mask_seed: int, kernel: str, device: torch.device
+    network: nn.Module,
+    sparsity: float,
+    distribution: str,
+    mask_seed: int,
+    kernel: str,
+    device: torch.device,
 ) -> list[dict]:
     """Prunes a network once, at random, and moves it: each linear layer and convolution that loses weights is replaced.
 
@@ -883,21 +1039,33 @@ def sparsify(
     table: name, shape, active and total weights of each layer. Raises ValueError if the sparsity is out of reach.
     """
     shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
-    layer_sparsity = {"erdos_renyi": erdos_renyi, "uniform": uniform}[distribution](shapes, sparsity)
+    layer_sparsity = {"erdos_renyi": erdos_renyi, "uniform": uniform}[distribution](
+        shapes, sparsity
+    )
     generator = torch.Generator().manual_seed(mask_seed)
     table = []
-    for name in [name for name, layer in network.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]:
-        layer = network.get_submodule(name)  # one at a time, so that dense weights are freed on the way
+    for name in [
+        name for name, layer in network.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)
+    ]:
+        layer = network.get_submodule(
+            name
+        )  # one at a time, so that dense weights are freed on the way
         total = layer.weight.numel()
         count = max(1, round((1 - layer_sparsity[name + ".weight"]) * total))
-        table.append({"layer": name, "shape": list(layer.weight.shape), "active": count, "total": total})
+        table.append(
+            {"layer": name, "shape": list(layer.weight.shape), "active": count, "total": total}
+        )
         if count < total:
-            permutation = torch.randperm(total, generator=generator, dtype=torch.int32)  # half the memory of int64
+            permutation = torch.randperm(
+                total, generator=generator, dtype=torch.int32
+            )  # half the memory of int64
             active = permutation[:count].long().sort().values
             packed = device.type == "cpu" and count <= 0.25 * total
             chosen = kernel if kernel != "auto" else "packed" if packed else "dense"
             linear = isinstance(layer, nn.Linear)
-            network.set_submodule(name, SparseLinear(layer, active, chosen) if linear else SparseConv2d(layer, active))
+            network.set_submodule(
+                name, SparseLinear(layer, active, chosen) if linear else SparseConv2d(layer, active)
+            )
     other = sum(math.prod(shape) for shape in shapes.values()) - sum(row["total"] for row in table)
     table.append({"layer": "biases and norms", "shape": [other], "active": other, "total": other})
     network.to(device)
@@ -912,9 +1080,16 @@ def run_and_record(encoder: nn.Module, inputs: torch.Tensor) -> tuple[torch.Tens
     """The features of an encoder (batch, hidden), and the outputs of its linear and of its ReLU layers."""
     linear_outputs, relu_outputs, handles = [], [], []
     for module in encoder.modules():
-        for kinds, outputs in (((nn.Linear, SparseLinear), linear_outputs), ((nn.ReLU, nn.LeakyReLU), relu_outputs)):
+        for kinds, outputs in (
+            ((nn.Linear, SparseLinear), linear_outputs),
+            ((nn.ReLU, nn.LeakyReLU), relu_outputs),
+        ):
             if isinstance(module, kinds):
-                handles.append(module.register_forward_hook(lambda _, __, y, outputs=outputs: outputs.append(y)))
+                handles.append(
+                    module.register_forward_hook(
+                        lambda _, __, y, outputs=outputs: outputs.append(y)
+                    )
+                )
     with torch.no_grad():
         features = encoder(inputs)
     for handle in handles:
@@ -922,7 +1097,9 @@ def run_and_record(encoder: nn.Module, inputs: torch.Tensor) -> tuple[torch.Tens
     return features, linear_outputs, relu_outputs
 
 
-def stable_rank(features: torch.Tensor, mass: float = 0.99, threshold: float = 0.01) -> tuple[int, int]:
+def stable_rank(
+    features: torch.Tensor, mass: float = 0.99, threshold: float = 0.01
+) -> tuple[int, int]:
     """Two effective ranks of features (batch, hidden).
 
     First: how many leading singular values hold `mass` of their sum (Kumar et al. 2021; the official code). Second:
@@ -931,7 +1108,9 @@ def stable_rank(features: torch.Tensor, mass: float = 0.99, threshold: float = 0
     """
     singular = torch.linalg.svdvals(features.float())
     cumulative = singular.cumsum(0) / singular.sum()
-    return int((cumulative < mass).sum()) + 1, int((singular / math.sqrt(len(features)) > threshold).sum())
+    return int((cumulative < mass).sum()) + 1, int(
+        (singular / math.sqrt(len(features)) > threshold).sum()
+    )
 
 
 def dormant_ratio(outputs: list[torch.Tensor], tau: float = 0.1) -> float:
@@ -944,7 +1123,9 @@ def dormant_ratio(outputs: list[torch.Tensor], tau: float = 0.1) -> float:
     return 100 * dormant / sum(len(score) for score in scores)
 
 
-def measure_plasticity(encoder: nn.Module, inputs: torch.Tensor, parameters: list, gradients: list) -> dict[str, float]:
+def measure_plasticity(
+    encoder: nn.Module, inputs: torch.Tensor, parameters: list, gradients: list
+) -> dict[str, float]:
     """The measurements of section 4 for one network, on a batch of inputs to its encoder."""
     features, linear_outputs, relu_outputs = run_and_record(encoder, inputs)
     rank_99, rank_threshold = stable_rank(features)
@@ -978,7 +1159,9 @@ def open_run(args) -> tuple[Path, dict | None]:
     code 2 if the folder cannot be used, another process works in it, or the checkpoint is damaged or of other flags.
     """
     flags = {name: value for name, value in asdict(args).items() if name not in EXECUTION_FLAGS}
-    digest = hashlib.sha256(json.dumps({**flags, "seed": None}, sort_keys=True).encode()).hexdigest()[:8]
+    digest = hashlib.sha256(
+        json.dumps({**flags, "seed": None}, sort_keys=True).encode()
+    ).hexdigest()[:8]
     env = args.env_id.replace("/", "-").replace(":", "-")
     run_dir = Path(args.runs_dir) / f"{env}__{args.exp_name}__{digest}__s{args.seed}"
     try:
@@ -987,9 +1170,13 @@ def open_run(args) -> tuple[Path, dict | None]:
             open_run.lock = FileLock(run_dir / ".lock")  # held until the process ends
             open_run.lock.acquire(timeout=0)
         if not args.resume and not args.eval_only and any(run_dir.glob("[!.]*")):
-            old = next(path for n in range(1, 10**6) if not (path := Path(f"{run_dir}.old{n}")).exists())
+            old = next(
+                path for n in range(1, 10**6) if not (path := Path(f"{run_dir}.old{n}")).exists()
+            )
             old.mkdir()
-            for path in sorted(run_dir.glob("[!.]*"), reverse=True):  # checkpoints after what they count on
+            for path in sorted(
+                run_dir.glob("[!.]*"), reverse=True
+            ):  # checkpoints after what they count on
                 path.rename(old / path.name)
             print(f"the previous run of these flags is now in {old}")
         path, metrics = run_dir / "checkpoint.pt", run_dir / "metrics.csv"
@@ -997,21 +1184,29 @@ def open_run(args) -> tuple[Path, dict | None]:
             path = run_dir / "checkpoint.previous.pt"
         if not path.exists():
             if args.eval_only:
-                fail(f"nothing to evaluate: no checkpoint in {run_dir}; train first, with the same flags")
+                fail(
+                    f"nothing to evaluate: no checkpoint in {run_dir}; train first, with the same flags"
+                )
             finished = metrics.exists() and ",final/return_mean," in metrics.read_text()
             return run_dir, {"finished": True} if finished else None
     except Timeout:
-        fail(f"another process is working in {run_dir}; wait for it, or change --seed or --exp-name")
+        fail(
+            f"another process is working in {run_dir}; wait for it, or change --seed or --exp-name"
+        )
     except OSError as error:
         fail(f"cannot use {run_dir} ({error.strerror}); choose another folder with --runs-dir")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         made_with = checkpoint["args"]
     except Exception as error:
-        fail(f"cannot read {path} ({type(error).__name__}); if it is damaged, delete it to go on from the one before")
+        fail(
+            f"cannot read {path} ({type(error).__name__}); if it is damaged, delete it to go on from the one before"
+        )
     for name, value in flags.items():
         if made_with.get(name) != value:
-            fail(f"{path} was made with --{name.replace('_', '-')} {made_with.get(name)}, not {value}; move it away")
+            fail(
+                f"{path} was made with --{name.replace('_', '-')} {made_with.get(name)}, not {value}; move it away"
+            )
     return run_dir, checkpoint
 
 
@@ -1047,13 +1242,32 @@ def describe_run(run_dir: Path, args, layers: dict[str, list[dict]]) -> None:
         print(f"{network:<26}{'shape':>14}{'density':>9}{'active':>13} /{'total':>12}")
         for row in [*rows, {"layer": "all", "shape": [], "active": active, "total": total}]:
             shape, density = " x ".join(map(str, row["shape"])), row["active"] / row["total"]
-            print(f"  {row['layer']:<24}{shape:>14}{density:>9.4f}{row['active']:>13,} /{row['total']:>12,}")
-    how = {"shell": True, "cwd": Path(__file__).resolve().parent, "capture_output": True, "text": True}
-    revision = subprocess.run("git describe --always --dirty", **how).stdout.strip() or None  # None without git
+            print(
+                f"  {row['layer']:<24}{shape:>14}{density:>9.4f}{row['active']:>13,} /{row['total']:>12,}"
+            )
+    how = {
+        "shell": True,
+        "cwd": Path(__file__).resolve().parent,
+        "capture_output": True,
+        "text": True,
+    }
+    revision = (
+        subprocess.run("git describe --always --dirty", **how).stdout.strip() or None
+    )  # None without git
     packages = ("torch", "numpy", "numba", "gymnasium", "shimmy", "dm-control", "mujoco", "ale-py")
-    installed = {str(package.name).lower().replace("_", "-"): package.version for package in distributions()}
-    versions = {"python": platform.python_version(), **{name: installed.get(name) for name in packages}}
-    record = {"args": asdict(args), "versions": versions, "git_revision": revision, "layers": layers}
+    installed = {
+        str(package.name).lower().replace("_", "-"): package.version for package in distributions()
+    }
+    versions = {
+        "python": platform.python_version(),
+        **{name: installed.get(name) for name in packages},
+    }
+    record = {
+        "args": asdict(args),
+        "versions": versions,
+        "git_revision": revision,
+        "layers": layers,
+    }
     (run_dir / "args.json").write_text(json.dumps(record, indent=1))
 
 
@@ -1063,7 +1277,9 @@ class Metrics:
     def __init__(self, run_dir: Path, args, csv_bytes: int, env_step: int):
         self.file = open(run_dir / "metrics.csv", "a")  # noqa: SIM115
         if os.fstat(self.file.fileno()).st_size < csv_bytes:
-            fail(f"{self.file.name} lacks what came before the checkpoint; bring it back, or start with --no-resume")
+            fail(
+                f"{self.file.name} lacks what came before the checkpoint; bring it back, or start with --no-resume"
+            )
         self.file.truncate(csv_bytes)  # what came after the checkpoint will be written again
         if csv_bytes == 0:
             self.file.write("env_step,agent_step,update_step,metric,value\n")
@@ -1072,14 +1288,23 @@ class Metrics:
         if args.track:
             import wandb
 
-            where = {"project": args.wandb_project, "entity": args.wandb_entity, "id": run_dir.name, "dir": run_dir}
+            where = {
+                "project": args.wandb_project,
+                "entity": args.wandb_entity,
+                "id": run_dir.name,
+                "dir": run_dir,
+            }
             try:
-                self.wandb = wandb.init(**where, config=asdict(args), resume="allow" if csv_bytes else None)
+                self.wandb = wandb.init(
+                    **where, config=asdict(args), resume="allow" if csv_bytes else None
+                )
             except wandb.Error as error:
                 fail(f"--track: {error}")
             self.wandb.define_metric("*", step_metric="env_step")
 
-    def log(self, env_step: int, agent_step: int, update_step: int, values: dict[str, float]) -> None:
+    def log(
+        self, env_step: int, agent_step: int, update_step: int, values: dict[str, float]
+    ) -> None:
         for metric, value in values.items():
             self.file.write(f"{env_step},{agent_step},{update_step},{metric},{float(value)!r}\n")
             self.tensorboard.add_scalar(metric, float(value), env_step)
@@ -1102,10 +1327,14 @@ class Metrics:
 
 def draw_learning_curve(run_dir: Path, title: str) -> None:
     """learning_curve.png from metrics.csv: returns of training episodes and of evaluations (mean and std)."""
-    metrics = pd.read_csv(run_dir / "metrics.csv").pivot(index="env_step", columns="metric", values="value")
+    metrics = pd.read_csv(run_dir / "metrics.csv").pivot(
+        index="env_step", columns="metric", values="value"
+    )
     axes = (figure := Figure((6, 4), layout="constrained")).subplots()
     if "episode/return" in metrics:
-        axes.plot(metrics["episode/return"].dropna(), color="0.75", lw=0.8, label="training episodes")
+        axes.plot(
+            metrics["episode/return"].dropna(), color="0.75", lw=0.8, label="training episodes"
+        )
     mean, std = (metrics[f"eval/return_{name}"].dropna() for name in ("mean", "std"))
     axes.plot(mean, marker="o", ms=3, label="evaluation (mean, std over episodes)")
     axes.fill_between(mean.index, mean - std, mean + std, alpha=0.2)

@@ -163,11 +163,17 @@ class MLP(nn.Module):
         sizes = [inputs] + [hidden] * layers
         self.encoder = nn.Sequential()
         for fan_in, fan_out in pairwise(sizes):
-            block = (nn.Linear(fan_in, fan_out), nn.LayerNorm(fan_out, elementwise_affine=False), nn.LeakyReLU())
+            block = (
+                nn.Linear(fan_in, fan_out),
+                nn.LayerNorm(fan_out, elementwise_affine=False),
+                nn.LeakyReLU(),
+            )
             self.encoder.extend(block)
         self.heads = nn.ModuleList(nn.Linear(hidden, outputs) for outputs in heads)
         for linear in (module for module in self.modules() if isinstance(module, nn.Linear)):
-            nn.init.uniform_(linear.weight, -1 / math.sqrt(linear.in_features), 1 / math.sqrt(linear.in_features))
+            nn.init.uniform_(
+                linear.weight, -1 / math.sqrt(linear.in_features), 1 / math.sqrt(linear.in_features)
+            )
             nn.init.zeros_(linear.bias)
             if init == "sparse_init":
                 sparse_init(linear.weight.data)
@@ -222,7 +228,9 @@ class Normalizer:
 
     def state_dict(self) -> dict:
         parts = (self.obs, self.reward)
-        statistics = [{key: torch.as_tensor(value) for key, value in vars(part).items()} for part in parts]
+        statistics = [
+            {key: torch.as_tensor(value) for key, value in vars(part).items()} for part in parts
+        ]
         return {"statistics": statistics, "reward_trace": self.reward_trace}
 
     def load_state_dict(self, state: dict) -> None:
@@ -254,15 +262,24 @@ class StreamingNetwork:
 
     def __init__(self, mlp: MLP, kappa: float, args: Args):
         self.mlp, self.kappa, self.learning_rate = mlp, kappa, args.learning_rate
-        self.decay, self.compiled = np.float32(args.gamma * args.trace_lambda), args.sparse_kernel != "dense"
+        self.decay, self.compiled = (
+            np.float32(args.gamma * args.trace_lambda),
+            args.sparse_kernel != "dense",
+        )
         parameters = list(mlp.parameters())
         weights = nn.utils.parameters_to_vector(parameters).detach()
         nn.utils.vector_to_parameters(weights, parameters)
         traces = torch.zeros_like(weights)
-        for parameter, trace in zip(parameters, traces.split([parameter.numel() for parameter in parameters])):
+        for parameter, trace in zip(
+            parameters, traces.split([parameter.numel() for parameter in parameters])
+        ):
             parameter.grad = trace.view_as(parameter)
         self.weights, self.traces = weights.numpy(), traces.numpy()
-        self.hidden = tuple(self.view(module) for module in mlp.encoder if isinstance(module, nn.Linear | SparseLinear))
+        self.hidden = tuple(
+            self.view(module)
+            for module in mlp.encoder
+            if isinstance(module, nn.Linear | SparseLinear)
+        )
         self.heads = tuple(self.view(head) for head in mlp.heads)
 
     @staticmethod
@@ -276,7 +293,10 @@ class StreamingNetwork:
             weight, (rows, columns) = layer.weight, layer.weight.shape
             pointers, col = torch.arange(rows + 1) * columns, torch.empty(0)
         arrays = (weight.data.flatten(), weight.grad.flatten(), layer.bias.data, layer.bias.grad)
-        pattern = (pointers.to(torch.uint32), col.to(torch.uint32))  # unsigned: no check for indices below zero
+        pattern = (
+            pointers.to(torch.uint32),
+            col.to(torch.uint32),
+        )  # unsigned: no check for indices below zero
         memory = (np.zeros(columns, np.float32), np.zeros(1, np.float32))
         return (*(array.numpy() for array in arrays + pattern), *memory)
 
@@ -320,7 +340,17 @@ class Agent:
             setattr(self, name, StreamingNetwork(mlp, kappa, args))
 
 
-def update(agent: Agent, state, output, action, reward: float, next_state, cut: bool, done: bool, args: Args):
+def update(
+    agent: Agent,
+    state,
+    output,
+    action,
+    reward: float,
+    next_state,
+    cut: bool,
+    done: bool,
+    args: Args,
+):
     """Learns from one transition; `cut` where nothing follows to bootstrap from, `done` where the episode ends.
 
     The actor must have been run on `state` last. Returns the TD error and both step sizes.
@@ -329,11 +359,15 @@ def update(agent: Agent, state, output, action, reward: float, next_state, cut: 
     delta = reward + args.gamma * (1 - cut) * next_value - float(agent.critic(state)[0])
     actor_grad = policy_gradient(output, action, np.sign(delta), args.entropy_coefficient)
     actor_step = agent.actor.step(actor_grad, delta, done)
-    critic_step = agent.critic.step(np.array([-1], np.float32), delta, done)  # the gradient of -V(s)
+    critic_step = agent.critic.step(
+        np.array([-1], np.float32), delta, done
+    )  # the gradient of -V(s)
     return delta, actor_step, critic_step
 
 
-def act(agent: Agent, state: np.ndarray, noise: np.ndarray | float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+def act(
+    agent: Agent, state: np.ndarray, noise: np.ndarray | float = 0.0
+) -> tuple[np.ndarray, np.ndarray]:
     """The action mean + std * noise (action_dim,), and the actor's output that `update` needs."""
     output = agent.actor(state)
     mean, raw = np.split(output, 2)
@@ -342,10 +376,14 @@ def act(agent: Agent, state: np.ndarray, noise: np.ndarray | float = 0.0) -> tup
 
 def episode_limit(env: gym.Env) -> float:
     """Env steps until an episode is cut off; infinity where there is no limit."""
-    return env.spec.max_episode_steps or (1000 if env.spec.id.startswith("dm_control/") else math.inf)
+    return env.spec.max_episode_steps or (
+        1000 if env.spec.id.startswith("dm_control/") else math.inf
+    )
 
 
-def evaluate(agent, norm, env: gym.Env, episodes: int, seed_key: tuple, video: Path | None = None) -> dict[str, float]:
+def evaluate(
+    agent, norm, env: gym.Env, episodes: int, seed_key: tuple, video: Path | None = None
+) -> dict[str, float]:
     """Mean, std and interquartile mean of the deterministic policy's returns; films the first episode on request."""
     returns, frames = np.zeros(episodes), []
     for episode in range(episodes):
@@ -363,7 +401,11 @@ def evaluate(agent, norm, env: gym.Env, episodes: int, seed_key: tuple, video: P
 
         video.parent.mkdir(exist_ok=True)
         imageio.mimwrite(video, frames, fps=30, macro_block_size=None)
-    return {"return_mean": returns.mean(), "return_std": returns.std(), "return_iqm": trim_mean(returns, 0.25)}
+    return {
+        "return_mean": returns.mean(),
+        "return_std": returns.std(),
+        "return_iqm": trim_mean(returns, 0.25),
+    }
 
 
 class Recent:
@@ -374,7 +416,10 @@ class Recent:
 
     def columns(self) -> list[torch.Tensor]:
         """One tensor (transitions, ...) for each part."""
-        return [torch.as_tensor(np.array(column), dtype=torch.float32) for column in zip(*self.transitions)]
+        return [
+            torch.as_tensor(np.array(column), dtype=torch.float32)
+            for column in zip(*self.transitions)
+        ]
 
     def state_dict(self) -> dict:
         return {"columns": self.columns()}
@@ -394,7 +439,9 @@ def diagnose(agent: Agent, recent: Recent, args: Args) -> dict[str, float]:
         delta = reward + args.gamma * (1 - cut) * next_value - value
         outputs = agent.actor.mlp(state)
     samples = zip(outputs.numpy(), action.numpy(), delta.sign().numpy())
-    actor_grad = torch.tensor(np.array([policy_gradient(*sample, args.entropy_coefficient) for sample in samples]))
+    actor_grad = torch.tensor(
+        np.array([policy_gradient(*sample, args.entropy_coefficient) for sample in samples])
+    )
     measured = {}
     for name, grad in (("actor", actor_grad), ("critic", -torch.ones(len(state), 1))):
         mlp = getattr(agent, name).mlp
@@ -408,9 +455,15 @@ def diagnose(agent: Agent, recent: Recent, args: Args) -> dict[str, float]:
 def train(args: Args) -> None:
     check_flags(args)
     torch.set_num_threads(args.threads)
-    warnings.filterwarnings("ignore", module="gymnasium")  # of the precision of Box bounds, and of v4 tasks' age
-    os.environ["MUJOCO_GL"] = os.environ.get("MUJOCO_GL", "egl") if args.capture_video else "disabled"
-    signal.signal(signal.SIGINT, lambda *_: sys.exit("interrupted; --resume goes on from the last checkpoint"))
+    warnings.filterwarnings(
+        "ignore", module="gymnasium"
+    )  # of the precision of Box bounds, and of v4 tasks' age
+    os.environ["MUJOCO_GL"] = (
+        os.environ.get("MUJOCO_GL", "egl") if args.capture_video else "disabled"
+    )
+    signal.signal(
+        signal.SIGINT, lambda *_: sys.exit("interrupted; --resume goes on from the last checkpoint")
+    )
 
     env, eval_env = make_env(args), make_env(args, "rgb_array" if args.capture_video else None)
     obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
@@ -427,7 +480,12 @@ def train(args: Args) -> None:
         print(f"this run is finished: its results are in {run_dir} (--no-resume runs it again)")
         sys.exit(0)
     norm, recent = Normalizer(obs_dim, args.gamma, episode_limit(env)), Recent()
-    parts_to_save = {"actor": agent.actor.mlp, "critic": agent.critic.mlp, "norm": norm, "recent": recent}
+    parts_to_save = {
+        "actor": agent.actor.mlp,
+        "critic": agent.critic.mlp,
+        "norm": norm,
+        "recent": recent,
+    }
     agent_step = update_step = episode = csv_bytes = 0
 
     if checkpoint:
@@ -440,7 +498,9 @@ def train(args: Args) -> None:
         agent_step, update_step, episode, csv_bytes = checkpoint["counters"]
     if args.eval_only:
         video = run_dir / "videos" / f"eval_{agent_step}.mp4" if args.capture_video else None
-        result = evaluate(agent, norm, eval_env, args.final_eval_episodes, (args.seed, FINAL, agent_step), video)
+        result = evaluate(
+            agent, norm, eval_env, args.final_eval_episodes, (args.seed, FINAL, agent_step), video
+        )
         print("  ".join(f"{name} {value:.1f}" for name, value in result.items()))
         sys.exit(0)
 
@@ -461,7 +521,10 @@ def train(args: Args) -> None:
 
     def stop_unless_finite(value: float) -> None:
         if not math.isfinite(value):
-            print(f"error: a value is not finite at {agent_step=}; the last checkpoint is kept", file=sys.stderr)
+            print(
+                f"error: a value is not finite at {agent_step=}; the last checkpoint is kept",
+                file=sys.stderr,
+            )
             sys.exit(3)
 
     def save(finished: bool) -> None:
@@ -497,14 +560,18 @@ def train(args: Args) -> None:
 
         # Learn
         if agent_step > args.learning_starts:
-            delta, *step_sizes = update(agent, state, output, action, reward, next_state, cut, episode_over, args)
+            delta, *step_sizes = update(
+                agent, state, output, action, reward, next_state, cut, episode_over, args
+            )
             update_step, absolute_delta = update_step + 1, absolute_delta + abs(delta)
             stop_unless_finite(delta)
         state = next_state
 
         # Measure
         if due(args.eval_interval):
-            result = evaluate(agent, norm, eval_env, args.eval_episodes, (args.seed, EVAL, agent_step))
+            result = evaluate(
+                agent, norm, eval_env, args.eval_episodes, (args.seed, EVAL, agent_step)
+            )
             log(result, "eval")
             draw_learning_curve(run_dir, args.env_id)
             bar.set_postfix_str(f"return {result['return_mean']:.0f}")
@@ -517,18 +584,25 @@ def train(args: Args) -> None:
             log({"return": episode_return, "length": length}, "episode")
             if update_step > first_update:
                 sizes = dict(zip(("actor_step_size", "critic_step_size"), step_sizes))
-                log({"absolute_td_error": absolute_delta / (update_step - first_update), **sizes}, "losses")
+                log(
+                    {"absolute_td_error": absolute_delta / (update_step - first_update), **sizes},
+                    "losses",
+                )
             log({"env_steps_per_second": length / (time.time() - started)}, "time")
 
     save(finished=False)  # a kill in the last evaluation costs no training
     video = run_dir / "videos" / "final.mp4" if args.capture_video else None
-    result = evaluate(agent, norm, eval_env, args.final_eval_episodes, (args.seed, FINAL, agent_step), video)
+    result = evaluate(
+        agent, norm, eval_env, args.final_eval_episodes, (args.seed, FINAL, agent_step), video
+    )
     log(result, "final")
     save(finished=True)
     metrics.close()
     bar.close()
     draw_learning_curve(run_dir, args.env_id)
-    print(f"return {result['return_mean']:.1f}; checkpoint, metrics.csv and learning_curve.png are in {run_dir}")
+    print(
+        f"return {result['return_mean']:.1f}; checkpoint, metrics.csv and learning_curve.png are in {run_dir}"
+    )
 
 
 # Appendix: the same in every file that has it
@@ -536,8 +610,17 @@ def train(args: Args) -> None:
 
 # Flags that change results by rounding at most: a run may go on with others. The rest are in its folder's name.
 EXECUTION_FLAGS = {
-    *("device", "threads", "runs_dir", "resume", "eval_only", "capture_video", "sparse_kernel"),
-    *("track", "wandb_project", "wandb_entity", "checkpoint_interval"),
+    "device",
+    "threads",
+    "runs_dir",
+    "resume",
+    "eval_only",
+    "capture_video",
+    "sparse_kernel",
+    "track",
+    "wandb_project",
+    "wandb_entity",
+    "checkpoint_interval",
 }
 
 
@@ -547,9 +630,17 @@ def check_flags(args: Args) -> None:
     rules = [
         ("at least 0 and below 1", lambda x: 0 <= x < 1, "sparsity actor_sparsity critic_sparsity"),
         ("between 0 and 1", lambda x: 0 <= x <= 1, "gamma trace_lambda"),
-        ("above 0 and finite", lambda x: 0 < x < math.inf, "learning_rate actor_kappa critic_kappa"),
+        (
+            "above 0 and finite",
+            lambda x: 0 < x < math.inf,
+            "learning_rate actor_kappa critic_kappa",
+        ),
         ("at least 0 and finite", lambda x: 0 <= x < math.inf, "entropy_coefficient"),
-        ("at least 1/128 (one hidden unit) and finite", lambda x: 1 / 128 <= x < math.inf, "width_scale"),
+        (
+            "at least 1/128 (one hidden unit) and finite",
+            lambda x: 1 / 128 <= x < math.inf,
+            "width_scale",
+        ),
         ("at least 1", lambda x: x >= 1, counts),
         ("at least 0", lambda x: x >= 0, "learning_starts diagnostics_interval"),
         ("at least 0 and below 2^32", lambda x: 0 <= x < 2**32, "seed mask_seed"),
@@ -574,14 +665,26 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
             env.reset(seed=0)
             env.render()
     except (gym.error.Error, ImportError, RuntimeError, ValueError, AttributeError) as error:
-        filming = " (--capture-video needs a renderer: MUJOCO_GL=egl or osmesa)" if args.capture_video else ""
+        filming = (
+            " (--capture-video needs a renderer: MUJOCO_GL=egl or osmesa)"
+            if args.capture_video
+            else ""
+        )
         fail(f"--env-id {args.env_id}: {error}{filming}")
     action_space, space = env.action_space, env.observation_space
-    if not isinstance(action_space, gym.spaces.Box) or len(action_space.shape) != 1 or not action_space.is_bounded():
-        fail(f"--env-id {args.env_id} has actions {action_space}; this agent needs a bounded Box of one dimension")
+    if (
+        not isinstance(action_space, gym.spaces.Box)
+        or len(action_space.shape) != 1
+        or not action_space.is_bounded()
+    ):
+        fail(
+            f"--env-id {args.env_id} has actions {action_space}; this agent needs a bounded Box of one dimension"
+        )
     for part in space.values() if isinstance(space, gym.spaces.Dict) else [space]:
         if not isinstance(part, gym.spaces.Box):
-            fail(f"--env-id {args.env_id} has observations {part}; this agent needs Box or a Dict of Box")
+            fail(
+                f"--env-id {args.env_id} has observations {part}; this agent needs Box or a Dict of Box"
+            )
     return gym.wrappers.ClipAction(gym.wrappers.FlattenObservation(env))
 
 
@@ -608,9 +711,13 @@ def erdos_renyi(shapes: dict[str, tuple[int, ...]], sparsity: float) -> dict[str
     dense = {name for name, shape in shapes.items() if len(shape) == 1}
     while len(dense) < len(shapes):
         rest = [name for name in shapes if name not in dense]
-        epsilon = (budget - sum(size[name] for name in dense)) / sum(sum(shapes[name]) for name in rest)
+        epsilon = (budget - sum(size[name] for name in dense)) / sum(
+            sum(shapes[name]) for name in rest
+        )
         if epsilon <= 0:
-            raise ValueError(f"sparsity {sparsity} is out of reach: biases and norms alone hold more parameters")
+            raise ValueError(
+                f"sparsity {sparsity} is out of reach: biases and norms alone hold more parameters"
+            )
         density = {name: epsilon * sum(shapes[name]) / size[name] for name in rest}
         overfull = {name for name in rest if density[name] > 1}
         if not overfull:
@@ -629,14 +736,22 @@ def uniform(shapes: dict[str, tuple[int, ...]], sparsity: float) -> dict[str, fl
 BLOCK = 128
 
 
-REORDER = {"reassoc", "contract", "nsz"}  # sums may be vectorised; NaN and infinity still pass through
+REORDER = {
+    "reassoc",
+    "contract",
+    "nsz",
+}  # sums may be vectorised; NaN and infinity still pass through
 
 
-def sort_into_blocks(row: torch.Tensor, col: torch.Tensor, shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+def sort_into_blocks(
+    row: torch.Tensor, col: torch.Tensor, shape: tuple[int, int]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The order that sorts entries (row, col) of a matrix of some shape into blocks, and the pointers to its groups."""
     group = col // BLOCK * shape[0] + row
     groups = math.ceil(shape[1] / BLOCK) * shape[0]
-    return torch.argsort(group, stable=True), F.pad(torch.bincount(group, minlength=groups).cumsum(0), (1, 0))
+    return torch.argsort(group, stable=True), F.pad(
+        torch.bincount(group, minlength=groups).cumsum(0), (1, 0)
+    )
 
 
 @numba.njit(parallel=True, fastmath=REORDER, cache=True)
@@ -650,7 +765,9 @@ def packed_product(pointers, col, values, x_t, y_t):
                 last = min(k + 1, end - 1)
                 x0, x1 = x_t[col[k]], x_t[col[last]]
                 w0 = values[k]
-                w1 = values[last] if last > k else np.float32(0)  # the last of an odd row stands alone
+                w1 = (
+                    values[last] if last > k else np.float32(0)
+                )  # the last of an odd row stands alone
                 for b in range(len(y)):
                     y[b] += w0 * x0[b] + w1 * x1[b]
 
@@ -700,7 +817,9 @@ class PackedLinear(torch.autograd.Function):
         grad_x = grad_values = grad_bias = None
         if ctx.needs_input_grad[0]:
             by_column, zeros = values.index_select(0, layer.by_column), torch.zeros_like(x_t)
-            grad_x = call_numba(packed_product, layer.pointers_t, layer.row, by_column, grad_t, zeros).t()
+            grad_x = call_numba(
+                packed_product, layer.pointers_t, layer.row, by_column, grad_t, zeros
+            ).t()
         if ctx.needs_input_grad[1]:
             empty = torch.empty_like(values)
             grad_values = call_numba(packed_gradient, layer.pointers, layer.col, grad_t, x_t, empty)
@@ -735,12 +854,18 @@ class SparseLinear(nn.Module):
 
     def _load_from_state_dict(self, state: dict, prefix: str, *rest) -> None:
         if not torch.equal(state[prefix + "active"].cpu(), self.active.cpu()):
-            raise ValueError("the saved mask is not the one drawn here: another version of PyTorch or of this file?")
+            raise ValueError(
+                "the saved mask is not the one drawn here: another version of PyTorch or of this file?"
+            )
         nn.Module._load_from_state_dict(self, state, prefix, *rest)
 
     def dense_weight(self) -> torch.Tensor:
         """The values in their places among zeros, with the shape of the dense weight."""
-        return self.values.new_zeros(math.prod(self.shape)).index_copy_(0, self.index, self.values).view(self.shape)
+        return (
+            self.values.new_zeros(math.prod(self.shape))
+            .index_copy_(0, self.index, self.values)
+            .view(self.shape)
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(batch, in) -> (batch, out)"""
@@ -755,7 +880,10 @@ class SparseConv2d(nn.Module):
     `active` (nnz,) lists their places in the flattened weight (out, in, k_h, k_w).
     """
 
-    _load_from_state_dict, dense_weight = SparseLinear._load_from_state_dict, SparseLinear.dense_weight
+    _load_from_state_dict, dense_weight = (
+        SparseLinear._load_from_state_dict,
+        SparseLinear.dense_weight,
+    )
 
     def __init__(self, conv: nn.Conv2d, active: torch.Tensor):
         super().__init__()
@@ -771,7 +899,12 @@ class SparseConv2d(nn.Module):
 
 
 def sparsify(
-    network: nn.Module, sparsity: float, distribution: str, mask_seed: int, kernel: str, device: torch.device
+    network: nn.Module,
+    sparsity: float,
+    distribution: str,
+    mask_seed: int,
+    kernel: str,
+    device: torch.device,
 ) -> list[dict]:
     """Prunes a network once, at random, and moves it: each linear layer and convolution that loses weights is replaced.
 
@@ -779,21 +912,33 @@ def sparsify(
     table: name, shape, active and total weights of each layer. Raises ValueError if the sparsity is out of reach.
     """
     shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
-    layer_sparsity = {"erdos_renyi": erdos_renyi, "uniform": uniform}[distribution](shapes, sparsity)
+    layer_sparsity = {"erdos_renyi": erdos_renyi, "uniform": uniform}[distribution](
+        shapes, sparsity
+    )
     generator = torch.Generator().manual_seed(mask_seed)
     table = []
-    for name in [name for name, layer in network.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]:
-        layer = network.get_submodule(name)  # one at a time, so that dense weights are freed on the way
+    for name in [
+        name for name, layer in network.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)
+    ]:
+        layer = network.get_submodule(
+            name
+        )  # one at a time, so that dense weights are freed on the way
         total = layer.weight.numel()
         count = max(1, round((1 - layer_sparsity[name + ".weight"]) * total))
-        table.append({"layer": name, "shape": list(layer.weight.shape), "active": count, "total": total})
+        table.append(
+            {"layer": name, "shape": list(layer.weight.shape), "active": count, "total": total}
+        )
         if count < total:
-            permutation = torch.randperm(total, generator=generator, dtype=torch.int32)  # half the memory of int64
+            permutation = torch.randperm(
+                total, generator=generator, dtype=torch.int32
+            )  # half the memory of int64
             active = permutation[:count].long().sort().values
             packed = device.type == "cpu" and count <= 0.25 * total
             chosen = kernel if kernel != "auto" else "packed" if packed else "dense"
             linear = isinstance(layer, nn.Linear)
-            network.set_submodule(name, SparseLinear(layer, active, chosen) if linear else SparseConv2d(layer, active))
+            network.set_submodule(
+                name, SparseLinear(layer, active, chosen) if linear else SparseConv2d(layer, active)
+            )
     other = sum(math.prod(shape) for shape in shapes.values()) - sum(row["total"] for row in table)
     table.append({"layer": "biases and norms", "shape": [other], "active": other, "total": other})
     network.to(device)
@@ -808,9 +953,16 @@ def run_and_record(encoder: nn.Module, inputs: torch.Tensor) -> tuple[torch.Tens
     """The features of an encoder (batch, hidden), and the outputs of its linear and of its ReLU layers."""
     linear_outputs, relu_outputs, handles = [], [], []
     for module in encoder.modules():
-        for kinds, outputs in (((nn.Linear, SparseLinear), linear_outputs), ((nn.ReLU, nn.LeakyReLU), relu_outputs)):
+        for kinds, outputs in (
+            ((nn.Linear, SparseLinear), linear_outputs),
+            ((nn.ReLU, nn.LeakyReLU), relu_outputs),
+        ):
             if isinstance(module, kinds):
-                handles.append(module.register_forward_hook(lambda _, __, y, outputs=outputs: outputs.append(y)))
+                handles.append(
+                    module.register_forward_hook(
+                        lambda _, __, y, outputs=outputs: outputs.append(y)
+                    )
+                )
     with torch.no_grad():
         features = encoder(inputs)
     for handle in handles:
@@ -818,7 +970,9 @@ def run_and_record(encoder: nn.Module, inputs: torch.Tensor) -> tuple[torch.Tens
     return features, linear_outputs, relu_outputs
 
 
-def stable_rank(features: torch.Tensor, mass: float = 0.99, threshold: float = 0.01) -> tuple[int, int]:
+def stable_rank(
+    features: torch.Tensor, mass: float = 0.99, threshold: float = 0.01
+) -> tuple[int, int]:
     """Two effective ranks of features (batch, hidden).
 
     First: how many leading singular values hold `mass` of their sum (Kumar et al. 2021; the official code). Second:
@@ -827,7 +981,9 @@ def stable_rank(features: torch.Tensor, mass: float = 0.99, threshold: float = 0
     """
     singular = torch.linalg.svdvals(features.float())
     cumulative = singular.cumsum(0) / singular.sum()
-    return int((cumulative < mass).sum()) + 1, int((singular / math.sqrt(len(features)) > threshold).sum())
+    return int((cumulative < mass).sum()) + 1, int(
+        (singular / math.sqrt(len(features)) > threshold).sum()
+    )
 
 
 def dormant_ratio(outputs: list[torch.Tensor], tau: float = 0.1) -> float:
@@ -840,7 +996,9 @@ def dormant_ratio(outputs: list[torch.Tensor], tau: float = 0.1) -> float:
     return 100 * dormant / sum(len(score) for score in scores)
 
 
-def measure_plasticity(encoder: nn.Module, inputs: torch.Tensor, parameters: list, gradients: list) -> dict[str, float]:
+def measure_plasticity(
+    encoder: nn.Module, inputs: torch.Tensor, parameters: list, gradients: list
+) -> dict[str, float]:
     """The measurements of section 4 for one network, on a batch of inputs to its encoder."""
     features, linear_outputs, relu_outputs = run_and_record(encoder, inputs)
     rank_99, rank_threshold = stable_rank(features)
@@ -874,7 +1032,9 @@ def open_run(args) -> tuple[Path, dict | None]:
     code 2 if the folder cannot be used, another process works in it, or the checkpoint is damaged or of other flags.
     """
     flags = {name: value for name, value in asdict(args).items() if name not in EXECUTION_FLAGS}
-    digest = hashlib.sha256(json.dumps({**flags, "seed": None}, sort_keys=True).encode()).hexdigest()[:8]
+    digest = hashlib.sha256(
+        json.dumps({**flags, "seed": None}, sort_keys=True).encode()
+    ).hexdigest()[:8]
     env = args.env_id.replace("/", "-").replace(":", "-")
     run_dir = Path(args.runs_dir) / f"{env}__{args.exp_name}__{digest}__s{args.seed}"
     try:
@@ -883,9 +1043,13 @@ def open_run(args) -> tuple[Path, dict | None]:
             open_run.lock = FileLock(run_dir / ".lock")  # held until the process ends
             open_run.lock.acquire(timeout=0)
         if not args.resume and not args.eval_only and any(run_dir.glob("[!.]*")):
-            old = next(path for n in range(1, 10**6) if not (path := Path(f"{run_dir}.old{n}")).exists())
+            old = next(
+                path for n in range(1, 10**6) if not (path := Path(f"{run_dir}.old{n}")).exists()
+            )
             old.mkdir()
-            for path in sorted(run_dir.glob("[!.]*"), reverse=True):  # checkpoints after what they count on
+            for path in sorted(
+                run_dir.glob("[!.]*"), reverse=True
+            ):  # checkpoints after what they count on
                 path.rename(old / path.name)
             print(f"the previous run of these flags is now in {old}")
         path, metrics = run_dir / "checkpoint.pt", run_dir / "metrics.csv"
@@ -893,21 +1057,29 @@ def open_run(args) -> tuple[Path, dict | None]:
             path = run_dir / "checkpoint.previous.pt"
         if not path.exists():
             if args.eval_only:
-                fail(f"nothing to evaluate: no checkpoint in {run_dir}; train first, with the same flags")
+                fail(
+                    f"nothing to evaluate: no checkpoint in {run_dir}; train first, with the same flags"
+                )
             finished = metrics.exists() and ",final/return_mean," in metrics.read_text()
             return run_dir, {"finished": True} if finished else None
     except Timeout:
-        fail(f"another process is working in {run_dir}; wait for it, or change --seed or --exp-name")
+        fail(
+            f"another process is working in {run_dir}; wait for it, or change --seed or --exp-name"
+        )
     except OSError as error:
         fail(f"cannot use {run_dir} ({error.strerror}); choose another folder with --runs-dir")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         made_with = checkpoint["args"]
     except Exception as error:
-        fail(f"cannot read {path} ({type(error).__name__}); if it is damaged, delete it to go on from the one before")
+        fail(
+            f"cannot read {path} ({type(error).__name__}); if it is damaged, delete it to go on from the one before"
+        )
     for name, value in flags.items():
         if made_with.get(name) != value:
-            fail(f"{path} was made with --{name.replace('_', '-')} {made_with.get(name)}, not {value}; move it away")
+            fail(
+                f"{path} was made with --{name.replace('_', '-')} {made_with.get(name)}, not {value}; move it away"
+            )
     return run_dir, checkpoint
 
 
@@ -943,13 +1115,32 @@ def describe_run(run_dir: Path, args, layers: dict[str, list[dict]]) -> None:
         print(f"{network:<26}{'shape':>14}{'density':>9}{'active':>13} /{'total':>12}")
         for row in [*rows, {"layer": "all", "shape": [], "active": active, "total": total}]:
             shape, density = " x ".join(map(str, row["shape"])), row["active"] / row["total"]
-            print(f"  {row['layer']:<24}{shape:>14}{density:>9.4f}{row['active']:>13,} /{row['total']:>12,}")
-    how = {"shell": True, "cwd": Path(__file__).resolve().parent, "capture_output": True, "text": True}
-    revision = subprocess.run("git describe --always --dirty", **how).stdout.strip() or None  # None without git
+            print(
+                f"  {row['layer']:<24}{shape:>14}{density:>9.4f}{row['active']:>13,} /{row['total']:>12,}"
+            )
+    how = {
+        "shell": True,
+        "cwd": Path(__file__).resolve().parent,
+        "capture_output": True,
+        "text": True,
+    }
+    revision = (
+        subprocess.run("git describe --always --dirty", **how).stdout.strip() or None
+    )  # None without git
     packages = ("torch", "numpy", "numba", "gymnasium", "shimmy", "dm-control", "mujoco", "ale-py")
-    installed = {str(package.name).lower().replace("_", "-"): package.version for package in distributions()}
-    versions = {"python": platform.python_version(), **{name: installed.get(name) for name in packages}}
-    record = {"args": asdict(args), "versions": versions, "git_revision": revision, "layers": layers}
+    installed = {
+        str(package.name).lower().replace("_", "-"): package.version for package in distributions()
+    }
+    versions = {
+        "python": platform.python_version(),
+        **{name: installed.get(name) for name in packages},
+    }
+    record = {
+        "args": asdict(args),
+        "versions": versions,
+        "git_revision": revision,
+        "layers": layers,
+    }
     (run_dir / "args.json").write_text(json.dumps(record, indent=1))
 
 
@@ -959,7 +1150,9 @@ class Metrics:
     def __init__(self, run_dir: Path, args, csv_bytes: int, env_step: int):
         self.file = open(run_dir / "metrics.csv", "a")  # noqa: SIM115
         if os.fstat(self.file.fileno()).st_size < csv_bytes:
-            fail(f"{self.file.name} lacks what came before the checkpoint; bring it back, or start with --no-resume")
+            fail(
+                f"{self.file.name} lacks what came before the checkpoint; bring it back, or start with --no-resume"
+            )
         self.file.truncate(csv_bytes)  # what came after the checkpoint will be written again
         if csv_bytes == 0:
             self.file.write("env_step,agent_step,update_step,metric,value\n")
@@ -968,14 +1161,23 @@ class Metrics:
         if args.track:
             import wandb
 
-            where = {"project": args.wandb_project, "entity": args.wandb_entity, "id": run_dir.name, "dir": run_dir}
+            where = {
+                "project": args.wandb_project,
+                "entity": args.wandb_entity,
+                "id": run_dir.name,
+                "dir": run_dir,
+            }
             try:
-                self.wandb = wandb.init(**where, config=asdict(args), resume="allow" if csv_bytes else None)
+                self.wandb = wandb.init(
+                    **where, config=asdict(args), resume="allow" if csv_bytes else None
+                )
             except wandb.Error as error:
                 fail(f"--track: {error}")
             self.wandb.define_metric("*", step_metric="env_step")
 
-    def log(self, env_step: int, agent_step: int, update_step: int, values: dict[str, float]) -> None:
+    def log(
+        self, env_step: int, agent_step: int, update_step: int, values: dict[str, float]
+    ) -> None:
         for metric, value in values.items():
             self.file.write(f"{env_step},{agent_step},{update_step},{metric},{float(value)!r}\n")
             self.tensorboard.add_scalar(metric, float(value), env_step)
@@ -998,10 +1200,14 @@ class Metrics:
 
 def draw_learning_curve(run_dir: Path, title: str) -> None:
     """learning_curve.png from metrics.csv: returns of training episodes and of evaluations (mean and std)."""
-    metrics = pd.read_csv(run_dir / "metrics.csv").pivot(index="env_step", columns="metric", values="value")
+    metrics = pd.read_csv(run_dir / "metrics.csv").pivot(
+        index="env_step", columns="metric", values="value"
+    )
     axes = (figure := Figure((6, 4), layout="constrained")).subplots()
     if "episode/return" in metrics:
-        axes.plot(metrics["episode/return"].dropna(), color="0.75", lw=0.8, label="training episodes")
+        axes.plot(
+            metrics["episode/return"].dropna(), color="0.75", lw=0.8, label="training episodes"
+        )
     mean, std = (metrics[f"eval/return_{name}"].dropna() for name in ("mean", "std"))
     axes.plot(mean, marker="o", ms=3, label="evaluation (mean, std over episodes)")
     axes.fill_between(mean.index, mean - std, mean + std, alpha=0.2)

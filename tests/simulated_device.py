@@ -22,7 +22,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 aten = torch.ops.aten
 MOVES = {aten.copy_.default, aten._to_copy.default}
-INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}  # indices may be the CPU's
+INDEXING = {
+    aten.index.Tensor,
+    aten.index_put.default,
+    aten.index_put_.default,
+}  # indices may be the CPU's
 
 
 class Backend(backend_registration._DummyBackendModule):
@@ -32,7 +36,9 @@ class Backend(backend_registration._DummyBackendModule):
 
 
 backend_registration._setup_privateuseone_for_python_backend("sim", backend_module=Backend())
-torch.__future__.set_swap_module_params_on_conversion(True)  # else Module.to leaves the old memory in place
+torch.__future__.set_swap_module_params_on_conversion(
+    True
+)  # else Module.to leaves the old memory in place
 
 
 class SimTensor(torch.Tensor):
@@ -40,7 +46,11 @@ class SimTensor(torch.Tensor):
 
     @staticmethod
     def __new__(cls, memory: torch.Tensor, requires_grad: bool = False):
-        layout = {"strides": memory.stride(), "storage_offset": memory.storage_offset(), "dtype": memory.dtype}
+        layout = {
+            "strides": memory.stride(),
+            "storage_offset": memory.storage_offset(),
+            "dtype": memory.dtype,
+        }
         place = {"device": "sim:0", "requires_grad": requires_grad}
         tensor = torch.Tensor._make_wrapper_subclass(cls, memory.shape, **layout, **place)
         tensor.memory = memory
@@ -66,7 +76,12 @@ def call(operation, args: tuple, kwargs: dict):
     if torch.Tag.pointwise in operation.tags:  # a number of the CPU may take part
         strangers = [tensor for tensor in strangers if tensor.dim() > 0]
     first_is_ours = bool(args) and isinstance(args[0], SimTensor)
-    if ours and strangers and operation not in MOVES and not (operation in INDEXING and first_is_ours):
+    if (
+        ours
+        and strangers
+        and operation not in MOVES
+        and not (operation in INDEXING and first_is_ours)
+    ):
         raise RuntimeError(f"{operation} with tensors on sim and on the CPU")
 
     on_sim = first_is_ours if operation is aten.copy_.default else bool(ours)
@@ -94,7 +109,12 @@ def run(file: str, flags: list[str], device: str, stop_at_checkpoint: int | None
         saved += 1
         if saved == stop_at_checkpoint:
             sys.exit()
-        save(tree_map(lambda leaf: leaf.memory.clone() if isinstance(leaf, SimTensor) else leaf, state), path)
+        save(
+            tree_map(
+                lambda leaf: leaf.memory.clone() if isinstance(leaf, SimTensor) else leaf, state
+            ),
+            path,
+        )
 
     tyro.cli = lambda args: dataclasses.replace(parse(args), device=device)
     torch.save, sys.argv = save_on_cpu, [file, *flags]
@@ -111,7 +131,9 @@ def run(file: str, flags: list[str], device: str, stop_at_checkpoint: int | None
 
 if __name__ == "__main__":
     _, file, folder, *flags = sys.argv
-    sys.path[0] = str(Path(file).resolve().parent)  # as `python FILE` does; numba's cache may import the file
+    sys.path[0] = str(
+        Path(file).resolve().parent
+    )  # as `python FILE` does; numba's cache may import the file
     run(file, [*flags, "--sparse-kernel", "dense", "--runs-dir", f"{folder}/cpu"], "cpu")
     with SimDevice():
         for stop_at_checkpoint in (2, None):

@@ -16,7 +16,9 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-AGENTS = pytest.mark.parametrize("agent", sorted((ROOT / "sparse_zoo").glob("*.py")), ids=lambda path: path.stem)
+AGENTS = pytest.mark.parametrize(
+    "agent", sorted((ROOT / "sparse_zoo").glob("*.py")), ids=lambda path: path.stem
+)
 TINY = "--eval-episodes 1 --final-eval-episodes 1 --width-scale 0.125 --sparsity 0.8 --device cpu --threads 1"
 SHORT = "--total-timesteps 1000 --learning-starts 600 --diagnostics-interval 800"
 CARTPOLE = f"{SHORT} --env-id dm_control/cartpole-swingup-v0 --batch-size 16"
@@ -40,9 +42,14 @@ def documented_metrics(agent: str) -> list[str]:
     """The metrics in the tables of an agent's docs page and, for diagnostics, of SAC's; * stands for anything."""
     names = []
     for page in (agent, "sac_simba_sparse"):
-        for cell in re.findall(r"^\| (`[^|]+`) \|", (ROOT / "docs" / f"{page}.md").read_text(), re.M):
+        for cell in re.findall(
+            r"^\| (`[^|]+`) \|", (ROOT / "docs" / f"{page}.md").read_text(), re.M
+        ):
             full, *endings = re.findall(r"`([^`]+)`", cell)
-            names += [full, *(full.rsplit("_", 1)[0] + ending for ending in endings if ending.startswith("_"))]
+            names += [
+                full,
+                *(full.rsplit("_", 1)[0] + ending for ending in endings if ending.startswith("_")),
+            ]
             names += [ending for ending in endings if not ending.startswith("_")]
     return [name if "/" in name else f"diagnostics/*_{name}" for name in names]
 
@@ -58,14 +65,29 @@ def test_runs_alone_in_an_empty_folder(agent, tmp_path):
     (run_dir,) = (tmp_path / "runs").iterdir()
     with open(run_dir / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    returns = [(int(row["env_step"]), row["metric"]) for row in rows if row["metric"].endswith("/return_mean")]
+    returns = [
+        (int(row["env_step"]), row["metric"])
+        for row in rows
+        if row["metric"].endswith("/return_mean")
+    ]
     total = int(re.search(r"--total-timesteps (\d+)", OWN[agent.stem])[1])
     assert returns == [(0, "eval/return_mean"), (total, "final/return_mean")]
     logged, documented = {row["metric"] for row in rows}, documented_metrics(agent.stem)
-    assert {name.split("/")[0] for name in logged} == {"eval", "final", "episode", "losses", "time", "diagnostics"}
-    assert not [name for name in logged if not any(fnmatch.fnmatchcase(name, known) for known in documented)]
+    assert {name.split("/")[0] for name in logged} == {
+        "eval",
+        "final",
+        "episode",
+        "losses",
+        "time",
+        "diagnostics",
+    }
+    assert not [
+        name for name in logged if not any(fnmatch.fnmatchcase(name, known) for known in documented)
+    ]
     assert json.loads((run_dir / "args.json").read_text())["args"]["sparsity"] == 0.8
-    assert torch.load(run_dir / "checkpoint.pt", weights_only=True)["args"]["total_timesteps"] == total
+    assert (
+        torch.load(run_dir / "checkpoint.pt", weights_only=True)["args"]["total_timesteps"] == total
+    )
     assert imageio.imread(run_dir / "learning_curve.png").std() > 1
 
 
@@ -80,5 +102,10 @@ def test_header_agrees_with_the_requirements(agent):
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("uv") is None, reason="uv is not installed")
 def test_uv_installs_what_the_header_names(agent, tmp_path):
-    done = subprocess.run(["uv", "run", "--script", str(agent), "--help"], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        ["uv", "run", "--script", str(agent), "--help"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0 and "--sparsity" in done.stdout, done.stderr

@@ -16,19 +16,39 @@ sys.path.insert(0, str(SCRIPT.parent))
 import atari_scores  # noqa: E402
 
 
-def write_run(runs: Path, game: str, width: float, sparsity: float, seed: int, score: float | None, **flags) -> None:
+def write_run(
+    runs: Path, game: str, width: float, sparsity: float, seed: int, score: float | None, **flags
+) -> None:
     folder = runs / f"{game}-{width}-{sparsity}-{seed}"
     folder.mkdir(parents=True)
-    flags = {"exp_name": "der_impala_sparse", "env_id": f"ALE/{game}-v5", "depth_scale": 1, "n_step": 10, **flags}
+    flags = {
+        "exp_name": "der_impala_sparse",
+        "env_id": f"ALE/{game}-v5",
+        "depth_scale": 1,
+        "n_step": 10,
+        **flags,
+    }
     flags |= {"width_scale": width, "sparsity": sparsity, "seed": seed, "total_timesteps": 400_000}
     (folder / "args.json").write_text(json.dumps({"args": flags}))
     rows = ["400,100,0,eval/return_mean,-1.0\n"]
     rows += [] if score is None else [f"400000,100000,98400,final/return_mean,{score!r}\n"]
-    (folder / "metrics.csv").write_text("env_step,agent_step,update_step,metric,value\n" + "".join(rows))
+    (folder / "metrics.csv").write_text(
+        "env_step,agent_step,update_step,metric,value\n" + "".join(rows)
+    )
 
 
 def run_script(folder: Path, *flags: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(SCRIPT), "--runs-dir", "runs", "--output", "out", "--samples", "50", *flags]
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        "--runs-dir",
+        "runs",
+        "--output",
+        "out",
+        "--samples",
+        "50",
+        *flags,
+    ]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True)
 
 
@@ -39,7 +59,9 @@ def test_scores_improvements_and_what_is_missing(tmp_path):
     write_run(runs, "Pong", 3.0, 0.8, 1, -20.7 + 0.3 * 35.3)
     write_run(runs, "Breakout", 1.0, 0.0, 1, 1.7 - 0.2 * 28.8)
     write_run(runs, "Breakout", 3.0, 0.8, 1, 1.7 + 0.2 * 28.8)
-    shutil.copytree(runs / "Breakout-3.0-0.8-1", runs / "Breakout-3.0-0.8-1.old1")  # moved aside by --no-resume
+    shutil.copytree(
+        runs / "Breakout-3.0-0.8-1", runs / "Breakout-3.0-0.8-1.old1"
+    )  # moved aside by --no-resume
     write_run(runs, "Freeway", 3.0, 0.8, 1, 29.6)  # no baseline
     write_run(runs, "Alien", 1.0, 0.0, 2, None)  # unfinished
     write_run(runs, "Tetris", 1.0, 0.0, 1, 5.0)  # not one of the 26
@@ -51,13 +73,21 @@ def test_scores_improvements_and_what_is_missing(tmp_path):
         "baseline run: Freeway",
     ):
         assert words in done.stdout
-    (sparse,) = (line for line in done.stdout.splitlines() if line.startswith("width 3 sparsity 0.8: 3 of 26"))
+    (sparse,) = (
+        line
+        for line in done.stdout.splitlines()
+        if line.startswith("width 3 sparsity 0.8: 3 of 26")
+    )
     assert "Alien" in sparse and "Zaxxon" not in sparse and "Pong" not in sparse
-    percent = pd.read_csv(tmp_path / "out" / "improvements.csv").set_index("game")["width 3 sparsity 0.8"]
+    percent = pd.read_csv(tmp_path / "out" / "improvements.csv").set_index("game")[
+        "width 3 sparsity 0.8"
+    ]
     assert percent["Pong"] == pytest.approx(200) and percent["Breakout"] == pytest.approx(200)
     assert np.isnan(percent["Freeway"])
     table = pd.read_csv(tmp_path / "out" / "aggregates.csv").set_index("sparsity")
-    assert table.loc[0.8, "games"] == table.loc[0.8, "runs"] == 3 and table.loc[0.8, "mean"] == pytest.approx(0.5)
+    assert table.loc[0.8, "games"] == table.loc[0.8, "runs"] == 3 and table.loc[
+        0.8, "mean"
+    ] == pytest.approx(0.5)
     assert table.loc[0.8, "median"] == pytest.approx(0.3) and np.isnan(table.loc[0.8, "mean_low"])
     assert imageio.imread(tmp_path / "out" / "figure_18.png").std() > 1
     assert (tmp_path / "out" / "figure_18.svg").stat().st_size > 1000
@@ -91,7 +121,10 @@ def test_bootstrap_draws_seeds_within_each_game():
     [
         ([], "no finished run"),
         ([("Pong", 3.0, 0.0, 1, 1.0)], "no dense run of width 1"),
-        ([("Pong", 1.0, 0.0, 1, 1.0), ("Pong", 1.0, 0.8, 1, 1.0, {"n_step": 3})], "differ n_step 10 3"),
+        (
+            [("Pong", 1.0, 0.0, 1, 1.0), ("Pong", 1.0, 0.8, 1, 1.0, {"n_step": 3})],
+            "differ n_step 10 3",
+        ),
         ([("Tetris", 1.0, 0.0, 1, 1.0)], "26 games"),
     ],
 )
@@ -112,7 +145,9 @@ def test_the_reference_scores_are_those_of_the_26_games():
 
 def test_runs_that_cannot_be_used_are_named(tmp_path):
     write_run(tmp_path / "runs", "Pong", 1, 0, 1, 5.0)
-    write_run(tmp_path / "more", "Pong", 1, 0, 1, 7.0, eval_interval=7)  # the same network, game and seed
+    write_run(
+        tmp_path / "more", "Pong", 1, 0, 1, 7.0, eval_interval=7
+    )  # the same network, game and seed
     (tmp_path / "more" / "Pong-1-0-1").rename(tmp_path / "runs" / "z")
     write_run(tmp_path / "runs", "Boxing", 1, 0, 1, 5.0)
     (tmp_path / "runs" / "Boxing-1-0-1" / "args.json").write_text("{")
@@ -123,4 +158,8 @@ def test_runs_that_cannot_be_used_are_named(tmp_path):
     assert pd.read_csv(tmp_path / "out" / "scores.csv").score.tolist() == [5.0]
     for flags in (("--samples", "0"), ("--output", "/proc/x")):
         done = run_script(tmp_path, *flags)
-        assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+        assert (
+            done.returncode == 2
+            and done.stderr.startswith("error: ")
+            and done.stderr.count("\n") == 1
+        )

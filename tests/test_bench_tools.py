@@ -12,7 +12,9 @@ FOLDER = Path(__file__).parents[1] / "sparse_zoo" / "analysis"
 
 
 def run(tool: str, *flags: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, str(FOLDER / tool), *flags], capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, str(FOLDER / tool), *flags], capture_output=True, text=True
+    )
 
 
 def test_kernels():
@@ -28,12 +30,22 @@ def test_costs_replace_those_of_the_same_agent_only(tmp_path):
     output = tmp_path / "costs.csv"
     old = pd.read_csv(FOLDER.parents[1] / "docs" / "results" / "costs.csv")
     old.to_csv(output, index=False)
-    done = run("bench_costs.py", "--agents", "stream_ac_sparse", "--seconds", "0.1", "--output", str(output))
+    done = run(
+        "bench_costs.py",
+        "--agents",
+        "stream_ac_sparse",
+        "--seconds",
+        "0.1",
+        "--output",
+        str(output),
+    )
     assert done.returncode == 0, done.stderr
     new = pd.read_csv(output)
     assert set(new.agent) == set(old.agent) and len(new) == len(old) and (new.ms > 0).all()
     same = new[new.agent != "stream_ac_sparse"].reset_index(drop=True)
-    assert same.ms.tolist() == pytest.approx(old[old.agent != "stream_ac_sparse"].ms.tolist(), rel=1e-3)
+    assert same.ms.tolist() == pytest.approx(
+        old[old.agent != "stream_ac_sparse"].ms.tolist(), rel=1e-3
+    )
     assert not new.ms[new.agent == "stream_ac_sparse"].isin(old.ms).all()
 
 
@@ -64,4 +76,8 @@ def test_pixel_agents():
 )
 def test_bad_input(tool, flags):
     done = run(tool, *flags.split())
-    assert done.returncode == 2 and done.stderr.startswith(f"error: {flags}: ") and done.stderr.count("\n") == 1
+    assert (
+        done.returncode == 2
+        and done.stderr.startswith(f"error: {flags}: ")
+        and done.stderr.count("\n") == 1
+    )

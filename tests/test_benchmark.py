@@ -74,7 +74,11 @@ def listing() -> str:
 
 def test_shared_runs_are_made_once():
     own = {figure: set(commands(figure)) for figure in FIGURES}
-    assert own["fig1"] == own["fig14"] and own["fig12"] == own["fig17"] and own["fig2"] == own["fig15"] | own["fig16"]
+    assert (
+        own["fig1"] == own["fig14"]
+        and own["fig12"] == own["fig17"]
+        and own["fig2"] == own["fig15"] | own["fig16"]
+    )
     assert own["fig4"] | own["fig5"] | own["fig7"] | own["fig8"] | own["fig9"] <= own["fig3"]
     assert own["fig11"] < own["fig10"]
     every = commands("all")
@@ -84,30 +88,51 @@ def test_shared_runs_are_made_once():
 def test_the_sweeps_are_the_papers():
     hard = {
         f"dm_control/{task}-v0"
-        for task in ["dog-run", "dog-trot", "dog-walk", "humanoid-run", "humanoid-stand", "humanoid-walk"]
+        for task in [
+            "dog-run",
+            "dog-trot",
+            "dog-walk",
+            "humanoid-run",
+            "humanoid-stand",
+            "humanoid-walk",
+        ]
     }
     assert values("fig2", "--env-id") == hard
     assert values("fig2", "--width-scale") == {"0.5", "1", "2", "3", "4", "5"}
     assert values("fig2", "--depth-scale") == {"1", "2", "3", "4"}
     assert values("fig15", "--sparsity") == {"0", "0.5556", "0.75", "0.84"}
-    assert values("fig16", "--sparsity") == {"0", "0.5", "0.6667", "0.75"} and values("fig16", "--width-scale") == {"2"}
+    assert values("fig16", "--sparsity") == {"0", "0.5", "0.6667", "0.75"} and values(
+        "fig16", "--width-scale"
+    ) == {"2"}
     assert values("fig3", "--sparsity") == {"0"} | {f"0.{digit}" for digit in range(1, 10)}
-    assert values("fig3", "--width-scale") == {"1", "5"} and values("fig3", "--seed") == set("12345678")
+    assert values("fig3", "--width-scale") == {"1", "5"} and values("fig3", "--seed") == set(
+        "12345678"
+    )
     assert values("fig12", "--env-id") == values("fig13", "--env-id") == {"Ant-v4", "Walker2d-v4"}
-    assert values("fig18", "--width-scale") == {"1", "3"} and values("fig18", "--sparsity") == {"0", "0.4", "0.8"}
-    assert values("fig7", "--env-id") == values("fig4", "--env-id") == {"dm_control/humanoid-run-v0"}
+    assert values("fig18", "--width-scale") == {"1", "3"} and values("fig18", "--sparsity") == {
+        "0",
+        "0.4",
+        "0.8",
+    }
+    assert (
+        values("fig7", "--env-id") == values("fig4", "--env-id") == {"dm_control/humanoid-run-v0"}
+    )
 
 
 def weights(width: float, depth: int) -> int:
     with torch.device("meta"):
-        agent = sac.Agent(sac.Args(width_scale=width, depth_scale=depth), 67, 21, torch.device("meta"))
+        agent = sac.Agent(
+            sac.Args(width_scale=width, depth_scale=depth), 67, 21, torch.device("meta")
+        )
     return sum(row["total"] for rows in agent.layers.values() for row in rows)
 
 
 def test_sparse_networks_have_as_many_active_weights_as_the_dense_one_of_width_2():
     anchor, found = weights(2, 1), set()
     for line in commands("fig1") + commands("fig2"):
-        width, depth, sparsity = re.search(r"--width-scale (\S+) --depth-scale (\S+) --sparsity (\S+)", line).groups()
+        width, depth, sparsity = re.search(
+            r"--width-scale (\S+) --depth-scale (\S+) --sparsity (\S+)", line
+        ).groups()
         if float(sparsity):
             found.add((float(width), int(depth), float(sparsity)))
     assert len(found) == 3 + 3 + 2
@@ -118,7 +143,9 @@ def test_sparse_networks_have_as_many_active_weights_as_the_dense_one_of_width_2
 @pytest.mark.parametrize("scale", ["paper", "cpu", "smoke"])
 def test_every_command_is_one_that_its_agent_takes(scale):
     lines = without_seed(commands("all", scale))
-    runs = [plan.parse_command(line.replace(" --runs-dir", " --seed 1 --runs-dir")) for line in lines]
+    runs = [
+        plan.parse_command(line.replace(" --runs-dir", " --seed 1 --runs-dir")) for line in lines
+    ]
     for run in runs:
         sys.modules[run.agent].check_flags(run.flags)
         assert run.flags.runs_dir == f"runs/{scale}" and run.flags.threads >= 1
@@ -128,26 +155,42 @@ def test_every_command_is_one_that_its_agent_takes(scale):
 
 @pytest.mark.parametrize("scale", ["cpu", "smoke"])
 def test_small_networks_can_be_as_sparse(scale):
-    sizes = {re.search(r"(--width-scale .*?--sparsity \S+)", line)[1] for line in commands("fig2", scale)}
-    sizes |= {re.search(r"(--width-scale .*?--sparsity \S+)", line)[1] for line in commands("fig3", scale)}
+    sizes = {
+        re.search(r"(--width-scale .*?--sparsity \S+)", line)[1] for line in commands("fig2", scale)
+    }
+    sizes |= {
+        re.search(r"(--width-scale .*?--sparsity \S+)", line)[1] for line in commands("fig3", scale)
+    }
     for size in sizes:
         _, width, _, depth, _, sparsity = size.split()
         args = sac.Args(width_scale=float(width), depth_scale=int(depth), sparsity=float(sparsity))
         agent = sac.Agent(args, 17, 6, torch.device("cpu"))
         active, total = (
-            sum(row[name] for rows in agent.layers.values() for row in rows) for name in ("active", "total")
+            sum(row[name] for rows in agent.layers.values() for row in rows)
+            for name in ("active", "total")
         )
         assert active / total == pytest.approx(1 - float(sparsity), abs=0.01)
 
 
 def test_flags_of_the_command_line():
     lines = commands("fig9", "smoke", "--seeds", "3", "--jobs", "1")
-    assert len(lines) == 2 and all("--seed 1 " in line for line in lines)  # Figure 9 shows one run each
+    assert len(lines) == 2 and all(
+        "--seed 1 " in line for line in lines
+    )  # Figure 9 shows one run each
     assert len(commands("fig7", "smoke", "--seeds", "3")) == 9
-    done = benchmark("fig9", "--runner", "dry-run", FLAGS="--device cuda", RUNS="/tmp/there", THREADS="7")
-    assert all(line.endswith("--runs-dir /tmp/there --threads 7 --device cuda") for line in done.stdout.splitlines())
-    done = benchmark("fig13", "--runner", "dry-run", FLAGS="--device  cuda --track")  # a stream knows no CUDA
-    assert done.stdout.count("\n") == 18 and all(line.endswith("--track") for line in done.stdout.splitlines())
+    done = benchmark(
+        "fig9", "--runner", "dry-run", FLAGS="--device cuda", RUNS="/tmp/there", THREADS="7"
+    )
+    assert all(
+        line.endswith("--runs-dir /tmp/there --threads 7 --device cuda")
+        for line in done.stdout.splitlines()
+    )
+    done = benchmark(
+        "fig13", "--runner", "dry-run", FLAGS="--device  cuda --track"
+    )  # a stream knows no CUDA
+    assert done.stdout.count("\n") == 18 and all(
+        line.endswith("--track") for line in done.stdout.splitlines()
+    )
     assert "cuda" not in done.stdout
 
 
@@ -191,9 +234,13 @@ done
     every = benchmark(*arguments, "--runner", "dry-run", THREADS="1", **where).stdout.splitlines()
     first = plan.parse_command(every[0]).folder
     first.mkdir(parents=True)
-    (first / "metrics.csv").write_text("env_step,agent_step,update_step,metric,value\n1000,1,1,final/return_mean,1.0\n")
+    (first / "metrics.csv").write_text(
+        "env_step,agent_step,update_step,metric,value\n1000,1,1,final/return_mean,1.0\n"
+    )
     done = benchmark(*arguments, "--runner", "slurm", **where)
-    assert done.returncode == 0 and done.stderr.startswith("9 runs, 1 of them finished; "), done.stderr
+    assert done.returncode == 0 and done.stderr.startswith("9 runs, 1 of them finished; "), (
+        done.stderr
+    )
     assert "--array=1-4 " in done.stdout
     tasks = re.split(r"^task \d\n", done.stdout.partition("\nwhen it has ended")[0], flags=re.M)[1:]
     dealt = [task.splitlines() for task in tasks]
@@ -202,7 +249,11 @@ done
 
 def test_python_without_the_packages():
     done = benchmark("fig9", PYTHON="/nonexistent/python")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "activate the virtual environment" in done.stderr
+    assert (
+        done.returncode == 2
+        and done.stderr.count("\n") == 1
+        and "activate the virtual environment" in done.stderr
+    )
 
 
 def test_failed_runs_are_named_with_their_logs(tmp_path):

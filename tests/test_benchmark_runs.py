@@ -23,13 +23,22 @@ SWEEP, FLAGS = "fig13", "--total-timesteps 30000 --eval-interval 10000 --checkpo
 def environment(folder: Path, **more: str) -> dict[str, str]:
     own = ("RUNS", "RESULTS", "THREADS", "FLAGS", "SBATCH_OPTIONS")
     inherited = {name: value for name, value in os.environ.items() if name not in own}
-    where = {"RUNS": str(folder / "runs"), "RESULTS": str(folder / "results"), "PYTHON": sys.executable}
+    where = {
+        "RUNS": str(folder / "runs"),
+        "RESULTS": str(folder / "results"),
+        "PYTHON": sys.executable,
+    }
     return {**inherited, **where, "OMP_NUM_THREADS": "1", **more}
 
 
 def start(folder: Path, *arguments: str, **more: str) -> subprocess.Popen:
     command = [str(ROOT / "benchmark.sh"), *arguments]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
+    pipes = {
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.STDOUT,
+        "text": True,
+        "start_new_session": True,
+    }
     return subprocess.Popen(command, env=environment(folder, **more), **pipes)
 
 
@@ -40,7 +49,12 @@ def type_in(keyboard: int, terminal: int, folder: Path, line: str, **more: str) 
         os.setsid()
         fcntl.ioctl(terminal, termios.TIOCSCTTY)
 
-    where = {"stdin": terminal, "stdout": terminal, "stderr": terminal, "env": environment(folder, **more)}
+    where = {
+        "stdin": terminal,
+        "stdout": terminal,
+        "stderr": terminal,
+        "env": environment(folder, **more),
+    }
     shell = subprocess.Popen(["bash", "--norc", "-i"], preexec_fn=own, **where)
     os.write(keyboard, f"{line}\n".encode())
     return shell
@@ -99,7 +113,9 @@ def test_an_interrupted_local_sweep_goes_on(tmp_path, how):
 
     third = start(tmp_path / "cut", SWEEP, "--scale", "smoke", FLAGS=FLAGS)
     out, _ = third.communicate(timeout=600)
-    assert third.returncode == 0 and "3 runs, 3 of them finished" in out and "\nfinished:" not in out
+    assert (
+        third.returncode == 0 and "3 runs, 3 of them finished" in out and "\nfinished:" not in out
+    )
 
 
 @pytest.mark.slow
@@ -115,7 +131,10 @@ def test_smoke_runs_every_target_in_half_an_hour(tmp_path):
         assert pictures and all(imread(picture).std() > 0.01 for picture in pictures), figure
         assert list(folder.glob("*.svg")) and list(folder.glob("*.csv*")), figure
     for number in range(1, 6):
-        assert "differs" in out and (tmp_path / "results" / f"table{number}" / "table.md").read_text().count("\n") > 10
+        assert (
+            "differs" in out
+            and (tmp_path / "results" / f"table{number}" / "table.md").read_text().count("\n") > 10
+        )
     assert not re.search("^(missing|left out|fewer seeds): ", out, re.M)
     assert minutes < 30
 
@@ -183,16 +202,24 @@ def test_slurm_requeues_and_the_results_are_the_local_ones(tmp_path, slurm):
     out, _ = sent.communicate(timeout=300)
     assert sent.returncode == 0, out
     job = re.search(r"Submitted batch job (\d+)", out)[1]
-    assert "3 runs, 0 of them finished" in out and f"./benchmark.sh plot {SWEEP} --scale smoke" in out
+    assert (
+        "3 runs, 0 of them finished" in out and f"./benchmark.sh plot {SWEEP} --scale smoke" in out
+    )
 
     wait_for_checkpoint(tmp_path / "far", 1)
     ask_slurm("scontrol", "requeue", f"{job}_1")
     deadline = time.time() + 900  # Slurm holds a requeued job back for two minutes
     while ask_slurm("squeue", "--noheader", "--jobs", job) and time.time() < deadline:
         time.sleep(2)
-    logs = {path.name[-5]: path.read_text() for path in (tmp_path / "far" / "runs" / "slurm").glob("*.log")}
+    logs = {
+        path.name[-5]: path.read_text()
+        for path in (tmp_path / "far" / "runs" / "slurm").glob("*.log")
+    }
     assert sorted(logs) == ["1", "2", "3"]
-    assert re.search("going on from env step [1-9]", logs["1"]) and "going on" not in logs["2"] + logs["3"]
+    assert (
+        re.search("going on from env step [1-9]", logs["1"])
+        and "going on" not in logs["2"] + logs["3"]
+    )
     assert results(tmp_path / "far") == results(tmp_path / "local")
 
     drawn = start(tmp_path / "far", "plot", SWEEP, "--scale", "smoke", FLAGS=FLAGS)

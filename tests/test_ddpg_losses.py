@@ -33,10 +33,16 @@ def make_batch(seed: int) -> tuple[ddpg.Batch, torch.Tensor, torch.Tensor]:
     """A batch, and the two noises of an update, large enough that clipping takes part."""
     generator = torch.Generator().manual_seed(seed)
     widths = (OBS_DIM, ACTION_DIM, OBS_DIM, ACTION_DIM, ACTION_DIM)
-    obs, action, next_obs, noise, next_noise = (torch.randn(BATCH, width, generator=generator) for width in widths)
+    obs, action, next_obs, noise, next_noise = (
+        torch.randn(BATCH, width, generator=generator) for width in widths
+    )
     terminated = (torch.arange(BATCH) % 4 == 0).float()
     reward = torch.randn(BATCH, generator=generator)
-    return ddpg.Batch(obs, action.tanh(), reward, next_obs, terminated), 0.5 * noise, 0.5 * next_noise
+    return (
+        ddpg.Batch(obs, action.tanh(), reward, next_obs, terminated),
+        0.5 * noise,
+        0.5 * next_noise,
+    )
 
 
 # Policy
@@ -66,7 +72,9 @@ def test_acting_is_the_policy_with_or_without_noise():
     agent, norm = make_agent(), ddpg.ObservationNorm(OBS_DIM, CPU)
     norm.update(np.full(OBS_DIM, 2.0))
     obs, noise = np.arange(5.0), torch.tensor([0.1, -2.5])
-    mode = torch.tanh(agent.actor.head(agent.actor.encoder(norm(torch.arange(5.0)[None]))))[0].detach()
+    mode = torch.tanh(agent.actor.head(agent.actor.encoder(norm(torch.arange(5.0)[None]))))[
+        0
+    ].detach()
     assert ddpg.act(agent, norm, obs) == pytest.approx(mode.tolist(), abs=1e-6)
     noisy = ddpg.act(agent, norm, obs, noise)
     assert noisy == pytest.approx([min(float(mode[0]) + 0.1, 1.0), -1.0], abs=1e-6)
@@ -86,7 +94,12 @@ def test_actor_loss_by_hand():
     # (13.5) and at the second (14): -(13.5 + 14) / 2.
     obs, noise = torch.tensor([[1.0], [3.0]]), torch.tensor([[0.5], [-1.0]])
     assert ddpg.actor_loss(policy_stub, lambda _, a: 10 * a.T, obs, noise).item() == -17.5
-    assert ddpg.actor_loss(policy_stub, lambda _, a: torch.cat([10 * a.T, 12 + a.T]), obs, noise).item() == -13.75
+    assert (
+        ddpg.actor_loss(
+            policy_stub, lambda _, a: torch.cat([10 * a.T, 12 + a.T]), obs, noise
+        ).item()
+        == -13.75
+    )
 
 
 def test_td_target_by_hand():
@@ -97,7 +110,9 @@ def test_td_target_by_hand():
     target = ddpg.td_target(policy_stub, lambda _, a: 10 * a.T, batch, 0.9, noise)
     assert target.tolist() == pytest.approx([5.5, 1.0, 5.5])
     # A second critic at -1 is smaller everywhere: 1 - 0.9.
-    target = ddpg.td_target(policy_stub, lambda _, a: torch.cat([10 * a.T, 0 * a.T - 1]), batch, 0.9, noise)
+    target = ddpg.td_target(
+        policy_stub, lambda _, a: torch.cat([10 * a.T, 0 * a.T - 1]), batch, 0.9, noise
+    )
     assert target.tolist() == pytest.approx([0.1, 1.0, 0.1])
 
 
@@ -127,7 +142,9 @@ class Reference:
             elif isinstance(module, nn.Linear | nn.LayerNorm):
                 for kind, parameter in module.named_parameters():
                     self.parameters[f"{name}.{kind}"] = parameter.detach().double()
-        self.parameters = {name: value.clone().requires_grad_() for name, value in self.parameters.items()}
+        self.parameters = {
+            name: value.clone().requires_grad_() for name, value in self.parameters.items()
+        }
         self.first = {name: torch.zeros_like(value) for name, value in self.parameters.items()}
         self.second = {name: torch.zeros_like(value) for name, value in self.parameters.items()}
         self.steps = 0
@@ -158,7 +175,9 @@ class Reference:
             first = self.first[name] / (1 - 0.9**self.steps)
             second = self.second[name] / (1 - 0.999**self.steps)
             step = first / (second.sqrt() + 1e-8)
-            self.parameters[name] = ((1 - 1e-4 * 1e-2) * value.detach() - 1e-4 * step).requires_grad_()
+            self.parameters[name] = (
+                (1 - 1e-4 * 1e-2) * value.detach() - 1e-4 * step
+            ).requires_grad_()
 
 
 @pytest.mark.parametrize("sparsity,kernel", [(0.0, "auto"), (0.8, "packed"), (0.8, "dense")])
@@ -167,17 +186,26 @@ def test_three_updates_equal_masked_dense_ddpg(sparsity, kernel):
     agent = make_agent(sparsity=sparsity, sparse_kernel=kernel)
     for network in (agent.actor, agent.critic, agent.target_critic):
         network.double()
-    actor, critic, target_critic = Reference(agent.actor), Reference(agent.critic), Reference(agent.target_critic)
+    actor, critic, target_critic = (
+        Reference(agent.actor),
+        Reference(agent.critic),
+        Reference(agent.target_critic),
+    )
 
     def policy(obs, noise):
         return (actor.linear("head", actor.encode("encoder", obs, 1)).tanh() + noise).clamp(-1, 1)
 
     def q(network, obs, action):
-        return network.linear("heads.0", network.encode("encoders.0", torch.cat([obs, action], 1), 2))[:, 0]
+        return network.linear(
+            "heads.0", network.encode("encoders.0", torch.cat([obs, action], 1), 2)
+        )[:, 0]
 
     for index in range(3):
         batch, *noises = make_batch(index)
-        batch, (noise, next_noise) = ddpg.Batch(*(column.double() for column in batch)), (x.double() for x in noises)
+        batch, (noise, next_noise) = (
+            ddpg.Batch(*(column.double() for column in batch)),
+            (x.double() for x in noises),
+        )
         losses = ddpg.update(agent, batch, noise, next_noise, 0.9, 0.25)
         loss_actor = -q(critic, batch.obs, policy(batch.obs, noise)).mean()
         actor.descend(loss_actor)
@@ -211,7 +239,12 @@ def test_optimisers_are_the_papers():
         optimizer = getattr(agent, f"{name}_optimizer")
         assert type(optimizer) is torch.optim.AdamW and len(optimizer.param_groups) == 1
         group = optimizer.param_groups[0]
-        assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (1e-4, (0.9, 0.999), 1e-8, 1e-2)
+        assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (
+            1e-4,
+            (0.9, 0.999),
+            1e-8,
+            1e-2,
+        )
         assert [*map(id, group["params"])] == [*map(id, getattr(agent, name).parameters())]
 
 
@@ -219,7 +252,9 @@ def test_parameters_on_humanoid():
     # Actor, hidden 128: 67*128+128, then 2*128 + 128*512+512 + 512*128+128, 2*128, and 128*21+21.
     with torch.device("meta"):
         actor, critic = ddpg.Actor(67, 21, 128, 1), ddpg.Critic(67, 21, 512, 2, 1)
-    counts = [sum(parameter.numel() for parameter in network.parameters()) for network in (actor, critic)]
+    counts = [
+        sum(parameter.numel() for parameter in network.parameters()) for network in (actor, critic)
+    ]
     assert counts == [143_637, 4_248_577]
 
 

@@ -25,7 +25,9 @@ def golden() -> dict[str, torch.Tensor]:
         return {name: torch.as_tensor(file[name]) for name in file}
 
 
-def make_replay(folder: Path, capacity: int = 60, mode: str = "w+", **flags) -> der.PrioritizedReplay:
+def make_replay(
+    folder: Path, capacity: int = 60, mode: str = "w+", **flags
+) -> der.PrioritizedReplay:
     return der.PrioritizedReplay(folder / "replay.u8", der.Args(**flags), capacity, 20, mode)
 
 
@@ -49,7 +51,9 @@ def test_projection_equals_dopamine(golden):
 def test_projection_by_hand():
     support, probabilities = torch.tensor([-1.0, 0.0, 1.0]), torch.tensor([[0.2, 0.3, 0.5]])
     points = torch.tensor([[-5.0, 0.25, 1.0]])
-    assert der.project(points, probabilities, support)[0].tolist() == pytest.approx([0.2, 0.225, 0.575])
+    assert der.project(points, probabilities, support)[0].tolist() == pytest.approx(
+        [0.2, 0.225, 0.575]
+    )
 
 
 def test_cross_entropy_priorities_and_weights_equal_dopamine(golden, tmp_path):
@@ -78,7 +82,9 @@ def test_dueling_heads_equal_dopamine(golden, monkeypatch):
     agent = der.Agent(der.Args(width_scale=0.125), 4, CPU)
     heads = {"value": golden["dueling/value"], "advantage": golden["dueling/adv"].flatten()[None]}
     for name, output in heads.items():
-        monkeypatch.setattr(getattr(agent.network, name), "forward", lambda x, noise, output=output: output)
+        monkeypatch.setattr(
+            getattr(agent.network, name), "forward", lambda x, noise, output=output: output
+        )
     logits = agent.network(torch.zeros(1, 84, 84, 4, dtype=torch.uint8))[0]
     assert torch.allclose(logits, golden["dueling/logits"], atol=1e-6)
     assert torch.allclose(logits.softmax(-1), golden["dueling/probs"], atol=1e-6)
@@ -95,13 +101,19 @@ def replay(tmp_path):
     for length, terminal in ((5, True), (2, False), (2, True), (6, False)):
         replay.begin(next(film))
         for step in range(length):
-            replay.add(replay.added - 1, float(replay.added), terminal and step == length - 1, next(film))
+            replay.add(
+                replay.added - 1, float(replay.added), terminal and step == length - 1, next(film)
+            )
     return replay
 
 
 # Frames 0-5, 6-8, 9-11, 12-18; the reward after frame k is k + 1. What can be sampled: return, discount, bootstrap
 EXPECTED = {
-    **{0: (1 + 2 / 2 + 3 / 4, 1 / 8, 3), 1: (2 + 3 / 2 + 4 / 4, 1 / 8, 4), 2: (3 + 4 / 2 + 5 / 4, 0, None)},
+    **{
+        0: (1 + 2 / 2 + 3 / 4, 1 / 8, 3),
+        1: (2 + 3 / 2 + 4 / 4, 1 / 8, 4),
+        2: (3 + 4 / 2 + 5 / 4, 0, None),
+    },
     **{3: (4 + 5 / 2, 0, None), 4: (5, 0, None), 9: (10 + 11 / 2, 0, None), 10: (11, 0, None)},
     **{k: (k + 1 + (k + 2) / 2 + (k + 3) / 4, 1 / 8, k + 3) for k in (12, 13, 14, 15)},
 }
@@ -117,7 +129,9 @@ def test_n_step_returns_end_with_the_life(replay):
         k = int(batch.index[row])
         reward, discount, bootstrap = EXPECTED[k]
         assert batch.action[row] == k and batch.weight[row] == 1
-        assert (batch.reward[row].item(), batch.discount[row].item()) == pytest.approx((reward, discount))
+        assert (batch.reward[row].item(), batch.discount[row].item()) == pytest.approx(
+            (reward, discount)
+        )
         for newest, stack in ((k, batch.obs[row]), (bootstrap, batch.next_obs[row])):
             for place in range(4 if newest is not None else 0):
                 number = newest - 3 + place
@@ -169,14 +183,18 @@ def test_replay_comes_back_from_its_state(replay, tmp_path):
     other.load_state_dict(replay.state_dict())
     assert np.array_equal(other.priority, replay.priority)
     generators = [torch.Generator().manual_seed(1) for _ in range(2)]
-    for ours, theirs in zip(replay.sample(64, CPU, generators[0]), other.sample(64, CPU, generators[1])):
+    for ours, theirs in zip(
+        replay.sample(64, CPU, generators[0]), other.sample(64, CPU, generators[1])
+    ):
         assert torch.equal(ours, theirs)
 
 
 # --- Networks ---
 
 
-@pytest.mark.parametrize("width, parameters", [(1, 97_744), (2, 389_024), (3, 873_840), (4, 1_552_192)])
+@pytest.mark.parametrize(
+    "width, parameters", [(1, 97_744), (2, 389_024), (3, 873_840), (4, 1_552_192)]
+)
 def test_impala_parameters_and_shapes(width, parameters):
     encoder = der.impala(width, 2)
     assert sum(parameter.numel() for parameter in encoder.parameters()) == parameters
@@ -219,7 +237,9 @@ def test_noise_has_the_variance_of_its_scales(sparsity):
         mask = mask.view(32, 64)
     moment = math.sqrt(2 / math.pi)
     variance = (0.5 / 8) ** 2 * moment * (moment * (mask * x.square()).sum(1) + 1)
-    assert torch.allclose(outputs.mean(0), mean, atol=5 * float(variance.max().sqrt()) / math.sqrt(20_000))
+    assert torch.allclose(
+        outputs.mean(0), mean, atol=5 * float(variance.max().sqrt()) / math.sqrt(20_000)
+    )
     assert torch.allclose(outputs.var(0), variance, rtol=0.1)
 
 
@@ -258,7 +278,10 @@ class Plain(nn.Module):
         values, mask = values.detach().clone().contiguous(), torch.ones_like(values)
         if sparse is not None:
             places, shape = sparse.active.long(), sparse.shape
-            values, mask = (torch.zeros(math.prod(shape)).index_copy(0, places, t).view(shape) for t in (values, mask))
+            values, mask = (
+                torch.zeros(math.prod(shape)).index_copy(0, places, t).view(shape)
+                for t in (values, mask)
+            )
         self.weights[key], self.masks[key] = nn.Parameter(values), mask.detach()
 
     def get(self, key: str) -> torch.Tensor:
@@ -286,14 +309,19 @@ class Plain(nn.Module):
         return value[:, None] + advantage - advantage.mean(1, keepdim=True)
 
 
-@pytest.mark.parametrize("flags", [{}, {"sparsity": 0.8}, {"sparsity": 0.8, "sparse_kernel": "dense"}])
+@pytest.mark.parametrize(
+    "flags", [{}, {"sparsity": 0.8}, {"sparsity": 0.8, "sparse_kernel": "dense"}]
+)
 def test_an_update_equals_plain_pytorch_with_masks(flags):
     agent = der.Agent(der.Args(width_scale=0.25, **flags), 3, CPU)
     with torch.no_grad():  # two different networks
         for parameter in agent.target_network.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
     plain, plain_target = Plain(agent.network), Plain(agent.target_network)
-    adam, support = torch.optim.Adam(plain.parameters(), lr=1e-4, eps=1.5e-4), torch.linspace(-10, 10, 51)
+    adam, support = (
+        torch.optim.Adam(plain.parameters(), lr=1e-4, eps=1.5e-4),
+        torch.linspace(-10, 10, 51),
+    )
     for _ in range(2):
         obs, next_obs = torch.randint(0, 256, (2, 10, 84, 84, 4), dtype=torch.uint8)
         rest = (torch.randint(3, (10,)), torch.randn(10), 0.9 * (torch.arange(10) % 3 > 0))
@@ -318,7 +346,9 @@ def test_an_update_equals_plain_pytorch_with_masks(flags):
         (batch.weight * theirs).mean().backward()
         adam.step()
         assert torch.allclose(each, theirs, rtol=1e-4)
-        assert losses["td_target"].item() == pytest.approx((target @ support).mean().item(), abs=1e-4)
+        assert losses["td_target"].item() == pytest.approx(
+            (target @ support).mean().item(), abs=1e-4
+        )
     expected = Plain(agent.network)
     for name, weight in plain.weights.items():
         difference = ((weight - expected.weights[name]) * plain.masks[name]).abs()
@@ -330,9 +360,13 @@ def test_what_sparsity_prunes():
     rows = agent.layers["network"]
     active, total = (sum(row[name] for row in rows) for name in ("active", "total"))
     assert total == 97_744 + (3872 + 1) * 512 + (512 + 1) * 51 + (512 + 1) * 6 * 51
-    assert active == pytest.approx(0.2 * total, abs=len(rows) + 20)  # rounded down for each parameter
+    assert active == pytest.approx(
+        0.2 * total, abs=len(rows) + 20
+    )  # rounded down for each parameter
     # Each mean weight and bias of a noisy layer has one noise scale
-    noisy = sum(layer.sigma.numel() + layer.bias_sigma.numel() for layer in agent.network.noisy_layers())
+    noisy = sum(
+        layer.sigma.numel() + layer.bias_sigma.numel() for layer in agent.network.noisy_layers()
+    )
     assert sum(parameter.numel() for parameter in agent.network.parameters()) == active + noisy
     shapes = {name: tuple(p.shape) for name, p in der.Network(der.Args(), 6).named_parameters()}
     density = {name: 1 - sparsity for name, sparsity in der.erdos_renyi(shapes, 0.8).items()}

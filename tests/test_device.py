@@ -12,7 +12,9 @@ from torch.utils._pytree import tree_flatten
 TESTS = Path(__file__).parent
 COMMON = "--threads 1 --sparsity 0.8 --eval-episodes 1 --final-eval-episodes 1"
 PENDULUM = "--env-id Pendulum-v1 --total-timesteps 880 --learning-starts 740 --batch-size 8 --width-scale 0.125"
-PENDULUM += " --updates-per-step 1 --eval-interval 440 --diagnostics-interval 440 --checkpoint-interval 800"
+PENDULUM += (
+    " --updates-per-step 1 --eval-interval 440 --diagnostics-interval 440 --checkpoint-interval 800"
+)
 AGENTS = {  # each has one checkpoint on the way, with updates before and after
     "sac_simba_sparse": f"{PENDULUM} --clipped-double-q --reset-interval 760",
     "ddpg_simba_sparse": PENDULUM,
@@ -39,7 +41,9 @@ def test_a_run_on_a_device_equals_that_on_the_cpu(agent, tmp_path):
         (path,) = tmp_path.glob(f"{device}/*/checkpoint.pt")
         checkpoint = torch.load(path, weights_only=True)
         assert checkpoint.pop("args")["device"] == device
-        checkpoint["counters"] = checkpoint["counters"][:-1]  # the last is the length of metrics.csv
+        checkpoint["counters"] = checkpoint["counters"][
+            :-1
+        ]  # the last is the length of metrics.csv
         checkpoints.append(tree_flatten(checkpoint))
         table = pd.read_csv(path.with_name("metrics.csv"))
         metrics.append(table[~table.metric.str.startswith("time/")].reset_index(drop=True))
@@ -73,5 +77,7 @@ with simulated_device.SimDevice():
             continue
         raise AssertionError(f"mistake {MISTAKES.index(mistake)} went through")
 """
-    done = subprocess.run([sys.executable, "-c", program], cwd=TESTS, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=TESTS, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr

@@ -31,7 +31,9 @@ def make_batch(size: int = 32) -> tuple[sac.Batch, torch.Tensor, torch.Tensor]:
     """A batch, and the noises for the actor's loss and for the TD target."""
     generator = torch.Generator().manual_seed(0)
     shapes = ((size, 5), (size, 2), (size,), (size, 5), (size, 2), (size, 2))
-    obs, action, reward, next_obs, noise, next_noise = (torch.randn(shape, generator=generator) for shape in shapes)
+    obs, action, reward, next_obs, noise, next_noise = (
+        torch.randn(shape, generator=generator) for shape in shapes
+    )
     return sac.Batch(obs, action.tanh(), reward, next_obs, torch.zeros(size)), noise, next_noise
 
 
@@ -117,12 +119,19 @@ def test_measurements_of_a_small_encoder_by_hand(small_encoder):
 def test_measuring_leaves_no_hooks_and_no_gradients(small_encoder):
     inputs = torch.randn(4, 2)
     sac.measure_plasticity(small_encoder, inputs, list(small_encoder.parameters()), [torch.ones(3)])
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in small_encoder.modules())
-    assert all(parameter.grad is None and parameter.requires_grad for parameter in small_encoder.parameters())
+    assert not any(
+        module._forward_hooks or module._forward_pre_hooks for module in small_encoder.modules()
+    )
+    assert all(
+        parameter.grad is None and parameter.requires_grad
+        for parameter in small_encoder.parameters()
+    )
     small_encoder(inputs).sum().backward()
     before = [parameter.grad.clone() for parameter in small_encoder.parameters()]
     sac.measure_plasticity(small_encoder, inputs, list(small_encoder.parameters()), [torch.ones(3)])
-    assert all(torch.equal(a, parameter.grad) for a, parameter in zip(before, small_encoder.parameters()))
+    assert all(
+        torch.equal(a, parameter.grad) for a, parameter in zip(before, small_encoder.parameters())
+    )
 
 
 @pytest.mark.parametrize("kernel", ["packed", "dense"])
@@ -131,7 +140,9 @@ def test_the_layers_measured_are_those_of_the_paper(kernel):
     agent = make_agent(sparsity=0.8, sparse_kernel=kernel)
     encoder, inputs = agent.critic.encoders[0], torch.randn(32, 7)
     features, linear, relu = sac.run_and_record(encoder, inputs)
-    assert [y.shape[1] for y in linear] == [64, 256, 64, 256, 64] and [y.shape[1] for y in relu] == [256, 256]
+    assert [y.shape[1] for y in linear] == [64, 256, 64, 256, 64] and [
+        y.shape[1] for y in relu
+    ] == [256, 256]
     block = encoder[1]
     assert torch.equal(linear[1], block.up(block.norm(linear[0])))
     assert torch.equal(relu[0], linear[1].relu())
@@ -139,13 +150,18 @@ def test_the_layers_measured_are_those_of_the_paper(kernel):
     assert torch.equal(features, encoder(inputs)) and not features.requires_grad
 
 
-@pytest.mark.parametrize("flags", [{}, {"sparsity": 0.8}, {"sparsity": 0.8, "clipped_double_q": True}])
+@pytest.mark.parametrize(
+    "flags", [{}, {"sparsity": 0.8}, {"sparsity": 0.8, "clipped_double_q": True}]
+)
 def test_diagnose_changes_nothing(flags):
     agent, (batch, noise, next_noise) = make_agent(**flags), make_batch()
     sac.update(agent, batch, noise, next_noise, 0.99, 0.005)
     networks = (agent.actor, agent.critic, agent.target_critic, agent.temperature)
     parameters = [parameter for network in networks for parameter in network.parameters()]
-    old = [(p.detach().clone(), None if p.grad is None else p.grad.clone(), p.requires_grad) for p in parameters]
+    old = [
+        (p.detach().clone(), None if p.grad is None else p.grad.clone(), p.requires_grad)
+        for p in parameters
+    ]
     moments = copy.deepcopy(agent.critic_optimizer.state_dict())
     state = torch.get_rng_state()
     first = sac.diagnose(agent, batch, noise, next_noise, 0.99)
@@ -173,7 +189,9 @@ def test_norms_over_active_weights_equal_those_of_the_masked_dense_network(kerne
         for name, layer in list(network.named_modules()):
             if not isinstance(layer, sac.SparseLinear):
                 continue
-            linear = copy.deepcopy(getattr(dense, network_name.removeprefix("target_")).get_submodule(name))
+            linear = copy.deepcopy(
+                getattr(dense, network_name.removeprefix("target_")).get_submodule(name)
+            )
             with torch.no_grad():
                 linear.weight.zero_().view(-1)[layer.active.long()] = layer.values
                 linear.bias.copy_(layer.bias)
@@ -195,8 +213,12 @@ def test_norms_over_active_weights_equal_those_of_the_masked_dense_network(kerne
         gradients = [g * masks.get(p, 1) for p, g in zip(parameters, gradients)]
         grad_norm = sum(g.square().sum() for g in gradients).sqrt()
         assert measured[f"{name}_grad_norm"] == pytest.approx(float(grad_norm), rel=1e-5)
-        assert measured[f"{name}_grad_norm"] < 0.95 * float(dense_norm)  # pruned weights had gradients too
+        assert measured[f"{name}_grad_norm"] < 0.95 * float(
+            dense_norm
+        )  # pruned weights had gradients too
         param_norm = sum(p.detach().square().sum() for p in parameters).sqrt()
         assert measured[f"{name}_param_norm"] == pytest.approx(float(param_norm), rel=1e-6)
     features = masked.critic.encoders[0](torch.cat([batch.obs, batch.action], -1))
-    assert measured["critic_feature_norm"] == pytest.approx(float(features.detach().norm(dim=1).mean()), rel=1e-5)
+    assert measured["critic_feature_norm"] == pytest.approx(
+        float(features.detach().norm(dim=1).mean()), rel=1e-5
+    )

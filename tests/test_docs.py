@@ -12,7 +12,15 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BY_NAME = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-OTHER_PROGRAMS = {"--help", "--scale", "--runner", "--jobs", "--seeds", "--requeue", "--dist"}  # tyro to pytest-xdist
+OTHER_PROGRAMS = {
+    "--help",
+    "--scale",
+    "--runner",
+    "--jobs",
+    "--seeds",
+    "--requeue",
+    "--dist",
+}  # tyro to pytest-xdist
 
 
 def flags_of(script: Path) -> set[str]:
@@ -22,13 +30,20 @@ def flags_of(script: Path) -> set[str]:
             fields = [item for item in node.body if isinstance(item, ast.AnnAssign)]
             names = {field.target.id.replace("_", "-") for field in fields}
             switches = {
-                field.target.id.replace("_", "-") for field in fields if ast.unparse(field.annotation) == "bool"
+                field.target.id.replace("_", "-")
+                for field in fields
+                if ast.unparse(field.annotation) == "bool"
             }
-            return {f"--{name}" for name in names} | {f"--no-{name}" for name in switches} | {"--help"}
+            return (
+                {f"--{name}" for name in names} | {f"--no-{name}" for name in switches} | {"--help"}
+            )
     return set()
 
 
-FLAGS = {str(script.relative_to(ROOT)): flags_of(script) for script in (ROOT / "sparse_zoo").rglob("*.py")}
+FLAGS = {
+    str(script.relative_to(ROOT)): flags_of(script)
+    for script in (ROOT / "sparse_zoo").rglob("*.py")
+}
 
 
 def anchors(page: Path) -> set[str]:
@@ -63,11 +78,21 @@ def test_the_patch_of_fork_it_applies_and_runs(tmp_path):
     (patch,) = re.findall(r"```diff\n(.+?)```", (ROOT / "docs" / "fork_it.md").read_text(), re.S)
     copy = tmp_path / "my_sac.py"
     copy.write_text((ROOT / "sparse_zoo" / "sac_simba_sparse.py").read_text())
-    done = subprocess.run(["git", "apply", "-"], cwd=tmp_path, input=patch, capture_output=True, text=True)
+    done = subprocess.run(
+        ["git", "apply", "-"], cwd=tmp_path, input=patch, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     tiny = "--env-id dm_control/cartpole-swingup-v0 --total-timesteps 20 --learning-starts 10 --eval-episodes 1"
     tiny += " --final-eval-episodes 1 --width-scale 0.25 --batch-size 8 --threads 1 --device cpu"
-    command = [sys.executable, copy.name, *tiny.split(), "--sparsity", "0.9", "--sparsity-distribution", "dense_input"]
+    command = [
+        sys.executable,
+        copy.name,
+        *tiny.split(),
+        "--sparsity",
+        "0.9",
+        "--sparsity-distribution",
+        "dense_input",
+    ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (record,) = (tmp_path / "runs").glob("*/args.json")

@@ -35,8 +35,12 @@ def test_a_shift_is_a_crop_of_the_padded_image_and_equals_bilinear_sampling():
         assert np.array_equal(out[b], padded[y : y + 84, x : x + 84])
         # As Yarats et al. do it: sampling the padded image on a grid that is moved by whole pixels
         position = (torch.arange(84) + 0.5) * 2 / 92 - 1
-        grid = torch.stack(torch.meshgrid(position + y * 2 / 92, position + x * 2 / 92, indexing="ij")[::-1], -1)
-        smooth = F.grid_sample(torch.tensor(padded).permute(2, 0, 1)[None].float(), grid[None], align_corners=False)
+        grid = torch.stack(
+            torch.meshgrid(position + y * 2 / 92, position + x * 2 / 92, indexing="ij")[::-1], -1
+        )
+        smooth = F.grid_sample(
+            torch.tensor(padded).permute(2, 0, 1)[None].float(), grid[None], align_corners=False
+        )
         assert (smooth[0].permute(1, 2, 0) - torch.tensor(out[b])).abs().max() < 3.3e-3 * 255
 
 
@@ -49,7 +53,9 @@ def replay(tmp_path):
         replay.begin(next(film))
         for step in range(length):
             number = replay.added
-            replay.add(np.array([number]), float(number), terminates and step == length - 1, next(film))
+            replay.add(
+                np.array([number]), float(number), terminates and step == length - 1, next(film)
+            )
     return replay
 
 
@@ -85,7 +91,9 @@ def test_a_killed_run_finds_the_replay_of_its_checkpoint(tmp_path):
             if number % 7 == 0:
                 replay.begin(np.full((84, 84, 3), number, np.uint8))
             else:
-                replay.add(np.array([number]), number, False, np.full((84, 84, 3), number, np.uint8))
+                replay.add(
+                    np.array([number]), number, False, np.full((84, 84, 3), number, np.uint8)
+                )
 
     def make(mode="w+"):
         return drq.FrameReplay(tmp_path / "replay.u8", 20, 12, 1, n_step=3, gamma=0.5, mode=mode)
@@ -139,7 +147,9 @@ def test_there_is_nothing_to_sample_before_a_whole_transition(tmp_path):
             ready.append(replay.ready())
     # Frames 3 and 4 are followed by three steps; the last six frames hold 4 until frame 10 has come
     assert ready == [False, False, False, False, True, True, True, False, False, False]
-    restored = drq.FrameReplay(tmp_path / "replay.u8", 6, 4, action_dim=1, n_step=3, gamma=0.5, mode="r+")
+    restored = drq.FrameReplay(
+        tmp_path / "replay.u8", 6, 4, action_dim=1, n_step=3, gamma=0.5, mode="r+"
+    )
     restored.load_state_dict(replay.state_dict())
     assert (restored.added, restored.newest) == (14, 4)
 
@@ -148,14 +158,21 @@ def test_a_disk_that_is_too_small_is_an_error(tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         drq.FrameReplay(tmp_path / "replay.u8", 10**12, 0, 1, 3, 0.99)
     message = capsys.readouterr().err
-    assert stopped.value.code == 2 and "GB" in message and "--buffer-size" in message and message.count("\n") == 1
+    assert (
+        stopped.value.code == 2
+        and "GB" in message
+        and "--buffer-size" in message
+        and message.count("\n") == 1
+    )
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_schedule_is_linear_in_env_steps():
     args = drq.Args(std_start=1.0, std_end=0.1, std_decay=1_000_000)
     steps = (0, 250_000, 500_000, 1_000_000, 2_000_000)
-    assert [drq.exploration_std(args, step) for step in steps] == pytest.approx([1.0, 0.775, 0.55, 0.1, 0.1])
+    assert [drq.exploration_std(args, step) for step in steps] == pytest.approx(
+        [1.0, 0.775, 0.55, 0.1, 0.1]
+    )
     noise = drq.clipped_noise(args, (1000, 2), 500_000, CPU)
     assert noise.abs().max() == pytest.approx(0.3) and 0.2 < noise.std() < 0.3
     late = drq.clipped_noise(args, (10_000, 1), 2_000_000, CPU)
@@ -199,13 +216,19 @@ class Plain(nn.Module):
                 key = f"{network}.{name}".replace(".", "_")
                 if isinstance(layer, drq.SparseLinear | drq.SparseConv2d):
                     weight, mask = (torch.zeros(math.prod(layer.shape)) for _ in range(2))
-                    weight[layer.active.long()], mask[layer.active.long()] = layer.values.detach().clone(), 1.0
+                    weight[layer.active.long()], mask[layer.active.long()] = (
+                        layer.values.detach().clone(),
+                        1.0,
+                    )
                     weight, mask = weight.view(layer.shape), mask.view(layer.shape)
                 elif hasattr(layer, "weight"):
                     weight, mask = layer.weight.detach().clone(), torch.ones_like(layer.weight)
                 else:
                     continue
-                self.weights[key + "_w"], self.masks[key + "_w"] = nn.Parameter(weight.contiguous()), mask
+                self.weights[key + "_w"], self.masks[key + "_w"] = (
+                    nn.Parameter(weight.contiguous()),
+                    mask,
+                )
                 self.weights[key + "_b"] = nn.Parameter(layer.bias.detach().clone())
 
     def get(self, key: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -219,7 +242,9 @@ class Plain(nn.Module):
 
     def trunk(self, network, x):
         weight, bias = self.get(f"{network}_trunk_1")
-        return torch.tanh(F.layer_norm(F.linear(x, *self.get(f"{network}_trunk_0")), (50,), weight, bias))
+        return torch.tanh(
+            F.layer_norm(F.linear(x, *self.get(f"{network}_trunk_0")), (50,), weight, bias)
+        )
 
     def act(self, features, noise):
         x = self.trunk("actor", features)
@@ -242,31 +267,47 @@ class Plain(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "flags", [{}, {"sparsity": 0.8, "sparse_kernel": "packed"}, {"sparsity": 0.5, "sparsify_encoder": True}]
+    "flags",
+    [{}, {"sparsity": 0.8, "sparse_kernel": "packed"}, {"sparsity": 0.5, "sparsify_encoder": True}],
 )
 def test_an_update_equals_plain_pytorch_with_masks(flags):
     args = drq.Args(width_scale=0.0625, **flags)
     agent = drq.Agent(args, 2, CPU)
     plain = Plain(agent)
-    adam = {n: torch.optim.Adam(plain.group(n).values(), lr=1e-4) for n in ("encoder", "actor", "critic")}
+    adam = {
+        n: torch.optim.Adam(plain.group(n).values(), lr=1e-4)
+        for n in ("encoder", "actor", "critic")
+    }
     for _ in range(2):
         obs, next_obs = torch.randint(0, 256, (2, 4, 84, 84, 9), dtype=torch.uint8)
-        batch = drq.Batch(obs, 2 * torch.rand(4, 2) - 1, torch.rand(4), torch.tensor([0.9, 0.9, 0.0, 0.9]), next_obs)
+        batch = drq.Batch(
+            obs,
+            2 * torch.rand(4, 2) - 1,
+            torch.rand(4),
+            torch.tensor([0.9, 0.9, 0.0, 0.9]),
+            next_obs,
+        )
         noise, next_noise = (0.5 * torch.randn(2, 4, 2)).clamp(-0.3, 0.3)
         losses = drq.update(agent, batch, noise, next_noise, 0.01)
 
         features = plain.encode(obs)
         with torch.no_grad():
             next_features = plain.encode(next_obs)
-            next_values = plain.value("target_critic", next_features, plain.act(next_features, next_noise))
+            next_values = plain.value(
+                "target_critic", next_features, plain.act(next_features, next_noise)
+            )
             target = batch.reward + batch.discount * torch.minimum(*next_values)
-        loss = sum(F.mse_loss(value, target) for value in plain.value("critic", features, batch.action))
+        loss = sum(
+            F.mse_loss(value, target) for value in plain.value("critic", features, batch.action)
+        )
         plain.zero_grad()
         loss.backward()
         adam["critic"].step()
         adam["encoder"].step()
         detached = features.detach()
-        actor_loss = -torch.minimum(*plain.value("critic", detached, plain.act(detached, noise))).mean()
+        actor_loss = -torch.minimum(
+            *plain.value("critic", detached, plain.act(detached, noise))
+        ).mean()
         adam["actor"].zero_grad()
         actor_loss.backward()
         adam["actor"].step()
@@ -307,12 +348,20 @@ def test_what_sparsity_prunes():
     active = {name: sum(row["active"] for row in rows) for name, rows in agent.layers.items()}
     total = {name: sum(row["total"] for row in rows) for name, rows in agent.layers.items()}
     assert total["encoder"] == active["encoder"] == 30_368
-    assert total["actor"] == active["actor"] == 39200 * 50 + 50 + 100 + 51 * 1024 + 1025 * 1024 + 1025 * 2
+    assert (
+        total["actor"]
+        == active["actor"]
+        == 39200 * 50 + 50 + 100 + 51 * 1024 + 1025 * 1024 + 1025 * 2
+    )
     assert active["critic"] == pytest.approx(0.2 * total["critic"], abs=20)
     assert active["critic"] == sum(parameter.numel() for parameter in agent.critic.parameters())
     both = drq.Agent(drq.Args(sparsity=0.8, sparsify_encoder=True, width_scale=0.25), 2, CPU)
-    assert sum(row["active"] for row in both.layers["encoder"]) == pytest.approx(0.2 * 30_368, abs=10)
-    assert sum(parameter.numel() for parameter in both.encoder.parameters()) == pytest.approx(0.2 * 30_368, abs=10)
+    assert sum(row["active"] for row in both.layers["encoder"]) == pytest.approx(
+        0.2 * 30_368, abs=10
+    )
+    assert sum(parameter.numel() for parameter in both.encoder.parameters()) == pytest.approx(
+        0.2 * 30_368, abs=10
+    )
 
 
 def test_bf16_encodes_nearly_the_same():

@@ -6,17 +6,26 @@ import pytest
 import sac_simba_sparse as sac
 import torch
 
-CARTPOLE, WALKER, HUMANOID = (f"dm_control/{name}-v0" for name in ("cartpole-swingup", "walker-walk", "humanoid-run"))
+CARTPOLE, WALKER, HUMANOID = (
+    f"dm_control/{name}-v0" for name in ("cartpole-swingup", "walker-walk", "humanoid-run")
+)
 
 
 def make_env(env_id: str, action_repeat: int = 2) -> gym.Env:
     return sac.make_env(sac.Args(env_id=env_id, action_repeat=action_repeat))
 
 
-def play(env: gym.Env, key: tuple[int, ...], limit: int = 10_000) -> tuple[np.ndarray, np.ndarray, bool, bool]:
+def play(
+    env: gym.Env, key: tuple[int, ...], limit: int = 10_000
+) -> tuple[np.ndarray, np.ndarray, bool, bool]:
     """Observations, rewards, terminated and truncated of an episode whose actions follow from the key."""
     actions = np.random.default_rng(key)
-    observations, rewards, terminated, truncated = [env.reset(seed=sac.derive_seed(*key))[0]], [], False, False
+    observations, rewards, terminated, truncated = (
+        [env.reset(seed=sac.derive_seed(*key))[0]],
+        [],
+        False,
+        False,
+    )
     while not (terminated or truncated or len(rewards) == limit):
         action = actions.uniform(-1, 1, env.action_space.shape)
         obs, reward, terminated, truncated, _ = env.step(action)
@@ -38,13 +47,21 @@ class Countdown(gym.Env):
         self.steps += 1
         over = self.steps == 5
         obs = np.array([self.steps], np.float32)
-        return obs, 10.0 ** (self.steps - 1), over and self.terminates, over and not self.terminates, {}
+        return (
+            obs,
+            10.0 ** (self.steps - 1),
+            over and self.terminates,
+            over and not self.terminates,
+            {},
+        )
 
 
 @pytest.mark.parametrize("terminates", [True, False])
 def test_action_repeat_sums_rewards_and_stops_at_the_end(terminates):
     inner = Countdown(terminates)
-    env = gym.wrappers.RepeatAction(inner, 2)  # the one in make_env: our counting of env steps relies on this
+    env = gym.wrappers.RepeatAction(
+        inner, 2
+    )  # the one in make_env: our counting of env steps relies on this
     steps = [env.step(np.zeros(1))[:4] for _ in range(3)]
     assert [(float(obs[0]), *rest) for obs, *rest in steps] == [
         (2.0, 11.0, False, False),
@@ -70,7 +87,11 @@ def test_action_repeat_equals_two_single_steps():
 def test_dm_control_episodes_are_truncated_not_terminated(action_repeat, decisions):
     observations, rewards, terminated, truncated = play(make_env(CARTPOLE, action_repeat), (1,))
     assert (len(rewards), terminated, truncated) == (decisions, False, True)
-    assert observations.shape == (decisions + 1, 5) and rewards.min() >= 0 and rewards.max() <= action_repeat
+    assert (
+        observations.shape == (decisions + 1, 5)
+        and rewards.min() >= 0
+        and rewards.max() <= action_repeat
+    )
 
 
 def test_a_fallen_hopper_is_terminated_not_truncated():
@@ -93,7 +114,9 @@ def test_humanoid_is_flattened_in_the_order_of_sorted_keys():
     assert obs.shape == (67,) and np.array_equal(obs, expected)
 
 
-@pytest.mark.parametrize("env_id,bound", [("Humanoid-v5", 0.4), ("InvertedPendulum-v5", 3.0), (WALKER, 1.0)])
+@pytest.mark.parametrize(
+    "env_id,bound", [("Humanoid-v5", 0.4), ("InvertedPendulum-v5", 3.0), (WALKER, 1.0)]
+)
 def test_actions_are_rescaled_to_one(env_id, bound):
     env = make_env(env_id)
     space = env.action_space
@@ -162,5 +185,7 @@ def test_evaluation_is_repeatable_and_reports_its_returns():
     assert norm.statistics.count == before
     assert result["return_mean"] == pytest.approx(np.mean(returns), rel=1e-12)
     assert result["return_std"] == pytest.approx(np.std(returns), rel=1e-9)
-    assert result["return_iqm"] == pytest.approx(np.mean(sorted(returns)[1:3]), rel=1e-12)  # the middle half
+    assert result["return_iqm"] == pytest.approx(
+        np.mean(sorted(returns)[1:3]), rel=1e-12
+    )  # the middle half
     assert np.ptp(returns) > 0

@@ -26,7 +26,10 @@ TINY = (
 def contents(folder: Path) -> dict[str, bytes | None]:
     """Every file and folder; not the lock, which holds nothing."""
     paths = (path for path in folder.rglob("*") if path.name != ".lock")
-    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in paths}
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in paths
+    }
 
 
 @pytest.fixture
@@ -82,11 +85,17 @@ def check(code: int | None, err: str, words: str) -> None:
         ("--env-id dm_control/nope-v0", "--env-id dm_control/nope-v0"),
         ("--env-id nope:Nope-v0", "--env-id nope:Nope-v0"),
         ("--env-id a:b:c", "--env-id a:b:c"),
-        ("--capture-video", "--env-id dm_control/cartpole-swingup-v0 rendering"),  # MUJOCO_GL=disabled
+        (
+            "--capture-video",
+            "--env-id dm_control/cartpole-swingup-v0 rendering",
+        ),  # MUJOCO_GL=disabled
         ("--env-id CartPole-v1", "--env-id CartPole-v1 Discrete(2) Box"),
         ("--runs-dir file", "file --runs-dir"),
         ("--runs-dir file/below", "file/below --runs-dir"),
-        ("--width-scale 0.01 --sparsity 0.99 --sparsity-distribution erdos_renyi", "sparsity 0.99 out of reach"),
+        (
+            "--width-scale 0.01 --sparsity 0.99 --sparsity-distribution erdos_renyi",
+            "sparsity 0.99 out of reach",
+        ),
         ("--eval-only", "nothing to evaluate train"),
         (f"--eval-only --runs-dir . --exp-name {'x' * 300}", "cannot use too long --runs-dir"),
     ],
@@ -181,18 +190,28 @@ def test_bad_flag_of_ddpg_and_drqv2(main, tmp_path, agent, flags, words):
 
 def test_tracking_without_a_key(tmp_path):
     """Through the real package, which finds no key in an empty home."""
-    flags = "--env-id InvertedPendulum-v5 --total-timesteps 50 --eval-episodes 1 --track --threads 1"
+    flags = (
+        "--env-id InvertedPendulum-v5 --total-timesteps 50 --eval-episodes 1 --track --threads 1"
+    )
     env = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
     env |= {"HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc"), "MUJOCO_GL": "disabled"}
     command = [sys.executable, str(STREAM), *flags.split()]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env, stdin=subprocess.DEVNULL)
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, env=env, stdin=subprocess.DEVNULL
+    )
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert "error: --track: No API key" in done.stderr and not list(tmp_path.rglob("checkpoint*"))
 
 
 def test_streaming_agent_knows_no_cuda(main, tmp_path):
     code, err = main("--device", "cuda", agent=STREAM)
-    assert code == 2 and "--device" in err and "auto" in err and "cpu" in err and "Traceback" not in err
+    assert (
+        code == 2
+        and "--device" in err
+        and "auto" in err
+        and "cpu" in err
+        and "Traceback" not in err
+    )
     assert contents(tmp_path) == {}
 
 
@@ -224,18 +243,30 @@ def test_truncated_checkpoint_stays(main, runs, tmp_path, mode):
     assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize("agent", [AGENT, AGENT.with_name("ddpg_simba_sparse.py")], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "agent", [AGENT, AGENT.with_name("ddpg_simba_sparse.py")], ids=lambda path: path.stem
+)
 def test_weights_that_diverge_stop_the_run(main, tmp_path, agent):
-    code, err = main(*TINY.split(), "--updates-per-step", "1", "--learning-rate", "1e30", agent=agent)
-    assert code == 3 and "error: a value is not finite at agent_step=10; the last checkpoint is kept" in err
+    code, err = main(
+        *TINY.split(), "--updates-per-step", "1", "--learning-rate", "1e30", agent=agent
+    )
+    assert (
+        code == 3
+        and "error: a value is not finite at agent_step=10; the last checkpoint is kept" in err
+    )
     assert not list(tmp_path.rglob("checkpoint*"))
 
 
 def test_weights_that_diverge_in_the_last_update_are_not_saved(main, tmp_path):
     flags = "--width-scale 0.0625 --threads 1 --learning-rate 1e300 --learning-starts 640 --total-timesteps 640"
-    flags += " --action-repeat 32 --batch-size 4 --n-step 1 --eval-episodes 1 --final-eval-episodes 1"
+    flags += (
+        " --action-repeat 32 --batch-size 4 --n-step 1 --eval-episodes 1 --final-eval-episodes 1"
+    )
     code, err = main(*flags.split(), agent=DER)
-    assert code == 3 and "error: values not finite at agent_step=20; the last checkpoint is kept" in err
+    assert (
+        code == 3
+        and "error: values not finite at agent_step=20; the last checkpoint is kept" in err
+    )
     assert not list(tmp_path.rglob("checkpoint*"))
 
 

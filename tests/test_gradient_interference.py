@@ -46,10 +46,16 @@ def make_batch(k: int = K) -> tuple[sac.Batch, torch.Tensor, torch.Tensor]:
     """Transitions and the two noises."""
     generator = torch.Generator().manual_seed(0)
     widths = (OBS_DIM, ACTION_DIM, OBS_DIM, ACTION_DIM, ACTION_DIM)
-    obs, action, next_obs, noise, next_noise = (torch.randn(k, width, generator=generator) for width in widths)
+    obs, action, next_obs, noise, next_noise = (
+        torch.randn(k, width, generator=generator) for width in widths
+    )
     terminated = (torch.arange(k) % 4 == 0).float()
     reward = torch.randn(k, generator=generator)
-    return sac.Batch(obs, action.tanh(), reward, next_obs, terminated), 0.1 * noise, 0.1 * next_noise
+    return (
+        sac.Batch(obs, action.tanh(), reward, next_obs, terminated),
+        0.1 * noise,
+        0.1 * next_noise,
+    )
 
 
 def explicit_gradients(module, agent, batch, noise, next_noise, network: str) -> torch.Tensor:
@@ -59,14 +65,20 @@ def explicit_gradients(module, agent, batch, noise, next_noise, network: str) ->
     gradients = []
     for i in range(len(batch.obs)):
         one = type(batch)(*(column[i : i + 1] for column in batch))
-        target = module.td_target(agent.actor, agent.target_critic, *alpha, one, GAMMA, next_noise[i : i + 1])
+        target = module.td_target(
+            agent.actor, agent.target_critic, *alpha, one, GAMMA, next_noise[i : i + 1]
+        )
         if network == "critic":
             loss = sum((q - target).square() for q in agent.critic(one.obs, one.action)).squeeze()
         elif module is sac:
             action, log_prob = agent.actor.sample(one.obs, noise[i : i + 1])
             loss = (alpha[0] * log_prob - agent.critic(one.obs, action).min(0).values).squeeze()
         else:
-            loss = -agent.critic(one.obs, agent.actor(one.obs, noise[i : i + 1])).min(0).values.squeeze()
+            loss = (
+                -agent.critic(one.obs, agent.actor(one.obs, noise[i : i + 1]))
+                .min(0)
+                .values.squeeze()
+            )
         gradient = torch.autograd.grad(loss, parameters)
         gradients.append(torch.cat([part.flatten() for part in gradient]))
     return torch.stack(gradients)
@@ -82,15 +94,23 @@ def test_equals_one_explicit_gradient_at_a_time(name, sparsity, network):
     for part in vars(agent).values():
         if isinstance(part, nn.Module):
             part.double()
-    batch, noise, next_noise = type(batch)(*(column.double() for column in batch)), noise.double(), next_noise.double()
+    batch, noise, next_noise = (
+        type(batch)(*(column.double() for column in batch)),
+        noise.double(),
+        next_noise.double(),
+    )
     double = gi.measure(module, agent, batch, noise, next_noise, GAMMA)[network]
     gradients = explicit_gradients(module, agent, batch, noise, next_noise, network)
     assert gradients.shape == (K, sum(row["active"] for row in agent.layers[network]))
     unit = gradients / gradients.norm(dim=1, keepdim=True)
     expected = (unit @ unit.t()).numpy()  # NaN where DDPG clips an action
     np.testing.assert_allclose(double, expected, rtol=0, atol=1e-10)
-    np.testing.assert_allclose(single, expected, rtol=0, atol=1e-4)  # a small TD error is a difference of large numbers
-    assert np.nanstd(expected[~np.eye(K, dtype=bool)]) > 0.1  # neither all aligned nor all independent
+    np.testing.assert_allclose(
+        single, expected, rtol=0, atol=1e-4
+    )  # a small TD error is a difference of large numbers
+    assert (
+        np.nanstd(expected[~np.eye(K, dtype=bool)]) > 0.1
+    )  # neither all aligned nor all independent
 
 
 def test_inner_products_by_hand():
@@ -98,7 +118,10 @@ def test_inner_products_by_hand():
     # second input pruned: (1, 1) and (3, 1), inner product 4, norms^2 2 and 10.
     linear, x = nn.Linear(2, 1), torch.tensor([[1.0, 2.0], [3.0, -1.0]])
     sparse = sac.SparseLinear(linear, torch.tensor([0]), "dense")
-    for layer, expected in ((linear, [[6.0, 2.0], [2.0, 11.0]]), (sparse, [[2.0, 4.0], [4.0, 10.0]])):
+    for layer, expected in (
+        (linear, [[6.0, 2.0], [2.0, 11.0]]),
+        (sparse, [[2.0, 4.0], [4.0, 10.0]]),
+    ):
         products = gi.gradient_products(layer, lambda layer=layer: layer(x).sum())
         assert products.tolist() == expected
 
@@ -107,7 +130,10 @@ def test_inner_products_by_hand():
 def test_neither_chunk_nor_kernel_changes_the_result(kernel):
     agent, (batch, *_) = make_agent(sac, sparsity=0.8, sparse_kernel=kernel), make_batch()
     reference = make_agent(sac, sparsity=0.8)
-    loss = {network: lambda n=network: n(batch.obs, batch.action).sum() for network in (agent.critic, reference.critic)}
+    loss = {
+        network: lambda n=network: n(batch.obs, batch.action).sum()
+        for network in (agent.critic, reference.critic)
+    }
     expected = gi.cosines(gi.gradient_products(reference.critic, loss[reference.critic]))
     for chunk in (1, 100, 10**6):
         matrix = gi.cosines(gi.gradient_products(agent.critic, loss[agent.critic], chunk))
@@ -135,7 +161,9 @@ def test_memory_does_not_grow_as_transitions_times_parameters(sparsity):
     active = sum(row["active"] for row in agent.layers["critic"])
     assert 64 * active > 50 * 1024 * 256 * (1 - sparsity)
     with LargestTensor() as largest:
-        gi.gradient_products(agent.critic, lambda: agent.critic(batch.obs, batch.action).sum(), chunk=1000)
+        gi.gradient_products(
+            agent.critic, lambda: agent.critic(batch.obs, batch.action).sum(), chunk=1000
+        )
     assert largest.numel <= 1024 * 256
 
 
@@ -143,7 +171,11 @@ def test_clipped_actions_have_no_gradient_and_are_left_out():
     agent, (batch, noise, next_noise) = make_agent(ddpg), make_batch()
     noise[:5] = 10.0  # DDPG adds it and clips the sum to 1
     matrix = gi.measure(ddpg, agent, batch, noise, next_noise, GAMMA)["actor"]
-    assert np.isnan(matrix[:5]).all() and np.isnan(matrix[:, :5]).all() and not np.isnan(matrix[5:, 5:]).any()
+    assert (
+        np.isnan(matrix[:5]).all()
+        and np.isnan(matrix[:, :5]).all()
+        and not np.isnan(matrix[5:, 5:]).any()
+    )
     kept, summary = gi.summarize(matrix[5:, 5:]), gi.summarize(matrix)
     assert summary == kept | {"no_gradient": 5}
 
@@ -169,22 +201,32 @@ def write_run(run_dir: Path, module, seed: int = 3, trained: bool = False, **fla
     if trained:
         for parameter in [*agent.actor.parameters(), *agent.critic.parameters()]:
             parameter.data += 0.1 * torch.randn(parameter.shape)
-    norm, replay = module.ObservationNorm(OBS_DIM, CPU), module.ReplayBuffer(40, OBS_DIM, ACTION_DIM)
+    norm, replay = (
+        module.ObservationNorm(OBS_DIM, CPU),
+        module.ReplayBuffer(40, OBS_DIM, ACTION_DIM),
+    )
     for _ in range(55):
         obs, next_obs = np.random.default_rng(replay.added).normal(size=(2, OBS_DIM))
         norm.update(obs)
         replay.add(obs, torch.rand(ACTION_DIM), float(obs[0]), next_obs, 0.0)
-    parts = {name: part for name, part in vars(agent).items() if name != "layers"} | {"norm": norm, "replay": replay}
+    parts = {name: part for name, part in vars(agent).items() if name != "layers"} | {
+        "norm": norm,
+        "replay": replay,
+    }
     state = {name: part.state_dict() for name, part in parts.items()}
     run_dir.mkdir(parents=True)
-    module.save_checkpoint(run_dir, args, {**state, "counters": (1000, 990, 5, 0), "finished": True})
+    module.save_checkpoint(
+        run_dir, args, {**state, "counters": (1000, 990, 5, 0), "finished": True}
+    )
 
 
 @pytest.fixture
 def main(monkeypatch, capsys, tmp_path):
     """Runs the tool's command line in this process: exit code, stdout and stderr."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MUJOCO_GL", "disabled")  # which the tool would leave set for the tests after these
+    monkeypatch.setenv(
+        "MUJOCO_GL", "disabled"
+    )  # which the tool would leave set for the tests after these
 
     def run(*arguments) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", [gi.__file__, "--threads", "1", *map(str, arguments)])
@@ -227,13 +269,19 @@ def test_takes_distinct_transitions_oldest_first(monkeypatch, tmp_path):
     monkeypatch.setattr(
         gi,
         "measure",
-        lambda module, agent, batch, *_: seen.append(batch) or {"actor": np.eye(40), "critic": np.eye(40)},
+        lambda module, agent, batch, *_: (
+            seen.append(batch) or {"actor": np.eye(40), "critic": np.eye(40)}
+        ),
     )
     gi.measure_run(*gi.read_run(tmp_path / "a", 40), 40, seed=0)
-    expected = [np.float32(np.random.default_rng(n).normal(size=(2, OBS_DIM))[0, 0]) for n in range(15, 55)]
+    expected = [
+        np.float32(np.random.default_rng(n).normal(size=(2, OBS_DIM))[0, 0]) for n in range(15, 55)
+    ]
     assert len(seen) == 2 and seen[0] is seen[1]
     assert seen[0].reward.tolist() == pytest.approx(expected)
-    assert seen[0].obs.mean().abs() < 0.5 and seen[0].obs.std() == pytest.approx(1, abs=0.2)  # normalised
+    assert seen[0].obs.mean().abs() < 0.5 and seen[0].obs.std() == pytest.approx(
+        1, abs=0.2
+    )  # normalised
 
 
 def test_bad_input_ends_with_one_line_and_code_2(main, tmp_path):
@@ -262,11 +310,17 @@ def test_bad_input_ends_with_one_line_and_code_2(main, tmp_path):
         (["absent"], "no checkpoint.pt in absent"),
         (["damaged"], "damaged/checkpoint.pt is damaged"),
         (["foreign"], "foreign/checkpoint.pt is not of sac_simba_sparse.py"),
-        (["version"], "version/checkpoint.pt is of another version of sac_simba_sparse.py old_flag"),
+        (
+            ["version"],
+            "version/checkpoint.pt is of another version of sac_simba_sparse.py old_flag",
+        ),
         (["masks", "--samples", 20], "masks: the saved mask is not the one drawn here"),
         (["good", "--samples", 41], "--samples 41 good has 40 transitions"),
         (["good", "--samples", 1], "--samples 1: must be at least 2"),
-        (["good", "--samples", 20, "--output", "good/checkpoint.pt"], "cannot write to good/checkpoint.pt --output"),
+        (
+            ["good", "--samples", 20, "--output", "good/checkpoint.pt"],
+            "cannot write to good/checkpoint.pt --output",
+        ),
         ([], "at least one run folder"),
     ):
         code, _, err = main(*arguments)

@@ -16,11 +16,26 @@ import learning_curves  # noqa: E402
 
 def write_run(runs: Path, name: str, seed: int, sparsity: float, returns: dict[int, float]) -> None:
     (runs / name).mkdir(parents=True)
-    flags = {"exp_name": "sac_simba_sparse", "env_id": "dm_control/walker-walk-v0", "width_scale": 1.0}
-    flags |= {"depth_scale": 1, "sparsity": sparsity, "actor_sparsity": None, "critic_sparsity": None, "seed": seed}
+    flags = {
+        "exp_name": "sac_simba_sparse",
+        "env_id": "dm_control/walker-walk-v0",
+        "width_scale": 1.0,
+    }
+    flags |= {
+        "depth_scale": 1,
+        "sparsity": sparsity,
+        "actor_sparsity": None,
+        "critic_sparsity": None,
+        "seed": seed,
+    }
     (runs / name / "args.json").write_text(json.dumps({"args": flags}))
-    rows = [f"{step},0,0,eval/return_mean,{value!r}\n{step},0,0,losses/alpha,0.1\n" for step, value in returns.items()]
-    (runs / name / "metrics.csv").write_text("env_step,agent_step,update_step,metric,value\n" + "".join(rows))
+    rows = [
+        f"{step},0,0,eval/return_mean,{value!r}\n{step},0,0,losses/alpha,0.1\n"
+        for step, value in returns.items()
+    ]
+    (runs / name / "metrics.csv").write_text(
+        "env_step,agent_step,update_step,metric,value\n" + "".join(rows)
+    )
 
 
 def test_every_run_is_kept_as_it_is(tmp_path):
@@ -41,7 +56,16 @@ def test_every_run_is_kept_as_it_is(tmp_path):
 
     write_run(tmp_path / "more", "c", 3, 0.9, {0: 25.0})
     write_run(tmp_path / "more", "a", 1, 0.0, {0: 30.5, 10_000: 1 / 3})  # is among the earlier ones
-    command = [sys.executable, str(SCRIPT), "--runs-dir", "more", "--earlier", "out/returns.csv.gz", "--output", "both"]
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        "--runs-dir",
+        "more",
+        "--earlier",
+        "out/returns.csv.gz",
+        "--output",
+        "both",
+    ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     both = pd.read_csv(tmp_path / "both" / "returns.csv.gz")
@@ -51,18 +75,29 @@ def test_every_run_is_kept_as_it_is(tmp_path):
 
 
 def test_published_curve_of_a_task():
-    curve = learning_curves.published("sac_simba_sparse", "dm_control/walker-walk-v0").set_index("env_step")
-    assert curve.loc[50_000, "mean"] == pytest.approx(900.1) and curve.loc[50_000, "std"] == pytest.approx(84.5)
+    curve = learning_curves.published("sac_simba_sparse", "dm_control/walker-walk-v0").set_index(
+        "env_step"
+    )
+    assert curve.loc[50_000, "mean"] == pytest.approx(900.1) and curve.loc[
+        50_000, "std"
+    ] == pytest.approx(84.5)
     assert curve.loc[50_000, "seeds"] == 10
     assert len(learning_curves.published("ddpg_simba_sparse", "dm_control/humanoid-run-v0")) == 21
     assert len(learning_curves.published("ddpg_simba_sparse", "Walker2d-v5")) == 0
-    pixels = learning_curves.published("drqv2_sparse", "dm_control/cartpole-balance-v0").set_index("env_step")
+    pixels = learning_curves.published("drqv2_sparse", "dm_control/cartpole-balance-v0").set_index(
+        "env_step"
+    )
     assert pixels.loc[60_000, "mean"] == pytest.approx(984.6)
 
 
 def test_networks_of_two_widths_are_two_lines():
     rows = [(0.5, 0.0, 1), (0.5, 0.8, 1), (1.0, 0.8, 1), (1.0, 0.8, 2)]
-    columns = {"depth_scale": 1, "actor_sparsity": None, "critic_sparsity": None, "metric": "eval/return_mean"}
+    columns = {
+        "depth_scale": 1,
+        "actor_sparsity": None,
+        "critic_sparsity": None,
+        "metric": "eval/return_mean",
+    }
     columns |= {"exp_name": "sac_simba_sparse", "env_id": "dm_control/walker-walk-v0"}
     table = pd.DataFrame(rows, columns=["width_scale", "sparsity", "seed"]).assign(**columns)
     table["run"] = [f"run{index}" for index in table.index]
@@ -95,16 +130,26 @@ def test_scores_of_atari_games():
 
 
 def test_no_runs(tmp_path):
-    done = subprocess.run([sys.executable, str(SCRIPT)], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT)], cwd=tmp_path, capture_output=True, text=True
+    )
     assert (done.returncode, done.stderr) == (2, "error: no run in runs\n")
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--earlier", "no.gz"], cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, str(SCRIPT), "--earlier", "no.gz"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
     )
-    assert done.returncode == 2 and done.stderr.startswith("error: --earlier no.gz: [Errno 2] No such file")
+    assert done.returncode == 2 and done.stderr.startswith(
+        "error: --earlier no.gz: [Errno 2] No such file"
+    )
     assert done.stderr.count("\n") == 1
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--earlier", "other.csv"], cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, str(SCRIPT), "--earlier", "other.csv"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 2 and done.stderr.startswith("error: --earlier other.csv: ")
     assert done.stderr.count("\n") == 1

@@ -67,7 +67,9 @@ def run(monkeypatch, tmp_path):
 
     def run(agent, arguments: str):
         monkeypatch.setenv("MUJOCO_GL", "disabled")
-        monkeypatch.setattr(sys, "argv", [agent.__file__, *arguments.split(), "--runs-dir", str(tmp_path)])
+        monkeypatch.setattr(
+            sys, "argv", [agent.__file__, *arguments.split(), "--runs-dir", str(tmp_path)]
+        )
         try:
             runpy.run_path(agent.__file__, run_name="__main__")
         finally:
@@ -105,17 +107,27 @@ def test_simba_agents(agent, intervals, run):
     assert logged(metrics, "episode/length") == [*lengths, 3]
     scale = args.exploration_noise if agent is ddpg else 1.0
 
-    parts, norm, env = agent.Agent(args, 2, 1, CPU), agent.ObservationNorm(2, CPU), agent.make_env(args)
+    parts, norm, env = (
+        agent.Agent(args, 2, 1, CPU),
+        agent.ObservationNorm(2, CPU),
+        agent.make_env(args),
+    )
     replay, t, returns = agent.ReplayBuffer(24, 2, 1), 0, []
     for episode, length in enumerate([*lengths, 3]):
         obs, _ = env.reset(seed=agent.derive_seed(args.seed, agent.TRAIN, episode))
         returns.append(0.0)
         for step in range(1, length + 1):
             norm.update(obs)
-            action = 2 * torch.rand(1).numpy() - 1 if t < 9 else agent.act(parts, norm, obs, scale * torch.randn(1))
+            action = (
+                2 * torch.rand(1).numpy() - 1
+                if t < 9
+                else agent.act(parts, norm, obs, scale * torch.randn(1))
+            )
             next_obs, reward, terminated, _, _ = env.step(action)
             assert terminated == (episode % 2 == 1 and step == 3)
-            replay.add(obs, action, reward, next_obs, float(terminated))  # not where the limit cuts an episode off
+            replay.add(
+                obs, action, reward, next_obs, float(terminated)
+            )  # not where the limit cuts an episode off
             returns[-1] += reward
             obs, t = next_obs, t + 1
             for _ in range(2 if t >= 9 else 0):
@@ -133,11 +145,15 @@ def test_simba_agents(agent, intervals, run):
 
 @pytest.mark.parametrize("intervals", ["", "--eval-interval 7 --diagnostics-interval 3"])
 def test_drqv2(intervals, run, tmp_path):
-    flags = "--env-id Corridor-v0 --action-repeat 1 --total-timesteps 24 --learning-starts 9 --n-step 2"
+    flags = (
+        "--env-id Corridor-v0 --action-repeat 1 --total-timesteps 24 --learning-starts 9 --n-step 2"
+    )
     flags += " --batch-size 2 --width-scale 0.0625 --std-decay 20"
     args, saved, metrics = run(drq, f"{TINY} {flags} {intervals}")
     lengths = [5, 3, 5, 3, 5, 3]
-    updates = [t for t in range(10, 25) if t % 2 == 0]  # after every second decision, once a decision was the actor's
+    updates = [
+        t for t in range(10, 25) if t % 2 == 0
+    ]  # after every second decision, once a decision was the actor's
     assert saved["counters"][:3] == (24, len(updates), 6)
     assert logged(metrics, "episode/length") == lengths
 
@@ -149,15 +165,24 @@ def test_drqv2(intervals, run, tmp_path):
         replay.begin(frame)
         for _ in range(length):
             std = 1 - 0.9 * min(t / 20, 1)
-            action = 2 * torch.rand(1).numpy() - 1 if t < 9 else drq.act(parts, stack, std * torch.randn(1))
+            action = (
+                2 * torch.rand(1).numpy() - 1
+                if t < 9
+                else drq.act(parts, stack, std * torch.randn(1))
+            )
             frame, reward, terminated, _, _ = env.step(action)
-            replay.add(action, reward, float(terminated), frame)  # not where the limit cuts an episode off
+            replay.add(
+                action, reward, float(terminated), frame
+            )  # not where the limit cuts an episode off
             stack, t = np.concatenate([stack[..., 3:], frame], -1), t + 1
             if t in updates:
                 batch = replay.sample(2, CPU)
                 noise = (drq.exploration_std(args, t - 1) * torch.randn(2, 2, 1)).clamp(-0.3, 0.3)
                 drq.update(parts, batch, *noise, args.tau)
-    assert saved["replay"]["counters"] == (30, 27)  # frames, and the last that two steps of its episode follow
+    assert saved["replay"]["counters"] == (
+        30,
+        27,
+    )  # frames, and the last that two steps of its episode follow
     for ours, expected in zip(saved["replay"]["columns"], replay.state_dict()["columns"]):
         assert torch.equal(ours, expected)
     for name in ("encoder", "actor", "critic", "target_critic"):
@@ -192,7 +217,9 @@ def test_der(intervals, run, tmp_path):
                 deaths.append(t)
             for _ in range(2 if t >= 40 else 0):
                 batch = replay.sample(2, CPU)
-                _, losses = der.update(parts, batch, parts.network.draw_noise(), parts.network.draw_noise())
+                _, losses = der.update(
+                    parts, batch, parts.network.draw_noise(), parts.network.draw_noise()
+                )
                 replay.set_priorities(batch.index, losses)
                 updates += 1
                 if updates % 30 == 0:
@@ -202,8 +229,12 @@ def test_der(intervals, run, tmp_path):
                 replay.begin(frame)
         if over:
             lengths.append(t - start)
-    assert len(lengths) >= 1 and len(deaths) > len(lengths) + 1 and max(rewards) > 1  # all of it has happened
-    assert saved["counters"][1:3] == (updates, games) and logged(metrics, "episode/length") == lengths
+    assert (
+        len(lengths) >= 1 and len(deaths) > len(lengths) + 1 and max(rewards) > 1
+    )  # all of it has happened
+    assert (
+        saved["counters"][1:3] == (updates, games) and logged(metrics, "episode/length") == lengths
+    )
     assert saved["replay"]["counters"] == replay.state_dict()["counters"]
     for ours, expected in zip(saved["replay"]["columns"], replay.state_dict()["columns"]):
         assert torch.equal(ours, expected)

@@ -21,7 +21,9 @@ def main(monkeypatch, capsys):
 
     def run(commands: list[str], *arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["plan.py", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{command}\n" for command in commands)))
+        monkeypatch.setattr(
+            sys, "stdin", io.StringIO("".join(f"{command}\n" for command in commands))
+        )
         code = 0
         try:
             runpy.run_path(plan.__file__, run_name="__main__")
@@ -43,7 +45,14 @@ def test_the_folder_is_the_one_that_the_agent_opens(tmp_path, module, env_id):
     for seed in (1, 12):
         command = COMMAND.format(module.__name__, env_id, seed, tmp_path)
         run = plan.parse_command(command)
-        args = module.Args(env_id=env_id, width_scale=0.5, sparsity=0.9, seed=seed, runs_dir=str(tmp_path), threads=1)
+        args = module.Args(
+            env_id=env_id,
+            width_scale=0.5,
+            sparsity=0.9,
+            seed=seed,
+            runs_dir=str(tmp_path),
+            threads=1,
+        )
         assert run.flags == args and run.command == command and run.agent == module.__name__
         assert module.open_run(args)[0] == run.folder
         module.open_run.lock.release()
@@ -56,7 +65,9 @@ def test_state(tmp_path):
     assert plan.state(run) == "just started"
     write_metrics(run.folder, "0,0,0,eval/return_mean,1.0", "12000,6000,2,losses/alpha,0.1")
     assert plan.state(run) == "at env step 12,000 of 1,000,000"
-    write_metrics(run.folder, "1000000,6000,2,final/return_mean,0.1", "1000000,6000,2,final/return_std,0.1")
+    write_metrics(
+        run.folder, "1000000,6000,2,final/return_mean,0.1", "1000000,6000,2,final/return_std,0.1"
+    )
     assert plan.state(run) == "finished"
     (run.folder / "checkpoint.tmp").touch()  # killed while it wrote the last checkpoint
     assert plan.state(run) == "at env step 1,000,000 of 1,000,000"
@@ -65,11 +76,17 @@ def test_state(tmp_path):
 
 
 def test_finished_runs_are_linked_and_the_others_named(tmp_path, main):
-    commands = [COMMAND.format("sac_simba_sparse", "x-v0", seed, tmp_path / "runs") for seed in (1, 2, 3)]
+    commands = [
+        COMMAND.format("sac_simba_sparse", "x-v0", seed, tmp_path / "runs") for seed in (1, 2, 3)
+    ]
     runs = [plan.parse_command(command) for command in commands]
     links = tmp_path / "links"
     code, _, err = main(commands, "link", "--output", links)
-    assert code == 2 and err == f"error: nothing to draw: none of these 3 runs is finished in {tmp_path / 'runs'}\n"
+    assert (
+        code == 2
+        and err
+        == f"error: nothing to draw: none of these 3 runs is finished in {tmp_path / 'runs'}\n"
+    )
     assert not links.exists()
 
     write_metrics(runs[0].folder, "5,0,0,final/return_mean,1.5")
@@ -90,14 +107,23 @@ def test_finished_runs_are_linked_and_the_others_named(tmp_path, main):
     assert err.startswith("3 runs, 1 of them finished; the rest takes about ")
     code, out, _ = main(commands, "status")
     *lines, last = out.splitlines()
-    assert [line.split(":")[0] for line in lines] == ["finished", "at env step 5 of 1,000,000", "absent"]
+    assert [line.split(":")[0] for line in lines] == [
+        "finished",
+        "at env step 5 of 1,000,000",
+        "absent",
+    ]
     assert last == "1 of 3 runs are finished"
 
 
-@pytest.mark.parametrize("command", ["python train.py --seed 1", "python sparse_zoo/sac_simba_sparse.py --env-id x"])
+@pytest.mark.parametrize(
+    "command", ["python train.py --seed 1", "python sparse_zoo/sac_simba_sparse.py --env-id x"]
+)
 def test_no_command_of_an_agent(main, command):
     code, out, err = main([command], "status")
-    assert (code, out) == (2, "") and err == f"error: not the command of an agent, with --seed: {command}\n"
+    assert (code, out) == (
+        2,
+        "",
+    ) and err == f"error: not the command of an agent, with --seed: {command}\n"
 
 
 def test_a_package_that_does_not_work(main, monkeypatch):
@@ -105,16 +131,26 @@ def test_a_package_that_does_not_work(main, monkeypatch):
     monkeypatch.delitem(sys.modules, "ddpg_simba_sparse", raising=False)
     code, out, err = main([COMMAND.format("ddpg_simba_sparse", "x-v0", 1, "runs")], "status")
     assert (code, out) == (2, "") and err.count("\n") == 1
-    assert err.startswith("error: ddpg_simba_sparse cannot be imported (import of numba") and "requirements" in err
+    assert (
+        err.startswith("error: ddpg_simba_sparse cannot be imported (import of numba")
+        and "requirements" in err
+    )
 
 
 def test_core_hours():
     """Costs that follow the law exactly: 10 + 150 width^2 dense, 10 + 400 active packed, and 2 ms a frame."""
-    rows = [("update", 1, 0, 160), ("update", 2, 0, 610), ("update", 1, 0.9, 50), ("update", 2, 0.9, 170)]
+    rows = [
+        ("update", 1, 0, 160),
+        ("update", 2, 0, 610),
+        ("update", 1, 0.9, 50),
+        ("update", 2, 0.9, 170),
+    ]
     costs = pd.DataFrame(rows, columns=["what", "width_scale", "sparsity", "ms"])
     costs = costs.assign(agent="sac_simba_sparse", depth_scale=1, batch_size=256)
     frame = {"agent": "sac_simba_sparse", "what": "frame", "env_id": "a", "ms": 2.0}
-    costs = pd.concat([costs, pd.DataFrame([frame, {**frame, "env_id": "b", "ms": 4.0}])], ignore_index=True)
+    costs = pd.concat(
+        [costs, pd.DataFrame([frame, {**frame, "env_id": "b", "ms": 4.0}])], ignore_index=True
+    )
 
     def hours(**flags) -> float:
         flags = {"env_id": "a", "total_timesteps": 110_000, "final_eval_episodes": 50, **flags}
@@ -124,9 +160,15 @@ def test_core_hours():
     assert hours() == pytest.approx((100_000 * 160 + frames * 2) / 3.6e6)
     assert hours(env_id="b") == pytest.approx((100_000 * 160 + frames * 4) / 3.6e6)
     assert hours(env_id="c") == pytest.approx((100_000 * 160 + frames * 3) / 3.6e6)
-    assert hours(width_scale=5, sparsity=0.9) == pytest.approx((100_000 * (10 + 1000) + frames * 2) / 3.6e6)
-    assert hours(width_scale=5, sparsity=0.5) == pytest.approx((100_000 * (10 + 150 * 25) + frames * 2) / 3.6e6)
-    assert hours(depth_scale=2, batch_size=128) == pytest.approx((100_000 * 155 + frames * 2) / 3.6e6)
+    assert hours(width_scale=5, sparsity=0.9) == pytest.approx(
+        (100_000 * (10 + 1000) + frames * 2) / 3.6e6
+    )
+    assert hours(width_scale=5, sparsity=0.5) == pytest.approx(
+        (100_000 * (10 + 150 * 25) + frames * 2) / 3.6e6
+    )
+    assert hours(depth_scale=2, batch_size=128) == pytest.approx(
+        (100_000 * 155 + frames * 2) / 3.6e6
+    )
     assert hours(updates_per_step=1, action_repeat=1) == pytest.approx(hours())
     assert hours(learning_starts=60_000) == pytest.approx((50_000 * 160 + frames * 2) / 3.6e6)
     assert np.isnan(plan.core_hours(plan.Run("", "new_agent", sac.Args(), Path()), costs))

@@ -20,20 +20,36 @@ from analysis import plasticity
 from matplotlib.image import imread
 
 ANALYSIS = Path(plasticity.__file__).parent
-RANK, NORM, RETURN = "diagnostics/critic_srank_99", "diagnostics/critic_param_norm", "eval/return_mean"
-DIAGNOSTICS = [f"diagnostics/{n}_{m}" for n in ("actor", "critic") for m in ("srank_99", "dormant_ratio")]
-DIAGNOSTICS += [f"diagnostics/{n}_{m}" for n in ("actor", "critic") for m in ("grad_norm", "param_norm")]
+RANK, NORM, RETURN = (
+    "diagnostics/critic_srank_99",
+    "diagnostics/critic_param_norm",
+    "eval/return_mean",
+)
+DIAGNOSTICS = [
+    f"diagnostics/{n}_{m}" for n in ("actor", "critic") for m in ("srank_99", "dormant_ratio")
+]
+DIAGNOSTICS += [
+    f"diagnostics/{n}_{m}" for n in ("actor", "critic") for m in ("grad_norm", "param_norm")
+]
 
 
-def write_run(folder: Path, name: str, values: dict[str, list[float]], finished: bool = True, **flags) -> Path:
+def write_run(
+    folder: Path, name: str, values: dict[str, list[float]], finished: bool = True, **flags
+) -> Path:
     """A run's folder; each metric is measured at env steps 100, 200, ..."""
     defaults = vars(sac.Args()) | {"exp_name": "sac_simba_sparse", "total_timesteps": 1000}
     (folder / name).mkdir(parents=True)
     (folder / name / "args.json").write_text(json.dumps({"args": defaults | flags}))
-    rows = [(100 * (i + 1), metric, value) for metric, series in values.items() for i, value in enumerate(series)]
+    rows = [
+        (100 * (i + 1), metric, value)
+        for metric, series in values.items()
+        for i, value in enumerate(series)
+    ]
     rows += [(1000, "final/return_mean", 5.0)] if finished else []
     lines = [f"{step},{step // 2},{step},{metric},{value!r}" for step, metric, value in rows]
-    (folder / name / "metrics.csv").write_text("env_step,agent_step,update_step,metric,value\n" + "\n".join(lines))
+    (folder / name / "metrics.csv").write_text(
+        "env_step,agent_step,update_step,metric,value\n" + "\n".join(lines)
+    )
     return folder / name
 
 
@@ -61,13 +77,17 @@ def test_interval_of_constant_values_has_no_width():
 def test_interval_of_a_known_sample():
     values = np.array([1.0, 4.0, 2.0, 8.0, 5.0, 7.0, 1.5, 3.0])
     drawn = np.random.default_rng(1).choice(values, (200_000, 8)).mean(1)
-    assert plasticity.bootstrap_interval(values) == pytest.approx(np.quantile(drawn, [0.025, 0.975]), abs=0.07)
+    assert plasticity.bootstrap_interval(values) == pytest.approx(
+        np.quantile(drawn, [0.025, 0.975]), abs=0.07
+    )
     # Of the 27 equally likely means of three values, the least and the greatest have a chance of 3.7 % each, and the
     # two at each end one of 14.8 %
     values = np.array([0.0, 3.0, 9.0])
     means = sorted({sum(drawn) / 3 for drawn in product(values, repeat=3)})
     assert plasticity.bootstrap_interval(values) == pytest.approx((means[0], means[-1]))
-    assert plasticity.bootstrap_interval(values, confidence=0.85) == pytest.approx((means[1], means[-2]))
+    assert plasticity.bootstrap_interval(values, confidence=0.85) == pytest.approx(
+        (means[1], means[-2])
+    )
 
 
 @pytest.mark.parametrize("values", [[2.0], [2.0, math.nan, 3.0], [2.0, math.inf]])
@@ -75,25 +95,37 @@ def test_no_interval(values):
     assert np.isnan(plasticity.bootstrap_interval(np.array(values))).all()
 
 
-@pytest.mark.parametrize("count,last", [(1, 1), (4, 1), (10, 1), (19, 1), (20, 2), (100, 10), (101, 10)])
+@pytest.mark.parametrize(
+    "count,last", [(1, 1), (4, 1), (10, 1), (19, 1), (20, 2), (100, 10), (101, 10)]
+)
 def test_end_value_is_the_mean_of_the_last_tenth(count, last):
     assert plasticity.end_value(np.arange(count)) == np.mean(range(count - last, count))
 
 
 def test_means_over_seeds(tmp_path):
     for seed, shift in ((1, 0.0), (2, 1.0), (3, 5.0)):
-        write_run(tmp_path, f"s{seed}", {RANK: [10.0 + shift, 20.0 + shift], NORM: [7.0, 7.0]}, seed=seed)
+        write_run(
+            tmp_path, f"s{seed}", {RANK: [10.0 + shift, 20.0 + shift], NORM: [7.0, 7.0]}, seed=seed
+        )
     data, left_out = plasticity.load_runs(tmp_path)
     assert left_out == [] and len(data) == 12
     curves = plasticity.over_training(data)
     rank = curves[curves.metric == RANK]
-    assert rank.env_step.tolist() == [100, 200] and rank["mean"].tolist() == [12, 22] and (rank.seeds == 3).all()
+    assert (
+        rank.env_step.tolist() == [100, 200]
+        and rank["mean"].tolist() == [12, 22]
+        and (rank.seeds == 3).all()
+    )
     assert rank.low.tolist() == [10, 20] and rank.high.tolist() == [15, 25]
     norm = curves[curves.metric == NORM]
     assert (norm[["mean", "low", "high"]] == 7).all(axis=None)
     ends = plasticity.at_the_end(data).set_index("metric")
     assert ends.loc[RANK, ["mean", "low", "high", "seeds", "x"]].tolist() == [22, 20, 25, 3, 0]
-    assert ends.loc[RANK, ["algorithm", "size", "sparsity"]].tolist() == ["SAC", "width x1, depth x1", "dense"]
+    assert ends.loc[RANK, ["algorithm", "size", "sparsity"]].tolist() == [
+        "SAC",
+        "width x1, depth x1",
+        "dense",
+    ]
 
 
 def test_end_of_training_averages_runs_before_seeds(tmp_path):
@@ -106,7 +138,14 @@ def test_end_of_training_averages_runs_before_seeds(tmp_path):
 def test_runs_are_grouped_by_what_changes_results(tmp_path):
     same = [
         {"seed": 1, "sparsity": 0.9},
-        {"seed": 2, "sparsity": 0.9, "device": "cuda", "threads": 3, "runs_dir": "x", "checkpoint_interval": 7},
+        {
+            "seed": 2,
+            "sparsity": 0.9,
+            "device": "cuda",
+            "threads": 3,
+            "runs_dir": "x",
+            "checkpoint_interval": 7,
+        },
         {"seed": 3, "sparsity": 0.9, "mask_seed": 3, "sparse_kernel": "dense", "track": True},
         {"seed": 4, "sparsity": 0.0, "actor_sparsity": 0.9, "critic_sparsity": 0.9},
     ]
@@ -124,7 +163,9 @@ def test_runs_are_grouped_by_what_changes_results(tmp_path):
     data, left_out = plasticity.load_runs(tmp_path)
     assert left_out == []
     groups = {frozenset(group.run) for _, group in data.groupby(plasticity.CONFIGURATION)}
-    assert groups == {frozenset(f"run{i}" for i in range(4))} | {frozenset([f"run{i}"]) for i in range(4, 11)}
+    assert groups == {frozenset(f"run{i}" for i in range(4))} | {
+        frozenset([f"run{i}"]) for i in range(4, 11)
+    }
     size = data.set_index("run")["size"]
     assert size["run4"] == "width x1, depth x1, learning rate 0.001, mask seed None"
     assert size["run10"] == size["run9"] == "width x1, depth x1"
@@ -146,7 +187,9 @@ def test_runs_left_out_are_named(tmp_path):
     (write_run(tmp_path, "e_lost", {RANK: [9.0]}, seed=4) / "metrics.csv").unlink()
     (write_run(tmp_path, "f_empty", {RANK: [9.0]}, seed=5) / "metrics.csv").write_text("")
     (write_run(tmp_path, "g_damaged", {RANK: [9.0]}, seed=6) / "args.json").write_text('{"args": ')
-    (write_run(tmp_path, "h_foreign", {RANK: [9.0]}, seed=7) / "args.json").write_text('{"args": {"seed": 7}}')
+    (write_run(tmp_path, "h_foreign", {RANK: [9.0]}, seed=7) / "args.json").write_text(
+        '{"args": {"seed": 7}}'
+    )
     twice = write_run(tmp_path, "i_twice", {RANK: [9.0]}, seed=8) / "metrics.csv"
     twice.write_text(twice.read_text() + f"\n100,50,100,{RANK},9.0\n")
     (tmp_path / "j_nothing").mkdir()
@@ -204,7 +247,9 @@ def write_study(runs_dir: Path) -> None:
     """Two widths, dense and sparse, two seeds, with and without resets; one seed of DDPG on another task."""
     for width, sparsity, seed, reset in product((1.0, 4.0), (0.0, 0.9), (1, 2), (None, 400)):
         level = 10 * width * (1 - sparsity) + seed
-        values = {metric: [level * step for step in range(1, 11)] for metric in [*DIAGNOSTICS, RETURN]}
+        values = {
+            metric: [level * step for step in range(1, 11)] for metric in [*DIAGNOSTICS, RETURN]
+        }
         flags = {"width_scale": width, "sparsity": sparsity, "seed": seed, "reset_interval": reset}
         write_run(runs_dir, f"w{width}_s{sparsity}_{seed}_{reset}", values, **flags)
     other = {"exp_name": "ddpg_simba_sparse", "env_id": "dm_control/dog-run-v0", "width_scale": 4.0}
@@ -212,13 +257,21 @@ def write_study(runs_dir: Path) -> None:
     write_run(runs_dir, "going", {RANK: [1.0]}, finished=False, seed=9)
 
 
-@pytest.mark.parametrize("figure", ["srank", "over-training", "reset", "param-norm", "against-sparsity"])
+@pytest.mark.parametrize(
+    "figure", ["srank", "over-training", "reset", "param-norm", "against-sparsity"]
+)
 def test_pictures_and_tables(figure, main, tmp_path):
     write_study(tmp_path / "runs")
-    code, out, err = main("plasticity.py", "--figure", figure, "--runs-dir", "runs", "--output", "out")
+    code, out, err = main(
+        "plasticity.py", "--figure", figure, "--runs-dir", "runs", "--output", "out"
+    )
     assert (code, err) == (0, "")
     assert "left out: going: unfinished, at env step 100 of 1,000\n" in out
-    lone = "ddpg: no finished run of this network with resets" if figure == "reset" else "_400: has resets"
+    lone = (
+        "ddpg: no finished run of this network with resets"
+        if figure == "reset"
+        else "_400: has resets"
+    )
     assert lone in out
     picture = imread(tmp_path / "out" / f"{figure}.png")[..., :3]
     assert 0.5 < (picture == 1).all(-1).mean() < 0.99
@@ -229,25 +282,43 @@ def test_pictures_and_tables(figure, main, tmp_path):
 
     metric = plasticity.METRICS[figure][-1]
     ends = pd.read_csv(tmp_path / "out" / f"{figure}_end.csv")
-    end = ends[(ends.metric == metric) & (ends["size"] == "width x4, depth x1") & (ends.sparsity == "sparsity 0.9")]
+    end = ends[
+        (ends.metric == metric)
+        & (ends["size"] == "width x4, depth x1")
+        & (ends.sparsity == "sparsity 0.9")
+    ]
     assert end[["mean", "low", "high", "seeds"]].iloc[0].tolist() == pytest.approx([55, 50, 60, 2])
     table = (tmp_path / "out" / f"{figure}_end.md").read_text().splitlines()
     assert len({line.count("|") for line in table}) == 1
     assert len(table) == 2 + len(ends.drop_duplicates(plasticity.CONFIGURATION))
-    assert any("| width x4, depth x1, sparsity 0.9 | never | 2 | " in line and "55 [50, 60]" in line for line in table)
+    assert any(
+        "| width x4, depth x1, sparsity 0.9 | never | 2 | " in line and "55 [50, 60]" in line
+        for line in table
+    )
     every = pd.read_csv(tmp_path / "out" / f"{figure}_runs.csv.gz")
-    assert set(every.metric) == {*DIAGNOSTICS, RETURN} and not every.duplicated(["run", "env_step", "metric"]).any()
-    value = every[(every.run == "w4.0_s0.9_2_None") & (every.metric == RETURN) & (every.env_step == 300)].value
+    assert (
+        set(every.metric) == {*DIAGNOSTICS, RETURN}
+        and not every.duplicated(["run", "env_step", "metric"]).any()
+    )
+    value = every[
+        (every.run == "w4.0_s0.9_2_None") & (every.metric == RETURN) & (every.env_step == 300)
+    ].value
     assert value.tolist() == pytest.approx([3 * (10 * 4 * 0.1 + 2)])
     if figure == "against-sparsity":
         assert not (tmp_path / "out" / f"{figure}.csv").exists()
         return
     curves = pd.read_csv(tmp_path / "out" / f"{figure}.csv")
     assert set(curves.metric) == set(plasticity.METRICS[figure])
-    point = (curves.metric == metric) & (curves.env_step == 300) & (curves["size"] == "width x1, depth x1")
+    point = (
+        (curves.metric == metric)
+        & (curves.env_step == 300)
+        & (curves["size"] == "width x1, depth x1")
+    )
     dense = curves[point & (curves.sparsity == "dense")]
     assert len(dense) == (2 if figure == "reset" else 1)
-    assert dense[["mean", "low", "high", "seeds"]].iloc[0].tolist() == pytest.approx([34.5, 33, 36, 2])
+    assert dense[["mean", "low", "high", "seeds"]].iloc[0].tolist() == pytest.approx(
+        [34.5, 33, 36, 2]
+    )
     assert set(curves.reset_interval) == ({0, 400} if figure == "reset" else {0})
 
 
@@ -290,7 +361,16 @@ def test_chosen_metrics_and_variants(main, tmp_path):
 
 def test_a_variant_without_a_run_is_named_and_the_others_drawn(main, tmp_path):
     write_study(tmp_path / "runs")
-    code, out, _ = main("plasticity.py", "--figure", "over-training", "--output", "out", "--variants", "1:0", "5:0.9")
+    code, out, _ = main(
+        "plasticity.py",
+        "--figure",
+        "over-training",
+        "--output",
+        "out",
+        "--variants",
+        "1:0",
+        "5:0.9",
+    )
     assert code == 0 and "not drawn: --variants 5:0.9: no finished run" in out
     assert (tmp_path / "out" / "over-training.png").exists()
 
@@ -298,9 +378,16 @@ def test_a_variant_without_a_run_is_named_and_the_others_drawn(main, tmp_path):
 @pytest.mark.parametrize("variant,columns", [("1:0", 1), ("4:0", 2)])
 def test_tasks_without_a_chosen_network_are_not_drawn(variant, columns, main, tmp_path):
     write_study(tmp_path / "runs")
-    assert main("plasticity.py", "--figure", "over-training", "--output", "out", "--variants", variant)[0] == 0
+    assert (
+        main(
+            "plasticity.py", "--figure", "over-training", "--output", "out", "--variants", variant
+        )[0]
+        == 0
+    )
     assert len(pd.read_csv(tmp_path / "out" / "over-training.csv").algorithm.unique()) == columns
-    assert imread(tmp_path / "out" / "over-training.png").shape[1] == pytest.approx(150 * max(4.2 * columns, 6), abs=1)
+    assert imread(tmp_path / "out" / "over-training.png").shape[1] == pytest.approx(
+        150 * max(4.2 * columns, 6), abs=1
+    )
 
 
 def test_legend_says_how_many_seeds():
@@ -329,7 +416,11 @@ def test_bad_input_is_named(flags, words, main, tmp_path):
 def test_nothing_to_draw(main, tmp_path):
     write_run(tmp_path / "runs", "going", {RANK: [1.0]}, finished=False)
     code, out, err = main("plasticity.py")
-    assert code == 2 and "left out: going: unfinished" in out and err.startswith("error: no finished runs in runs")
+    assert (
+        code == 2
+        and "left out: going: unfinished" in out
+        and err.startswith("error: no finished runs in runs")
+    )
     write_run(tmp_path / "runs", "whole", {RANK: [1.0]})
     code, _, err = main("plasticity.py", "--figure", "reset")
     assert code == 2 and "with and without --reset-interval" in err
@@ -353,4 +444,8 @@ def test_cost_of_diagnostics(agent, main):
     assert code == 0 and len(lines) == 2
     for diagnose, update, share in lines:
         updates = 10_000 // 2 * 2
-        assert share == pytest.approx(100 * diagnose / (diagnose + updates * update), rel=0.1, abs=0.001) and share < 2
+        assert (
+            share
+            == pytest.approx(100 * diagnose / (diagnose + updates * update), rel=0.1, abs=0.001)
+            and share < 2
+        )

@@ -59,7 +59,11 @@ def flags(case: str, runs: Path, *more: str) -> list[str]:
 
 def start(arguments: list[str], agent: Path = SAC, **environment: str) -> subprocess.Popen:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
-    environment = {**ENVIRONMENT, **({"MUJOCO_GL": "egl"} if agent == AGENTS["drqv2"] else {}), **environment}
+    environment = {
+        **ENVIRONMENT,
+        **({"MUJOCO_GL": "egl"} if agent == AGENTS["drqv2"] else {}),
+        **environment,
+    }
     return subprocess.Popen([sys.executable, str(agent), *arguments], env=environment, **pipes)
 
 
@@ -98,7 +102,11 @@ def only_run(runs: Path) -> Path:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def metric_rows(run_dir: Path) -> list[list[str]]:
@@ -111,12 +119,19 @@ def leaves(node, path: str = "") -> dict:
     if not isinstance(node, (dict, list, tuple)):
         return {path: node}
     children = node.items() if isinstance(node, dict) else enumerate(node)
-    return {name: leaf for key, child in children for name, leaf in leaves(child, f"{path}/{key}").items()}
+    return {
+        name: leaf
+        for key, child in children
+        for name, leaf in leaves(child, f"{path}/{key}").items()
+    }
 
 
 def load(run_dir: Path) -> dict:
     state = leaves(torch.load(run_dir / "checkpoint.pt", weights_only=True))
-    del state["/args/runs_dir"], state["/counters/3"]  # the length of metrics.csv, in which speeds vary
+    del (
+        state["/args/runs_dir"],
+        state["/counters/3"],
+    )  # the length of metrics.csv, in which speeds vary
     return state
 
 
@@ -173,13 +188,26 @@ def test_killed_and_resumed_equals_uninterrupted(reference, tmp_path):
     assert len(rows) > 80 and sum(row[3] == "eval/return_mean" for row in rows) == CHECKPOINTS + 1
     assert metric_rows(resumed) == rows
     tensorboard = EventAccumulator(str(resumed), size_guidance={"scalars": 0}).Reload()
-    loss = {"stream": "losses/absolute_td_error", "der": "losses/loss"}.get(case, "losses/critic_loss")
+    loss = {"stream": "losses/absolute_td_error", "der": "losses/loss"}.get(
+        case, "losses/critic_loss"
+    )
     for name in ("episode/return", "eval/return_mean", loss):
-        points = [(event.step, pytest.approx(event.value, rel=1e-6)) for event in tensorboard.Scalars(name)]
+        points = [
+            (event.step, pytest.approx(event.value, rel=1e-6))
+            for event in tensorboard.Scalars(name)
+        ]
         assert [(int(row[0]), float(row[4])) for row in rows if row[3] == name] == points
     ours, theirs = load(resumed), load(expected)
     assert ours.keys() == theirs.keys()
-    sac = {"actor", "critic", "generators", "actor_optimizer", "critic_optimizer", "target_critic", "replay"}
+    sac = {
+        "actor",
+        "critic",
+        "generators",
+        "actor_optimizer",
+        "critic_optimizer",
+        "target_critic",
+        "replay",
+    }
     parts = {
         "stream": {"actor", "critic", "generators", "recent", "norm"},
         "drqv2": sac | {"encoder", "encoder_optimizer"},
@@ -214,7 +242,9 @@ def test_finished_run_is_not_run_again(reference, main):
 
 
 @cartpole
-def test_finished_run_is_not_run_again_after_its_checkpoints_were_deleted(reference, main, tmp_path):
+def test_finished_run_is_not_run_again_after_its_checkpoints_were_deleted(
+    reference, main, tmp_path
+):
     case, runs, _ = reference
     shutil.copytree(runs, tmp_path, dirs_exist_ok=True)
     for path in tmp_path.glob("*/checkpoint*"):
@@ -232,7 +262,9 @@ def test_kill_in_the_last_evaluation_costs_no_training(reference, tmp_path):
     case, runs, _ = reference
     shutil.copytree(runs, tmp_path, dirs_exist_ok=True)
     run_dir = only_run(tmp_path)
-    (run_dir / "checkpoint.previous.pt").replace(run_dir / "checkpoint.pt")  # what such a kill leaves
+    (run_dir / "checkpoint.previous.pt").replace(
+        run_dir / "checkpoint.pt"
+    )  # what such a kill leaves
     output = finish(flags(case, tmp_path), AGENTS.get(case, SAC))
     assert f"going on from env step {load(run_dir)['/args/total_timesteps']}\n" in output
     assert metric_rows(run_dir) == metric_rows(only_run(runs))
@@ -257,7 +289,9 @@ def test_eval_only_repeats_the_final_evaluation_and_changes_no_file(reference, m
     code, out, _ = main(flags(case, runs, "--eval-only"))
     assert code == 0
     assert contents(runs) == before
-    final = {row[3]: float(row[4]) for row in metric_rows(only_run(runs)) if row[3].startswith("final/")}
+    final = {
+        row[3]: float(row[4]) for row in metric_rows(only_run(runs)) if row[3].startswith("final/")
+    }
     for name in ("mean", "std", "iqm"):
         printed = float(re.search(rf"{name}\W+(-?[\d.]+)", out)[1])
         assert printed == pytest.approx(final[f"final/return_{name}"], abs=0.051)
@@ -300,7 +334,9 @@ def test_second_process_on_a_run_may_evaluate_but_not_train(main, tmp_path):
 
 
 def test_track_offline(tmp_path):
-    finish(flags("hopper", tmp_path, "--total-timesteps", "200", "--learning-starts", "100", "--track"))
+    finish(
+        flags("hopper", tmp_path, "--total-timesteps", "200", "--learning-starts", "100", "--track")
+    )
     (record,) = only_run(tmp_path).rglob("*.wandb")
     logged, rows = record.read_bytes(), metric_rows(only_run(tmp_path))
     names = {row[3] for row in rows[1:]}

@@ -50,7 +50,9 @@ def install(case: str, network_name: str, network: nn.Module, kernel: str) -> No
         if case == "pert_sp80":
             mask = golden(f"{case}/mask/{source}/{path}/kernel").T.flatten()
             if not mask.all():
-                network.set_submodule(name, sac.SparseLinear(module, mask.nonzero().squeeze(1), kernel))
+                network.set_submodule(
+                    name, sac.SparseLinear(module, mask.nonzero().squeeze(1), kernel)
+                )
 
 
 def tensors(network_name: str, network: nn.Module, gradients: bool):
@@ -77,9 +79,15 @@ def expected(key: str, layer) -> torch.Tensor:
 
 def check(case, step, agent):
     worst_parameter = worst_gradient = 0.0
-    for name, network in (("actor", agent.actor), ("critic", agent.critic), ("target", agent.target_critic)):
+    for name, network in (
+        ("actor", agent.actor),
+        ("critic", agent.critic),
+        ("target", agent.target_critic),
+    ):
         for path, ours, layer in tensors(name, network, gradients=False):
-            difference = (ours - expected(f"{case}/step{step}/after/{name}/{path}", layer)).abs().max()
+            difference = (
+                (ours - expected(f"{case}/step{step}/after/{name}/{path}", layer)).abs().max()
+            )
             worst_parameter = max(worst_parameter, float(difference))
         if name == "target":
             continue
@@ -90,13 +98,19 @@ def check(case, step, agent):
     return worst_parameter, worst_gradient
 
 
-@pytest.mark.parametrize("case,kernel", [("pert_dense", "auto"), ("pert_sp80", "packed"), ("pert_sp80", "dense")])
+@pytest.mark.parametrize(
+    "case,kernel", [("pert_dense", "auto"), ("pert_sp80", "packed"), ("pert_sp80", "dense")]
+)
 def test_three_updates_equal_the_official_code(case, kernel):
     args = sac.Args(width_scale=0.125, weight_decay=1e-2)
     agent = sac.Agent(args, 5, 2, DEVICE)
     agent.critic.encoders[0] = sac.simba(7, 32, 2)
     agent.target_critic.encoders[0] = sac.simba(7, 32, 2)
-    for name, network in (("actor", agent.actor), ("critic", agent.critic), ("target", agent.target_critic)):
+    for name, network in (
+        ("actor", agent.actor),
+        ("critic", agent.critic),
+        ("target", agent.target_critic),
+    ):
         if name != "actor":
             network.heads[0] = sac.init_linear(32, 1)
         install(case, name, network, kernel)
@@ -104,17 +118,29 @@ def test_three_updates_equal_the_official_code(case, kernel):
     with torch.no_grad():
         agent.temperature["log_alpha"].copy_(golden(f"{case}/init/temp/log_temp"))
     for part in ("actor", "critic"):
-        optimizer = torch.optim.AdamW(getattr(agent, part).parameters(), 1e-4, weight_decay=1e-2, fused=True)
+        optimizer = torch.optim.AdamW(
+            getattr(agent, part).parameters(), 1e-4, weight_decay=1e-2, fused=True
+        )
         setattr(agent, part + "_optimizer", optimizer)
 
     for step in range(3):
-        raw = {name: golden(f"batch{step}/{name}") for name in ("observation", "action", "reward", "next_observation")}
+        raw = {
+            name: golden(f"batch{step}/{name}")
+            for name in ("observation", "action", "reward", "next_observation")
+        }
         batch = sac.Batch(*raw.values(), golden(f"batch{step}/terminated"))
-        noise, next_noise = (golden(f"{case}/step{step}/{name}") for name in ("eps_actor", "eps_target"))
+        noise, next_noise = (
+            golden(f"{case}/step{step}/{name}") for name in ("eps_actor", "eps_target")
+        )
         losses = sac.update(agent, batch, noise, next_noise, gamma=0.99, tau=0.005)
-        info = {name: float(golden(f"{case}/step{step}/info/{name}")) for name in ("actor_loss", "critic_loss")}
+        info = {
+            name: float(golden(f"{case}/step{step}/info/{name}"))
+            for name in ("actor_loss", "critic_loss")
+        }
         assert float(losses["actor_loss"]) == pytest.approx(info["actor_loss"], abs=1e-6, rel=2e-6)
-        assert float(losses["critic_loss"]) == pytest.approx(info["critic_loss"], abs=1e-6, rel=2e-6)
+        assert float(losses["critic_loss"]) == pytest.approx(
+            info["critic_loss"], abs=1e-6, rel=2e-6
+        )
         entropy = float(golden(f"{case}/step{step}/info/entropy"))
         assert float(losses["entropy"]) == pytest.approx(entropy, abs=2e-6)
         log_alpha = float(golden(f"{case}/step{step}/after/temp/log_temp"))

@@ -31,11 +31,22 @@ def make_agent(obs_dim: int = 5, action_dim: int = 2, **flags) -> sac.Agent:
     return sac.Agent(sac.Args(**{"width_scale": 0.125, **flags}), obs_dim, action_dim, CPU)
 
 
-def make_batch(*, size: int = 16, obs_dim: int = 5, action_dim: int = 2, seed: int = 0) -> tuple[sac.Batch, ...]:
+def make_batch(
+    *, size: int = 16, obs_dim: int = 5, action_dim: int = 2, seed: int = 0
+) -> tuple[sac.Batch, ...]:
     """A batch, and the two noises of an update."""
     generator = torch.Generator().manual_seed(seed)
-    shapes = ((size, obs_dim), (size, action_dim), (size,), (size, obs_dim), (size, action_dim), (size, action_dim))
-    obs, action, reward, next_obs, noise, next_noise = (torch.randn(shape, generator=generator) for shape in shapes)
+    shapes = (
+        (size, obs_dim),
+        (size, action_dim),
+        (size,),
+        (size, obs_dim),
+        (size, action_dim),
+        (size, action_dim),
+    )
+    obs, action, reward, next_obs, noise, next_noise = (
+        torch.randn(shape, generator=generator) for shape in shapes
+    )
     terminated = (torch.arange(size) % 4 == 0).float()
     return sac.Batch(obs, action.tanh(), reward, next_obs, terminated), noise, next_noise
 
@@ -47,7 +58,9 @@ def fixed_policy(mean: torch.Tensor, log_std: torch.Tensor) -> sac.Actor:
 
 
 def policy_stub(log_prob: list[float]) -> SimpleNamespace:
-    return SimpleNamespace(sample=lambda obs, noise: (torch.zeros(len(log_prob), 1), torch.tensor(log_prob)))
+    return SimpleNamespace(
+        sample=lambda obs, noise: (torch.zeros(len(log_prob), 1), torch.tensor(log_prob))
+    )
 
 
 # Policy
@@ -69,7 +82,9 @@ def test_log_probability_equals_torch_distributions():
     mean, log_std, noise = torch.randn(64, 3), 3.5 * torch.rand(64, 3) - 3, torch.randn(64, 3)
     action, log_prob = fixed_policy(mean, log_std).sample(torch.zeros(64, 3), noise)
     normal = torch.distributions.Normal(mean.double(), log_std.double().exp())
-    squashed = torch.distributions.TransformedDistribution(normal, torch.distributions.TanhTransform(cache_size=1))
+    squashed = torch.distributions.TransformedDistribution(
+        normal, torch.distributions.TanhTransform(cache_size=1)
+    )
     raw = mean.double() + log_std.double().exp() * noise.double()
     expected = squashed.log_prob(squashed.transforms[0](raw)).sum(-1)
     assert float((action - raw.tanh()).abs().max()) < 1e-6
@@ -78,7 +93,9 @@ def test_log_probability_equals_torch_distributions():
 
 def test_log_probability_of_a_saturated_action_is_finite():
     # ln(1 - tanh(20)^2) = 2 (ln 2 - 20 - ln(1 + e^-40)) = -38.6137056, where float32 has tanh(20) = 1.
-    action, log_prob = fixed_policy(torch.full((1, 1), 20.0), torch.zeros(1, 1)).sample(None, torch.zeros(1, 1))
+    action, log_prob = fixed_policy(torch.full((1, 1), 20.0), torch.zeros(1, 1)).sample(
+        None, torch.zeros(1, 1)
+    )
     assert action.item() == 1.0
     assert log_prob.item() == pytest.approx(-0.9189385 + 38.6137056, rel=1e-6)
 
@@ -97,11 +114,15 @@ def test_log_std_stays_within_its_range():
 def test_actor_loss_by_hand():
     # One critic: (0.5 * -1 - 3 + 0.5 * 3 - 5) / 2 = (-3.5 - 3.5) / 2. Entropy: -(-1 + 3) / 2.
     one = torch.tensor([[3.0, 5.0]])
-    loss, entropy = sac.actor_loss(policy_stub([-1.0, 3.0]), lambda obs, action: one, 0.5, None, None)
+    loss, entropy = sac.actor_loss(
+        policy_stub([-1.0, 3.0]), lambda obs, action: one, 0.5, None, None
+    )
     assert (loss.item(), entropy.item()) == (-3.5, -1.0)
     # Two: the smaller values are 2 and 5, (-0.5 - 2 + 1.5 - 5) / 2.
     two = torch.tensor([[3.0, 5.0], [2.0, 6.0]])
-    loss, entropy = sac.actor_loss(policy_stub([-1.0, 3.0]), lambda obs, action: two, 0.5, None, None)
+    loss, entropy = sac.actor_loss(
+        policy_stub([-1.0, 3.0]), lambda obs, action: two, 0.5, None, None
+    )
     assert (loss.item(), entropy.item()) == (-3.0, -1.0)
 
 
@@ -155,13 +176,17 @@ def test_entropy_below_its_target_raises_alpha(log_std, entropy, direction):
     assert losses["alpha"].item() == pytest.approx(math.exp(log_alpha), rel=1e-6)
 
 
-@pytest.mark.parametrize("flags", [{}, {"sparsity": 0.8}, {"sparsity": 0.8, "clipped_double_q": True}])
+@pytest.mark.parametrize(
+    "flags", [{}, {"sparsity": 0.8}, {"sparsity": 0.8, "clipped_double_q": True}]
+)
 def test_target_moves_by_tau_after_an_update(flags):
     agent, (batch, noise, next_noise) = make_agent(**flags), make_batch()
     old = [parameter.clone() for parameter in agent.target_critic.parameters()]
     sac.update(agent, batch, noise, next_noise, 0.99, tau=0.25)
     moved = 0.0
-    for before, fast, slow in zip(old, agent.critic.parameters(), agent.target_critic.parameters(), strict=True):
+    for before, fast, slow in zip(
+        old, agent.critic.parameters(), agent.target_critic.parameters(), strict=True
+    ):
         assert float((slow - (0.25 * fast.detach() + 0.75 * before)).abs().max()) < 1e-7
         moved = max(moved, float((slow - before).abs().max()))
     assert moved == pytest.approx(0.25 * 1e-4, rel=0.05)  # AdamW's first step is the learning rate
@@ -182,7 +207,12 @@ def test_optimisers_are_the_papers():
         optimizer = getattr(agent, f"{name}_optimizer")
         assert type(optimizer) is torch.optim.AdamW and len(optimizer.param_groups) == 1
         group = optimizer.param_groups[0]
-        assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (1e-4, (0.9, 0.999), 1e-8, decay)
+        assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (
+            1e-4,
+            (0.9, 0.999),
+            1e-8,
+            decay,
+        )
         assert [*map(id, group["params"])] == [*map(id, getattr(agent, name).parameters())]
     assert agent.alpha().item() == pytest.approx(1e-2)
 
@@ -232,7 +262,11 @@ def test_parameters_on_humanoid():
     # Actor, hidden 128: 67*128+128, then 2*128 + 128*512+512 + 512*128+128, 2*128, and twice 128*21+21.
     # Critic, hidden 512: 88*512+512, then twice 2*512 + 512*2048+2048 + 2048*512+512, 2*512, and 512+1.
     with torch.device("meta"):
-        networks = sac.Actor(67, 21, 128, 1), sac.Critic(67, 21, 512, 2, 1), sac.Critic(67, 21, 512, 2, 2)
+        networks = (
+            sac.Actor(67, 21, 128, 1),
+            sac.Critic(67, 21, 512, 2, 1),
+            sac.Critic(67, 21, 512, 2, 2),
+        )
     counts = [sum(parameter.numel() for parameter in network.parameters()) for network in networks]
     assert counts == [146_346, 4_248_577, 2 * 4_248_577]
     assert counts[0] + counts[1] == pytest.approx(4.4e6, rel=0.01)
@@ -241,7 +275,9 @@ def test_parameters_on_humanoid():
 def test_critics_of_clipped_double_q_are_separate():
     agent, (batch, *_) = make_agent(clipped_double_q=True), make_batch()
     first, second = agent.critic(batch.obs, batch.action)
-    assert first.shape == second.shape == (16,) and float((first - second).detach().abs().min()) > 1e-4
+    assert (
+        first.shape == second.shape == (16,) and float((first - second).detach().abs().min()) > 1e-4
+    )
     x = torch.cat([batch.obs, batch.action], -1)
     assert torch.equal(first, agent.critic.heads[0](agent.critic.encoders[0](x))[:, 0])
     assert make_agent().critic(batch.obs, batch.action).shape == (1, 16)
@@ -262,7 +298,9 @@ def test_initial_biases_and_norms():
 def test_he_normal_has_its_variance_and_its_cut():
     torch.manual_seed(0)
     weight = sac.init_linear(500, 2000, he_normal=True).weight.detach()
-    std = math.sqrt(2 / 500)  # the variance is that of the cut distribution: 0.5 % is several standard errors here
+    std = math.sqrt(
+        2 / 500
+    )  # the variance is that of the cut distribution: 0.5 % is several standard errors here
     assert float(weight.std()) == pytest.approx(std, rel=5e-3)
     assert abs(float(weight.mean())) < 5e-3 * std
     # A normal cut at 2 sigma has 0.8796 of its std, so that sigma = std / 0.8796 and the largest weight 2.2737 std.
@@ -279,7 +317,9 @@ def test_residual_layers_are_he_normal_and_the_others_orthogonal():
         wide = weight if len(weight) <= module.in_features else weight.T
         error = float((wide @ wide.T - torch.eye(len(wide))).abs().max())
         if name.endswith((".up", ".down")):
-            assert error > 0.1 and float(weight.std()) == pytest.approx(math.sqrt(2 / module.in_features), rel=0.03)
+            assert error > 0.1 and float(weight.std()) == pytest.approx(
+                math.sqrt(2 / module.in_features), rel=0.03
+            )
         else:
             assert error < 1e-5, name
 
@@ -319,7 +359,9 @@ def test_observation_norm_equals_numpy_on_a_stream():
     assert norm.statistics.mean == pytest.approx(mean, rel=1e-11)
     assert norm.statistics.var == pytest.approx(var, rel=1e-9)
     assert mean == pytest.approx(stream.mean(0), abs=1e-5)
-    assert var == pytest.approx(stream.var(0), rel=0.01)  # the narrow dimension still sees the prior
+    assert var == pytest.approx(
+        stream.var(0), rel=0.01
+    )  # the narrow dimension still sees the prior
     out = norm(torch.as_tensor(stream[:5], dtype=torch.float32))
     assert out.dtype == torch.float32
     # float32 places an observation of 3 to 1e-7, which is 1e-5 of the narrow dimension's std.
@@ -331,7 +373,9 @@ def test_observation_norm_adds_1e_8_to_the_variance_and_does_not_clip():
     norm = sac.ObservationNorm(1, CPU)
     for _ in range(10_000):
         norm.update(np.zeros(1))
-    assert norm(torch.tensor([[1.0], [-1e3]]))[:, 0].tolist() == pytest.approx([7071.0678, -7071067.8], rel=1e-6)
+    assert norm(torch.tensor([[1.0], [-1e3]]))[:, 0].tolist() == pytest.approx(
+        [7071.0678, -7071067.8], rel=1e-6
+    )
 
 
 def test_observation_norm_goes_on_bit_for_bit_after_a_checkpoint(tmp_path):
@@ -395,14 +439,20 @@ def test_replay_sampling_follows_its_generator():
     for i in range(50):
         buffer.add(*transition(i))
     state = torch.get_rng_state()
-    draws = [buffer.sample(32, norm, torch.Generator().manual_seed(seed)).reward for seed in (3, 3, 4)]
+    draws = [
+        buffer.sample(32, norm, torch.Generator().manual_seed(seed)).reward for seed in (3, 3, 4)
+    ]
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
     assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("added", [3, 4, 10])
 def test_replay_goes_on_bit_for_bit_after_a_checkpoint(added, tmp_path):
-    buffer, resumed, norm = sac.ReplayBuffer(4, 3, 2), sac.ReplayBuffer(4, 3, 2), sac.ObservationNorm(3, CPU)
+    buffer, resumed, norm = (
+        sac.ReplayBuffer(4, 3, 2),
+        sac.ReplayBuffer(4, 3, 2),
+        sac.ObservationNorm(3, CPU),
+    )
     for i in range(added):
         buffer.add(*transition(i))
     state = buffer.state_dict()
@@ -412,7 +462,9 @@ def test_replay_goes_on_bit_for_bit_after_a_checkpoint(added, tmp_path):
     resumed.load_state_dict(torch.load(tmp_path / "replay.pt", weights_only=True))
     for i in range(added, added + 2):
         resumed.add(*transition(i))
-    ours, expected = (replay.sample(64, norm, torch.Generator().manual_seed(0)) for replay in (resumed, buffer))
+    ours, expected = (
+        replay.sample(64, norm, torch.Generator().manual_seed(0)) for replay in (resumed, buffer)
+    )
     assert all(torch.equal(a, b) for a, b in zip(ours, expected))
     newest = {float(i) for i in range(added + 2)[-4:]}
     assert set(ours.reward.tolist()) == newest

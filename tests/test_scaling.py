@@ -15,7 +15,9 @@ from matplotlib.image import imread
 SAC, DDPG, DRQ = "sac_simba_sparse", "ddpg_simba_sparse", "drqv2_sparse"
 
 
-def write_run(folder: Path, value: float, finished: bool = True, exp_name: str = SAC, **flags) -> None:
+def write_run(
+    folder: Path, value: float, finished: bool = True, exp_name: str = SAC, **flags
+) -> None:
     """A run whose network has 1000 width^2 depth weights."""
     flags = {
         "env_id": "dm_control/dog-run-v0",
@@ -28,7 +30,10 @@ def write_run(folder: Path, value: float, finished: bool = True, exp_name: str =
     run = folder / f"run{len(list(folder.glob('*')))}"
     run.mkdir(parents=True)
     total = round(1000 * flags["width_scale"] ** 2 * flags["depth_scale"])
-    layers = {"actor": [], "critic": [{"active": round(total * (1 - flags["sparsity"])), "total": total}]}
+    layers = {
+        "actor": [],
+        "critic": [{"active": round(total * (1 - flags["sparsity"])), "total": total}],
+    }
     (run / "args.json").write_text(json.dumps({"args": flags, "layers": layers}))
     kind = "final" if finished else "eval"
     rows = f"0,0,0,eval/return_mean,0.0\n1000000,1,1,{kind}/return_mean,{value!r}\n"
@@ -41,7 +46,15 @@ def main(monkeypatch, capsys, tmp_path):
 
     def run(figure: str, *more: str):
         out = tmp_path / "out"
-        flags = ["--figure", figure, "--runs-dir", str(tmp_path / "runs"), "--output", str(out), *more]
+        flags = [
+            "--figure",
+            figure,
+            "--runs-dir",
+            str(tmp_path / "runs"),
+            "--output",
+            str(out),
+            *more,
+        ]
         monkeypatch.setattr(sys, "argv", ["scaling.py", *flags])
         code = 0
         try:
@@ -49,8 +62,13 @@ def main(monkeypatch, capsys, tmp_path):
         except SystemExit as end:
             code = end.code
         if code == 0:
-            assert imread(out / f"{figure}.png").std() > 0.01 and (out / f"{figure}.svg").stat().st_size > 1000
-            assert (out / f"{figure}.md").read_text().count("\n") == 2 + len(pd.read_csv(out / f"{figure}.csv"))
+            assert (
+                imread(out / f"{figure}.png").std() > 0.01
+                and (out / f"{figure}.svg").stat().st_size > 1000
+            )
+            assert (out / f"{figure}.md").read_text().count("\n") == 2 + len(
+                pd.read_csv(out / f"{figure}.csv")
+            )
         return code, *capsys.readouterr(), pd.read_csv(out / f"{figure}.csv") if code == 0 else None
 
     return run
@@ -66,11 +84,15 @@ def test_interquartile_mean_of_all_tasks_together():
 def test_interval_is_resampled_within_tasks():
     """Two tasks far apart, without spread inside: every resample keeps as many of each."""
     assert scaling.stratified_interval([np.full(3, 1.0), np.full(5, 100.0)]) == (75.25, 75.25)
-    low, high = scaling.stratified_interval([np.array([0.0, 1.0, 2.0, 3.0]), np.array([100.0, 101.0, 102.0, 103.0])])
+    low, high = scaling.stratified_interval(
+        [np.array([0.0, 1.0, 2.0, 3.0]), np.array([100.0, 101.0, 102.0, 103.0])]
+    )
     assert 40 < low < 51.5 < high < 62
     drawn = np.random.default_rng(1).choice([1.0, 2.0, 4.0, 8.0, 9.0], (100_000, 5))
     expected = np.quantile(scaling.interquartile_mean(drawn), [0.025, 0.975])
-    assert scaling.stratified_interval([np.array([1.0, 2.0, 4.0, 8.0, 9.0])]) == pytest.approx(expected, abs=0.35)
+    assert scaling.stratified_interval([np.array([1.0, 2.0, 4.0, 8.0, 9.0])]) == pytest.approx(
+        expected, abs=0.35
+    )
 
 
 def test_no_interval_for_one_seed_and_one_seed_beside_several():
@@ -80,9 +102,13 @@ def test_no_interval_for_one_seed_and_one_seed_beside_several():
 
 
 def test_published_returns():
-    assert scaling.published("SAC", "dm_control/humanoid-run-v0", 1_000_000) == pytest.approx(181.6, abs=1)
+    assert scaling.published("SAC", "dm_control/humanoid-run-v0", 1_000_000) == pytest.approx(
+        181.6, abs=1
+    )
     assert scaling.published("DDPG", "dm_control/humanoid-run-v0", 1_000_000) is not None
-    assert scaling.published("DrQ-v2", "dm_control/quadruped-run-v0", 2_000_000) == pytest.approx(586, abs=1)
+    assert scaling.published("DrQ-v2", "dm_control/quadruped-run-v0", 2_000_000) == pytest.approx(
+        586, abs=1
+    )
     assert scaling.published("SAC", "dm_control/humanoid-run-v0", 1234) is None
     assert scaling.published("DER", "ALE/Pong-v5", 100_000) is None
 
@@ -92,13 +118,34 @@ def test_scaling_over_all_tasks(tmp_path, main):
     for env_id, base in (("a-v0", 100.0), ("b-v0", 300.0)):
         for seed in range(1, 5):
             for width, sparsity, gain in ((1, 0, 0), (2, 0, 10), (4, 0, -20), (4, 0.75, 30)):
-                write_run(runs, base + gain + seed, env_id=env_id, width_scale=width, sparsity=sparsity, seed=seed)
+                write_run(
+                    runs,
+                    base + gain + seed,
+                    env_id=env_id,
+                    width_scale=width,
+                    sparsity=sparsity,
+                    seed=seed,
+                )
             write_run(runs, base + 5, env_id=env_id, width_scale=2, depth_scale=2, seed=seed)
-            write_run(runs, base + 15, env_id=env_id, width_scale=2, depth_scale=2, sparsity=0.5, seed=seed)
+            write_run(
+                runs,
+                base + 15,
+                env_id=env_id,
+                width_scale=2,
+                depth_scale=2,
+                sparsity=0.5,
+                seed=seed,
+            )
     code, out, _, table = main("aggregate")
     assert code == 0 and "left out" not in out and "fewer seeds" not in out
     row = table[(table.width_scale == 4) & (table.sparsity == 0.75)].iloc[0]
-    assert (row.tasks, row.seeds_min, row.seeds_max, row.weights, row.active) == (2, 4, 4, 16_000, 4_000)
+    assert (row.tasks, row.seeds_min, row.seeds_max, row.weights, row.active) == (
+        2,
+        4,
+        4,
+        16_000,
+        4_000,
+    )
     values = np.array([131, 132, 133, 134, 331, 332, 333, 334.0])
     assert row.iqm == np.mean([133, 134, 331, 332]) and row["mean"] == values.mean()
     assert row["std"] == pytest.approx(values.std(ddof=1)) and row.low < row.iqm < row.high
@@ -139,7 +186,11 @@ def test_widths_alone_are_no_line_of_depths(tmp_path, main, figure):
     for width in (0.5, 1, 2):
         write_run(tmp_path / "runs", 1.0, width_scale=width)
     code, _, _, table = main(figure)
-    assert code == 0 and scaling.along(table, "depth_scale").empty and len(scaling.along(table, "width_scale")) == 3
+    assert (
+        code == 0
+        and scaling.along(table, "depth_scale").empty
+        and len(scaling.along(table, "width_scale")) == 3
+    )
     assert "no finished runs of several depths" in (tmp_path / "out" / f"{figure}.svg").read_text()
 
 
@@ -147,9 +198,17 @@ def test_widths_alone_are_no_line_of_depths(tmp_path, main, figure):
 def test_pictures_of_single_tasks(tmp_path, main, figure):
     for exp_name in (SAC, DDPG):
         for seed in (1, 2, 3):
-            for width, depth, sparsity in ((1, 1, 0), (2, 1, 0), (2, 2, 0), (2, 2, 0.5), (4, 1, 0.75)):
+            for width, depth, sparsity in (
+                (1, 1, 0),
+                (2, 1, 0),
+                (2, 2, 0),
+                (2, 2, 0.5),
+                (4, 1, 0.75),
+            ):
                 size = {"width_scale": width, "depth_scale": depth, "sparsity": sparsity}
-                write_run(tmp_path / "runs", 100.0 * width + seed, exp_name=exp_name, seed=seed, **size)
+                write_run(
+                    tmp_path / "runs", 100.0 * width + seed, exp_name=exp_name, seed=seed, **size
+                )
     code, out, _, table = main(figure)
     assert code == 0 and "left out" not in out
     assert len(table) == 10 and table.algorithm.tolist() == ["SAC"] * 5 + ["DDPG"] * 5
@@ -187,22 +246,42 @@ def test_gain(tmp_path, main):
         for seed, spread in ((1, -1), (2, 1)):
             write_run(runs, 100 * factor + spread, exp_name=exp_name, seed=seed)
             write_run(runs, 120 * factor + spread, exp_name=exp_name, seed=seed, sparsity=0.5)
-            write_run(runs, 130 * factor + 20 * (factor - 1), exp_name=exp_name, seed=seed, sparsity=0.9)
+            write_run(
+                runs, 130 * factor + 20 * (factor - 1), exp_name=exp_name, seed=seed, sparsity=0.9
+            )
     write_run(runs, 500.0, sparsity=0.7)  # of one algorithm only
     write_run(runs, -5.0, env_id="bad-v0")
     write_run(runs, 5.0, env_id="bad-v0", sparsity=0.5)
     scores = tmp_path / "scores.csv"
-    rows = [("MLP", 0.0, 5.0), ("SimBa", 0.0, 6.0), ("SimBa", 0.0, 6.2), ("SimBa", 0.9, 6.5), ("SimBa", 0.9, 6.6)]
+    rows = [
+        ("MLP", 0.0, 5.0),
+        ("SimBa", 0.0, 6.0),
+        ("SimBa", 0.0, 6.2),
+        ("SimBa", 0.9, 6.5),
+        ("SimBa", 0.9, 6.6),
+    ]
     pd.DataFrame(rows, columns=["network", "sparsity", "score"]).to_csv(scores, index=False)
     code, out, _, table = main("gain", "--scores", str(scores))
     assert code == 0
-    assert table.sparsity.tolist() == [0.5, 0.9] and table.gain.tolist() == [pytest.approx(20), pytest.approx(35)]
-    assert table.scenarios.tolist() == [2, 2] and (table.low < table.gain).all() and (table.gain < table.high).all()
+    assert table.sparsity.tolist() == [0.5, 0.9] and table.gain.tolist() == [
+        pytest.approx(20),
+        pytest.approx(35),
+    ]
+    assert (
+        table.scenarios.tolist() == [2, 2]
+        and (table.low < table.gain).all()
+        and (table.gain < table.high).all()
+    )
     assert "left out: sparsity 0.7: no finished run of DDPG, dm_control/dog-run-v0" in out
     assert "left out: SAC, bad-v0: the dense network's mean return is not positive" in out
     write_run(runs, 90.0, width_scale=5)
     code, _, err, _ = main("gain")
-    assert code == 2 and "one size of network" in err and "1 x 1, 5 x 1" in err and err.count("\n") == 1
+    assert (
+        code == 2
+        and "one size of network" in err
+        and "1 x 1, 5 x 1" in err
+        and err.count("\n") == 1
+    )
 
 
 def test_bars(tmp_path, main):
@@ -226,7 +305,10 @@ def test_a_line_for_each_size(tmp_path, main):
         write_run(tmp_path / "runs", 100.0, width_scale=width, depth_scale=depth)
     assert main("sparsity")[0] == 0
     text = (tmp_path / "out" / "sparsity.svg").read_text()
-    assert "width scale 1, depth scale 2 (2.0k weights)" in text and "width scale 5, depth scale 1" in text
+    assert (
+        "width scale 1, depth scale 2 (2.0k weights)" in text
+        and "width scale 5, depth scale 1" in text
+    )
     write_run(tmp_path / "runs", 100.0, width_scale=6)
     code, _, err, _ = main("sparsity")
     assert code == 2 and err.startswith("error: 7 sizes of network") and err.count("\n") == 1
@@ -243,7 +325,10 @@ def test_errors(tmp_path, main):
     (tmp_path / "runs" / "run1").rename(tmp_path / "runs" / "run1.old1")
     code, out, _, table = main("size")
     assert len(table) == 1 and "left out: run1.old1: moved aside by --no-resume" in out
-    assert code == 0 and "left out: broken: no readable args.json and metrics.csv (FileNotFoundError)" in out
+    assert (
+        code == 0
+        and "left out: broken: no readable args.json and metrics.csv (FileNotFoundError)" in out
+    )
 
 
 def test_runs_that_cannot_be_compared(tmp_path, main):
@@ -254,4 +339,7 @@ def test_runs_that_cannot_be_compared(tmp_path, main):
     write_run(tmp_path / "runs", 1.0, seed=3, total_timesteps=5)
     code, _, err, _ = main("size")
     assert code == 2 and err.count("\n") == 1
-    assert "mixes runs of sac_simba_sparse with --total-timesteps 1000000 and 5; keep such runs apart" in err
+    assert (
+        "mixes runs of sac_simba_sparse with --total-timesteps 1000000 and 5; keep such runs apart"
+        in err
+    )

@@ -12,7 +12,8 @@ FOLDER = Path(__file__).parent.parent / "sparse_zoo"
 AGENTS = sorted(FOLDER.glob("*.py"))
 SOURCES = {path.stem: path.read_text() for path in AGENTS}
 START, END = (
-    re.compile(rf"^# === {mark} ===$", re.M) for mark in (r"([A-Z ]+) \(identical in every file\)", "END (.+)")
+    re.compile(rf"^# === {mark} ===$", re.M)
+    for mark in (r"([A-Z ]+) \(identical in every file\)", "END (.+)")
 )
 
 # Tables 2 and 3 of the paper, as flags. A discount of None is the heuristic, updates_per_step the replay ratio; the
@@ -106,7 +107,17 @@ PAPER_DEFAULTS = {
 }
 
 # What SAC and DDPG do not have in common; everything else of one name is one text.
-ALGORITHM = {"Args", "check_flags", "Actor", "Agent", "actor_loss", "td_target", "update", "diagnose", "act"}
+ALGORITHM = {
+    "Args",
+    "check_flags",
+    "Actor",
+    "Agent",
+    "actor_loss",
+    "td_target",
+    "update",
+    "diagnose",
+    "act",
+}
 
 
 def blocks(source: str) -> dict[str, str]:
@@ -121,12 +132,18 @@ def blocks(source: str) -> dict[str, str]:
 
 
 def flags(source: str) -> ast.ClassDef:
-    (found,) = (node for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == "Args")
+    (found,) = (
+        node
+        for node in ast.parse(source).body
+        if isinstance(node, ast.ClassDef) and node.name == "Args"
+    )
     return found
 
 
 def assigns_execution_flags(statement: ast.stmt) -> bool:
-    return isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "EXECUTION_FLAGS"
+    return (
+        isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "EXECUTION_FLAGS"
+    )
 
 
 @pytest.mark.parametrize("agent", SOURCES)
@@ -148,7 +165,9 @@ def test_blocks_are_identical_in_every_file():
         for name, text in blocks(source).items():
             copies.setdefault(name, {}).setdefault(text.encode(), []).append(agent)
     assert len(copies) >= 2
-    drifted = {name: sorted(map(tuple, texts.values())) for name, texts in copies.items() if len(texts) > 1}
+    drifted = {
+        name: sorted(map(tuple, texts.values())) for name, texts in copies.items() if len(texts) > 1
+    }
     assert drifted == {}
 
 
@@ -156,7 +175,11 @@ def test_sac_and_ddpg_share_all_that_is_not_their_algorithm():
     definitions = []
     for agent in ("sac_simba_sparse", "ddpg_simba_sparse"):
         source = SOURCES[agent]
-        nodes = (node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef | ast.ClassDef))
+        nodes = (
+            node
+            for node in ast.parse(source).body
+            if isinstance(node, ast.FunctionDef | ast.ClassDef)
+        )
         definitions.append({node.name: ast.get_source_segment(source, node) for node in nodes})
     sac, ddpg = definitions
     assert list(sac) == list(ddpg) and len(sac) > 35
@@ -167,7 +190,11 @@ def test_sac_and_ddpg_share_all_that_is_not_their_algorithm():
 def test_an_agent_is_short_enough_to_read(agent):
     """At most 750 lines of code: neither blank, nor comments, nor docstrings."""
     tree, lines = ast.parse(SOURCES[agent]), set()
-    texts = (node for node in ast.walk(tree) if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
+    texts = (
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    )
     prose = {line for text in texts for line in range(text.lineno, text.end_lineno + 1)}
     for token in tokenize.generate_tokens(io.StringIO(SOURCES[agent]).readline):
         if token.string.strip() and token.type != tokenize.COMMENT:
@@ -177,7 +204,9 @@ def test_an_agent_is_short_enough_to_read(agent):
 
 @pytest.mark.parametrize("agent", SOURCES)
 def test_an_agent_imports_nothing_from_the_repository(agent):
-    own = {"sparse_zoo", "analysis", "tests", *SOURCES} | {path.stem for path in FOLDER.rglob("*.py")}
+    own = {"sparse_zoo", "analysis", "tests", *SOURCES} | {
+        path.stem for path in FOLDER.rglob("*.py")
+    }
     imported = set()
     for node in ast.walk(ast.parse(SOURCES[agent])):
         if isinstance(node, ast.Import):
@@ -195,9 +224,11 @@ def test_every_flag_is_typed_and_described(agent):
     assert len(fields) > 20 and len(body) == 2 * len(fields)
     for field, text in zip(body[::2], body[1::2]):
         assert isinstance(field, ast.AnnAssign) and field.value is not None
-        assert isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant) and len(text.value.value) > 5, (
-            f"{field.target.id} has no docstring"
-        )
+        assert (
+            isinstance(text, ast.Expr)
+            and isinstance(text.value, ast.Constant)
+            and len(text.value.value) > 5
+        ), f"{field.target.id} has no docstring"
         default, kind = ast.literal_eval(field.value), ast.unparse(field.annotation)
         if kind.startswith("Literal"):
             assert default in ast.literal_eval(field.annotation.slice)
@@ -209,14 +240,22 @@ def test_every_flag_is_typed_and_described(agent):
 
 @pytest.mark.parametrize("agent", SOURCES)
 def test_every_flag_is_read(agent):
-    names = {node.target.id for node in flags(SOURCES[agent]).body if isinstance(node, ast.AnnAssign)}
+    names = {
+        node.target.id for node in flags(SOURCES[agent]).body if isinstance(node, ast.AnnAssign)
+    }
     tree, read, named = ast.parse(SOURCES[agent]), set(), set()
     for statement in tree.body:
         # Neither the list of flags left out of the hash nor the check of their ranges makes use of a flag.
-        if getattr(statement, "name", "") in ("Args", "check_flags") or assigns_execution_flags(statement):
+        if getattr(statement, "name", "") in ("Args", "check_flags") or assigns_execution_flags(
+            statement
+        ):
             continue
         for node in ast.walk(statement):
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "args":
+            if (
+                isinstance(node, ast.Attribute)
+                and isinstance(node.value, ast.Name)
+                and node.value.id == "args"
+            ):
                 read.add(node.attr)
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 named.add(node.value)
@@ -230,13 +269,25 @@ def test_flags_left_out_of_the_hash_exist(agent):
     for node in ast.parse(SOURCES[agent]).body:
         if assigns_execution_flags(node):
             exec(compile(ast.Module([node], []), agent, "exec"), namespace)
-    names = {node.target.id for node in flags(SOURCES[agent]).body if isinstance(node, ast.AnnAssign)}
+    names = {
+        node.target.id for node in flags(SOURCES[agent]).body if isinstance(node, ast.AnnAssign)
+    }
     assert namespace["EXECUTION_FLAGS"] < names
-    assert not namespace["EXECUTION_FLAGS"] & {"seed", "sparsity", "mask_seed", "env_id", "total_timesteps"}
+    assert not namespace["EXECUTION_FLAGS"] & {
+        "seed",
+        "sparsity",
+        "mask_seed",
+        "env_id",
+        "total_timesteps",
+    }
 
 
 @pytest.mark.parametrize("agent", PAPER_DEFAULTS)
 def test_defaults_are_the_papers(agent):
     body = flags(SOURCES[agent]).body
-    defaults = {node.target.id: ast.literal_eval(node.value) for node in body if isinstance(node, ast.AnnAssign)}
+    defaults = {
+        node.target.id: ast.literal_eval(node.value)
+        for node in body
+        if isinstance(node, ast.AnnAssign)
+    }
     assert {name: defaults[name] for name in PAPER_DEFAULTS[agent]} == PAPER_DEFAULTS[agent]

@@ -15,7 +15,9 @@ sys.path.insert(0, str(FOLDER))
 import simplicity_bias as bias  # noqa: E402
 
 N = 40
-ROW, COLUMN = torch.meshgrid(torch.arange(N, dtype=torch.float64), torch.arange(N, dtype=torch.float64), indexing="ij")
+ROW, COLUMN = torch.meshgrid(
+    torch.arange(N, dtype=torch.float64), torch.arange(N, dtype=torch.float64), indexing="ij"
+)
 
 
 def wave(row_cycles: int, column_cycles: int) -> torch.Tensor:
@@ -25,7 +27,9 @@ def wave(row_cycles: int, column_cycles: int) -> torch.Tensor:
 @pytest.mark.parametrize("cycles", [(1, 0), (0, 4), (3, 4), (-6, 8), (20, 0)])
 def test_a_plane_wave_has_its_own_frequency(cycles):
     # 3 and 4 cycles in 40 steps: 5 / 40 cycles per step.
-    assert bias.complexity(wave(*cycles)[:, :, None]).item() == pytest.approx(math.hypot(*cycles) / N, rel=1e-9)
+    assert bias.complexity(wave(*cycles)[:, :, None]).item() == pytest.approx(
+        math.hypot(*cycles) / N, rel=1e-9
+    )
 
 
 def test_waves_are_weighted_by_amplitude_and_constants_do_not_count():
@@ -74,9 +78,19 @@ def test_command_line_draws_and_writes(tmp_path):
     assert done.returncode == 0, done.stderr
     table = pd.read_csv(tmp_path / "out" / "scores.csv")
     assert list(zip(table.network, table.sparsity, table.seed)) == [
-        *(("MLP", 0.0, 0), ("MLP", 0.0, 1), ("SimBa", 0.0, 0), ("SimBa", 0.0, 1), ("SimBa", 0.5, 0), ("SimBa", 0.5, 1))
+        *(
+            ("MLP", 0.0, 0),
+            ("MLP", 0.0, 1),
+            ("SimBa", 0.0, 0),
+            ("SimBa", 0.0, 1),
+            ("SimBa", 0.5, 0),
+            ("SimBa", 0.5, 1),
+        )
     ]
     assert table.score.between(2, 12).all() and table.score.nunique() == 6
     assert imageio.imread(tmp_path / "out" / "simplicity_bias.png").std() > 1
     bad = subprocess.run([*command, "--inits", "0"], cwd=tmp_path, capture_output=True, text=True)
-    assert bad.returncode == 2 and bad.stderr == "error: --inits and --heads must be at least 1, --grid at least 2\n"
+    assert (
+        bad.returncode == 2
+        and bad.stderr == "error: --inits and --heads must be at least 1, --grid at least 2\n"
+    )

@@ -35,7 +35,11 @@ def tiny_agent(**flags) -> sac.Agent:
 
 
 def sparse_layers(network: nn.Module) -> dict[str, sac.SparseLinear]:
-    return {name: module for name, module in network.named_modules() if isinstance(module, sac.SparseLinear)}
+    return {
+        name: module
+        for name, module in network.named_modules()
+        if isinstance(module, sac.SparseLinear)
+    }
 
 
 def active_total(rows: list[dict]) -> tuple[int, int]:
@@ -52,7 +56,9 @@ def rebuilt(layer: sac.SparseLinear, values: torch.Tensor, shape: tuple[int, ...
 def assert_close(ours: torch.Tensor, reference: torch.Tensor, tolerance: float = 1e-5) -> None:
     """Relative to the largest entry, because float32 sums of both signs are only as exact as their largest terms."""
     assert ours.shape == reference.shape
-    assert float((ours.double() - reference).abs().max()) <= tolerance * float(reference.abs().max().clamp(min=1))
+    assert float((ours.double() - reference).abs().max()) <= tolerance * float(
+        reference.abs().max().clamp(min=1)
+    )
 
 
 # Sparsity of each layer
@@ -87,7 +93,9 @@ def test_erdos_renyi_of_a_convolution_counts_the_kernel_sides():
 def test_overfull_layers_become_dense_and_the_others_pay():
     # Budget 26 of 104: eps = 26 / 24 would give the small matrix density 1.083. Dense, it leaves 22 weights for the
     # other: density 22 / 100.
-    assert sac.erdos_renyi({"a": (2, 2), "b": (10, 10)}, 0.75) == pytest.approx({"a": 0.0, "b": 0.78})
+    assert sac.erdos_renyi({"a": (2, 2), "b": (10, 10)}, 0.75) == pytest.approx(
+        {"a": 0.0, "b": 0.78}
+    )
 
 
 def test_overfull_layers_can_follow_from_others():
@@ -95,7 +103,9 @@ def test_overfull_layers_can_follow_from_others():
     # At 0.85 they keep 4 + 15 + 240 = 259: eps 2.33 makes a overfull (1.07); then eps = 235 / 100 = 2.35 for b and c.
     shapes = {"a": (3, 8), "b": (10, 10), "c": (40, 40)}
     assert sac.erdos_renyi(shapes, 0.9)["a"] == pytest.approx(1 - 173 / 111 * 11 / 24)
-    assert sac.erdos_renyi(shapes, 0.85) == pytest.approx({"a": 0.0, "b": 1 - 0.47, "c": 1 - 0.1175})
+    assert sac.erdos_renyi(shapes, 0.85) == pytest.approx(
+        {"a": 0.0, "b": 1 - 0.47, "c": 1 - 0.1175}
+    )
 
 
 def test_sparsity_out_of_reach():
@@ -127,10 +137,14 @@ def test_every_layer_keeps_an_exact_number_of_weights(distribution, sparsity):
     table = sac.sparsify(pruned, sparsity, distribution, 3, "auto", CPU)
     weights, others = table[:-1], table[-1]
 
-    assert [row["layer"] + ".weight" for row in weights] == [n for n, shape in shapes.items() if len(shape) == 2]
+    assert [row["layer"] + ".weight" for row in weights] == [
+        n for n, shape in shapes.items() if len(shape) == 2
+    ]
     layers = sparse_layers(pruned)
     for row in weights:
-        assert tuple(row["shape"]) == shapes[row["layer"] + ".weight"] and row["total"] == math.prod(row["shape"])
+        assert tuple(row["shape"]) == shapes[row["layer"] + ".weight"] and row[
+            "total"
+        ] == math.prod(row["shape"])
         assert abs(row["active"] - (1 - request[row["layer"] + ".weight"]) * row["total"]) <= 1
         module = pruned.get_submodule(row["layer"])
         if row["active"] == row["total"]:
@@ -138,13 +152,23 @@ def test_every_layer_keeps_an_exact_number_of_weights(distribution, sparsity):
             continue
         active = layers[row["layer"]].active
         assert len(module.values) == len(active) == row["active"]
-        assert len(active.unique()) == len(active) and active.min() >= 0 and active.max() < row["total"]
-    assert others["active"] == others["total"] == sum(math.prod(shape) for shape in shapes.values() if len(shape) == 1)
+        assert (
+            len(active.unique()) == len(active)
+            and active.min() >= 0
+            and active.max() < row["total"]
+        )
+    assert (
+        others["active"]
+        == others["total"]
+        == sum(math.prod(shape) for shape in shapes.values() if len(shape) == 1)
+    )
     active, total = active_total(table)
     assert total == sum(parameter.numel() for parameter in dense.parameters())
     assert active == sum(parameter.numel() for parameter in pruned.parameters())
     if distribution == "erdos_renyi":
-        assert abs(active - (1 - sparsity) * total) <= len(shapes) + len(weights) / 2  # roundings, as below
+        assert (
+            abs(active - (1 - sparsity) * total) <= len(shapes) + len(weights) / 2
+        )  # roundings, as below
 
 
 def test_a_layer_keeps_at_least_one_weight():
@@ -168,10 +192,16 @@ def test_the_mask_depends_on_its_seed_alone_and_survivors_keep_their_values():
         return {name: layer.active for name, layer in sparse_layers(network).items()}
 
     first, other_init, other_mask = pruned(1, 7), pruned(2, 7), pruned(1, 8)
-    assert list(first) == ["encoder.0", "encoder.1.up", "encoder.1.down"]  # the two heads are overfull
+    assert list(first) == [
+        "encoder.0",
+        "encoder.1.up",
+        "encoder.1.down",
+    ]  # the two heads are overfull
     for name in first:
         assert torch.equal(first[name], other_init[name])
-        assert len(first[name]) == len(other_mask[name]) and set(first[name].tolist()) != set(other_mask[name].tolist())
+        assert len(first[name]) == len(other_mask[name]) and set(first[name].tolist()) != set(
+            other_mask[name].tolist()
+        )
 
 
 def test_masks_of_actor_and_critic_are_independent(monkeypatch, one_thread):
@@ -179,7 +209,11 @@ def test_masks_of_actor_and_critic_are_independent(monkeypatch, one_thread):
     real = sac.sparsify
     monkeypatch.setattr(sac, "sparsify", lambda *how: seeds.append(how[3]) or real(*how))
     flags = {"seed": 1, "sparsity": 0.5}
-    tiny_agent(**flags), tiny_agent(**flags, mask_seed=1), tiny_agent(**{**flags, "seed": 2}, mask_seed=1)
+    (
+        tiny_agent(**flags),
+        tiny_agent(**flags, mask_seed=1),
+        tiny_agent(**{**flags, "seed": 2}, mask_seed=1),
+    )
     tiny_agent(**flags, mask_seed=2)
     default, same, other_run, other_mask = (tuple(seeds[i : i + 2]) for i in range(0, 8, 2))
     assert default == same == other_run and default[0] != default[1]
@@ -189,7 +223,9 @@ def test_masks_of_actor_and_critic_are_independent(monkeypatch, one_thread):
 def test_the_critic_sparsity_does_not_move_the_actors_mask():
     first = sparse_layers(tiny_agent(sparsity=0.5).actor)
     second = sparse_layers(tiny_agent(sparsity=0.5, critic_sparsity=0.8).actor)
-    assert len(first) > 0 and all(torch.equal(first[name].active, second[name].active) for name in first)
+    assert len(first) > 0 and all(
+        torch.equal(first[name].active, second[name].active) for name in first
+    )
 
 
 @pytest.mark.parametrize(
@@ -216,7 +252,10 @@ def test_sparsity_of_one_network_overrides_that_of_both(flags, actor, critic):
 def test_layer_table_of_humanoid(one_thread):
     torch.manual_seed(1)
     agent = sac.Agent(sac.Args(sparsity=0.9), 67, 21, CPU)
-    assert [active_total(agent.layers[name])[1] for name in ("actor", "critic")] == [146_346, 4_248_577]  # 4.4 M
+    assert [active_total(agent.layers[name])[1] for name in ("actor", "critic")] == [
+        146_346,
+        4_248_577,
+    ]  # 4.4 M
     for name in ("actor", "critic"):
         official = OFFICIAL[f"sac/{name}/default_x1"]["by_sparsity"]["0.9"]
         rows = agent.layers[name]
@@ -228,7 +267,9 @@ def test_layer_table_of_humanoid(one_thread):
             if path.endswith("kernel")
         )
         assert sorted(row["active"] for row in rows[:-1]) == pytest.approx(expected, rel=2e-3)
-    stored = sum(parameter.numel() for parameter in (*agent.actor.parameters(), *agent.critic.parameters()))
+    stored = sum(
+        parameter.numel() for parameter in (*agent.actor.parameters(), *agent.critic.parameters())
+    )
     assert stored == sum(row["active"] for rows in agent.layers.values() for row in rows)
 
 
@@ -240,7 +281,9 @@ def test_humanoid_at_width_4_has_70_million_parameters_and_7_million_active():
         shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
         sparsity = sac.erdos_renyi(shapes, 0.9)
         totals.append(sum(map(math.prod, shapes.values())))
-        active.append(sum((1 - sparsity[name]) * math.prod(shape) for name, shape in shapes.items()))
+        active.append(
+            sum((1 - sparsity[name]) * math.prod(shape) for name, shape in shapes.items())
+        )
     # 67*512+512 + (2*512 + 2*512*2048 + 2048+512) + 2*512 + 2*(512*21+21)
     # 88*2048+2048 + 2 * (2*2048 + 2*2048*8192 + 8192+2048) + 2*2048 + 2048+1
     assert totals == [2_158_122, 67_325_953]
@@ -359,18 +402,27 @@ class MaskedLinear(nn.Module):
 def test_twenty_adamw_steps_equal_masked_dense_training(one_thread):
     torch.manual_seed(0)
     dense = nn.Sequential(sac.simba(12, 32, 2), sac.init_linear(32, 3))
-    networks = {kernel: copy.deepcopy(dense) for kernel in KERNELS} | {"masked": copy.deepcopy(dense)}
+    networks = {kernel: copy.deepcopy(dense) for kernel in KERNELS} | {
+        "masked": copy.deepcopy(dense)
+    }
     for kernel in KERNELS:
         sac.sparsify(networks[kernel], 0.85, "erdos_renyi", 5, kernel, CPU)
     masks = {}
     for name, layer in sparse_layers(networks["packed"]).items():
-        masks[name] = rebuilt(layer, torch.ones(len(layer.active)), dense.get_submodule(name).weight.shape)
+        masks[name] = rebuilt(
+            layer, torch.ones(len(layer.active)), dense.get_submodule(name).weight.shape
+        )
     assert len(masks) == 5  # the input layer and two in each block; the head is overfull
     for name, mask in masks.items():
-        networks["masked"].set_submodule(name, MaskedLinear(networks["masked"].get_submodule(name), mask))
+        networks["masked"].set_submodule(
+            name, MaskedLinear(networks["masked"].get_submodule(name), mask)
+        )
 
     # The weight decay of 0.5 shrinks weights by 1 % in 20 steps: a wrong one would show a thousand times over.
-    optimizers = {n: torch.optim.AdamW(net.parameters(), 1e-3, weight_decay=0.5) for n, net in networks.items()}
+    optimizers = {
+        n: torch.optim.AdamW(net.parameters(), 1e-3, weight_decay=0.5)
+        for n, net in networks.items()
+    }
     start = copy.deepcopy(networks["packed"])
     for _ in range(20):
         x, target = torch.randn(64, 12), torch.randn(64, 3)
@@ -388,11 +440,16 @@ def test_twenty_adamw_steps_equal_masked_dense_training(one_thread):
         reference = networks["masked"].get_submodule(where)
         for kernel in KERNELS:
             layer = networks[kernel].get_submodule(where)
-            ours, expected = getattr(layer, leaf), getattr(reference, "weight" if leaf == "values" else leaf)
+            ours, expected = (
+                getattr(layer, leaf),
+                getattr(reference, "weight" if leaf == "values" else leaf),
+            )
             if leaf == "values":
                 expected = expected.flatten()[layer.active.long()]
             assert float((ours - expected).detach().abs().max()) < 1e-6, (kernel, name)
-        furthest = max(furthest, float((parameter - start.get_parameter(name)).detach().abs().max()))
+        furthest = max(
+            furthest, float((parameter - start.get_parameter(name)).detach().abs().max())
+        )
     assert furthest > 1e-2
 
 
@@ -403,7 +460,11 @@ def test_sparsity_zero_is_the_plain_dense_network():
     for name, network in plain.items():
         ours = getattr(agent, name)
         assert not sparse_layers(ours)
-        assert all(type(module) in (nn.Linear, nn.LayerNorm) for module in ours.modules() if hasattr(module, "bias"))
+        assert all(
+            type(module) in (nn.Linear, nn.LayerNorm)
+            for module in ours.modules()
+            if hasattr(module, "bias")
+        )
         assert list(ours.state_dict()) == list(network.state_dict())
         assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), network.parameters()))
         active, total = active_total(agent.layers[name])

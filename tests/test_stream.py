@@ -39,23 +39,40 @@ def make_agent(obs_dim=OBS_DIM, action_dim=ACTION_DIM, **flags) -> tuple[stream.
     return stream.Agent(args, obs_dim, action_dim), args
 
 
-def make_transition(generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray, float, np.ndarray]:
+def make_transition(
+    generator: np.random.Generator,
+) -> tuple[np.ndarray, np.ndarray, float, np.ndarray]:
     state, next_state = generator.standard_normal((2, OBS_DIM + 1), np.float32)
-    return state, generator.standard_normal(ACTION_DIM, np.float32), 2 * generator.standard_normal(), next_state
+    return (
+        state,
+        generator.standard_normal(ACTION_DIM, np.float32),
+        2 * generator.standard_normal(),
+        next_state,
+    )
 
 
 def learn(agent, args, transition, cut=False, done=False):
     state, action, reward, next_state = transition
-    return stream.update(agent, state, agent.actor(state), action, reward, next_state, cut, done, args)
+    return stream.update(
+        agent, state, agent.actor(state), action, reward, next_state, cut, done, args
+    )
 
 
 def linears(network: stream.StreamingNetwork) -> list[nn.Module]:
-    return [module for module in network.mlp.modules() if isinstance(module, nn.Linear | stream.SparseLinear)]
+    return [
+        module
+        for module in network.mlp.modules()
+        if isinstance(module, nn.Linear | stream.SparseLinear)
+    ]
 
 
 def flat(agent: stream.Agent) -> list[np.ndarray]:
     """A copy of all weights and traces."""
-    return [array.copy() for network in (agent.actor, agent.critic) for array in (network.weights, network.traces)]
+    return [
+        array.copy()
+        for network in (agent.actor, agent.critic)
+        for array in (network.weights, network.traces)
+    ]
 
 
 def same(first, second) -> bool:
@@ -91,7 +108,9 @@ def test_statistics_are_mean_and_unbiased_variance_of_all_samples():
     for count in range(2, 51):
         statistics.update(samples[count - 1])
         assert statistics.mean == pytest.approx(samples[:count].mean(0), rel=1e-12)
-        assert statistics.std() ** 2 == pytest.approx(samples[:count].var(0, ddof=1) + 1e-8, rel=1e-8)
+        assert statistics.std() ** 2 == pytest.approx(
+            samples[:count].var(0, ddof=1) + 1e-8, rel=1e-8
+        )
 
 
 def test_state_by_hand():
@@ -101,7 +120,9 @@ def test_state_by_hand():
     # Means 4 and -1, variances 2 and 0
     assert first == pytest.approx([1 / math.sqrt(2), 0, -0.5], rel=SINGLE)
     # 3, 5, 4: mean 4. -1, -1, 2: mean 0, variance (1 + 1 + 4) / 2
-    assert norm.state(np.array([4.0, 2.0]), 2) == pytest.approx([0, 2 / math.sqrt(3), -0.49], rel=SINGLE)
+    assert norm.state(np.array([4.0, 2.0]), 2) == pytest.approx(
+        [0, 2 / math.sqrt(3), -0.49], rel=SINGLE
+    )
     for _ in range(2):
         seen = norm.state(np.array([6.0, 3.0]), 100, update=False)
         assert seen == pytest.approx([2, math.sqrt(3), 0.49], rel=SINGLE)
@@ -116,7 +137,9 @@ def test_rewards_are_scaled_by_the_std_of_their_trace():
     traces = [1.0, 2.5, -1.0, 2.5, 1.75]
     for count, (reward, done) in enumerate(zip(rewards, dones), 1):
         variance = np.var(traces[:count], ddof=1) if count > 1 else 1.0
-        assert norm.scale(reward, done) == pytest.approx(reward / math.sqrt(variance + 1e-8), rel=1e-12)
+        assert norm.scale(reward, done) == pytest.approx(
+            reward / math.sqrt(variance + 1e-8), rel=1e-12
+        )
     assert norm.obs.count == 0
 
 
@@ -151,10 +174,16 @@ def test_environments():
     agent, _ = make_agent(27, 8)
     assert [layer.in_features for layer in linears(agent.actor)] == [28, 16, 16, 16]
     assert [layer.out_features for layer in linears(agent.actor)] == [16, 16, 8, 8]
-    assert [(layer.in_features, layer.out_features) for layer in linears(agent.critic)] == [(28, 16), (16, 16), (16, 1)]
+    assert [(layer.in_features, layer.out_features) for layer in linears(agent.critic)] == [
+        (28, 16),
+        (16, 16),
+        (16, 1),
+    ]
 
 
-@pytest.mark.parametrize("env_id,width", [("Walker2d-v4", 17), ("dm_control/cartpole-swingup-v0", 5)])
+@pytest.mark.parametrize(
+    "env_id,width", [("Walker2d-v4", 17), ("dm_control/cartpole-swingup-v0", 5)]
+)
 def test_actions_are_clipped_to_their_bounds(env_id, width):
     env = stream.make_env(stream.Args(env_id=env_id))
     results = {}
@@ -176,7 +205,10 @@ def test_dm_control_episodes_last_as_long_as_the_time_feature_says():
         assert not terminated
     assert length == stream.episode_limit(env) == 1000
     assert (
-        stream.episode_limit(SimpleNamespace(spec=SimpleNamespace(max_episode_steps=None, id="Endless-v0"))) == math.inf
+        stream.episode_limit(
+            SimpleNamespace(spec=SimpleNamespace(max_episode_steps=None, id="Endless-v0"))
+        )
+        == math.inf
     )
 
 
@@ -209,7 +241,9 @@ def test_initial_weights(init):
         assert used.min() > 0 and (used.max() < 0.3 if init == "sparse_init" else used.min() == 1)
 
 
-@pytest.mark.parametrize("fan_in,survivors", [(1, 0), (9, 0), (10, 1), (11, 1), (20, 2), (128, 12), (1280, 128)])
+@pytest.mark.parametrize(
+    "fan_in,survivors", [(1, 0), (9, 0), (10, 1), (11, 1), (20, 2), (128, 12), (1280, 128)]
+)
 def test_sparse_init_keeps_a_tenth_rounded_down(fan_in, survivors):
     torch.manual_seed(0)
     weight = torch.ones(50, fan_in)
@@ -222,8 +256,18 @@ def test_sparse_init_keeps_a_tenth_rounded_down(fan_in, survivors):
 @pytest.mark.parametrize("init", ["sparse_init", "lecun"])
 def test_survivors_of_pruning_keep_their_initial_values(init):
     dense, _ = make_agent(27, 8, width_scale=0.5, init=init)
-    sparse, _ = make_agent(27, 8, width_scale=0.5, init=init, sparsity=0.8, sparsity_distribution="uniform")
-    other, _ = make_agent(27, 8, width_scale=0.5, init=init, sparsity=0.8, sparsity_distribution="uniform", mask_seed=7)
+    sparse, _ = make_agent(
+        27, 8, width_scale=0.5, init=init, sparsity=0.8, sparsity_distribution="uniform"
+    )
+    other, _ = make_agent(
+        27,
+        8,
+        width_scale=0.5,
+        init=init,
+        sparsity=0.8,
+        sparsity_distribution="uniform",
+        mask_seed=7,
+    )
     for name in ("actor", "critic"):
         networks = [linears(getattr(agent, name)) for agent in (dense, sparse, other)]
         for full, pruned, elsewhere in zip(*networks, strict=True):
@@ -248,10 +292,14 @@ def test_each_network_may_have_a_sparsity_of_its_own(name):
 # Policy
 
 
-def loss_of_policy(output: torch.Tensor, action: torch.Tensor, direction, entropy_coefficient=0.01) -> torch.Tensor:
+def loss_of_policy(
+    output: torch.Tensor, action: torch.Tensor, direction, entropy_coefficient=0.01
+) -> torch.Tensor:
     mean, raw = output.chunk(2, -1)
     policy = torch.distributions.Normal(mean, F.softplus(raw, threshold=1e9))
-    return -policy.log_prob(action).sum(-1) - entropy_coefficient * direction * policy.entropy().sum(-1)
+    return -policy.log_prob(action).sum(
+        -1
+    ) - entropy_coefficient * direction * policy.entropy().sum(-1)
 
 
 @pytest.mark.parametrize("direction", [-1.0, 0.0, 1.0])
@@ -262,7 +310,9 @@ def test_policy_gradient_is_that_of_autograd(direction, entropy_coefficient):
         output = generator.normal(0, 2, 6).astype(np.float32)
         action = generator.normal(0, 2, 3).astype(np.float32)
         expected = torch.tensor(output, dtype=torch.float64, requires_grad=True)
-        loss_of_policy(expected, torch.tensor(action).double(), direction, entropy_coefficient).backward()
+        loss_of_policy(
+            expected, torch.tensor(action).double(), direction, entropy_coefficient
+        ).backward()
         gradient = stream.policy_gradient(output, action, direction, entropy_coefficient)
         assert gradient.dtype == np.float32
         assert gradient == pytest.approx(expected.grad.numpy(), rel=3e-5, abs=1e-5)
@@ -302,10 +352,16 @@ class Reference:
     """A network as dense float64 matrices with masks, its traces, and ObGD with autograd."""
 
     def __init__(self, network: stream.StreamingNetwork, kappa: float, args: stream.Args):
-        self.kappa, self.decay, self.learning_rate = kappa, args.gamma * args.trace_lambda, args.learning_rate
+        self.kappa, self.decay, self.learning_rate = (
+            kappa,
+            args.gamma * args.trace_lambda,
+            args.learning_rate,
+        )
         self.parameters, self.masks, self.hidden = [], [], 1 + args.depth_scale
         for layer in linears(network):
-            weight, bias = self.dense(layer, layer.weight if isinstance(layer, nn.Linear) else layer.values, layer.bias)
+            weight, bias = self.dense(
+                layer, layer.weight if isinstance(layer, nn.Linear) else layer.values, layer.bias
+            )
             mask = torch.ones_like(weight)
             if isinstance(layer, stream.SparseLinear):
                 mask, _ = self.dense(layer, torch.ones_like(layer.values), layer.bias)
@@ -324,7 +380,10 @@ class Reference:
         return [matrix, bias.detach().double().clone()]
 
     def __call__(self, state: np.ndarray) -> torch.Tensor:
-        x, layers = torch.from_numpy(state).double(), list(zip(self.parameters[::2], self.parameters[1::2]))
+        x, layers = (
+            torch.from_numpy(state).double(),
+            list(zip(self.parameters[::2], self.parameters[1::2])),
+        )
         for weight, bias in layers[: self.hidden]:
             y = weight @ x + bias
             y = (y - y.mean()) / (y.var(correction=0) + 1e-5).sqrt()
@@ -333,8 +392,15 @@ class Reference:
 
     def step(self, loss: torch.Tensor, delta: float, done: bool) -> float:
         gradients = torch.autograd.grad(loss, self.parameters)
-        self.traces = [self.decay * e + g * mask for e, g, mask in zip(self.traces, gradients, self.masks)]
-        bound = max(abs(delta), 1.0) * sum(float(e.abs().sum()) for e in self.traces) * self.learning_rate * self.kappa
+        self.traces = [
+            self.decay * e + g * mask for e, g, mask in zip(self.traces, gradients, self.masks)
+        ]
+        bound = (
+            max(abs(delta), 1.0)
+            * sum(float(e.abs().sum()) for e in self.traces)
+            * self.learning_rate
+            * self.kappa
+        )
         alpha = self.learning_rate / bound if bound > 1 else self.learning_rate
         for parameter, trace in zip(self.parameters, self.traces):
             parameter.data -= alpha * delta * trace
@@ -351,19 +417,37 @@ class Reference:
             traces += self.dense(layer, values.grad, layer.bias.grad)
         largest = max(float(trace.abs().max()) for trace in self.traces) or 1.0
         return (
-            max(float((ours - theirs.data).abs().max()) for ours, theirs in zip(weights, self.parameters, strict=True)),
-            max(float((ours - theirs).abs().max()) for ours, theirs in zip(traces, self.traces, strict=True)) / largest,
+            max(
+                float((ours - theirs.data).abs().max())
+                for ours, theirs in zip(weights, self.parameters, strict=True)
+            ),
+            max(
+                float((ours - theirs).abs().max())
+                for ours, theirs in zip(traces, self.traces, strict=True)
+            )
+            / largest,
         )
 
 
 CASES = {
     "dense": {},
     "sparse_init": {"init": "sparse_init", "width_scale": 0.5},
-    "half": {"sparsity": 0.5, "width_scale": 0.5, "learning_rate": 0.5, "actor_kappa": 1.5, "critic_kappa": 4.0},
+    "half": {
+        "sparsity": 0.5,
+        "width_scale": 0.5,
+        "learning_rate": 0.5,
+        "actor_kappa": 1.5,
+        "critic_kappa": 4.0,
+    },
     # 320 hidden units: three blocks of columns in each hidden layer
     "wide": {"sparsity": 0.5, "width_scale": 2.5, "gamma": 0.9, "trace_lambda": 0.95},
     "wide and dense": {"width_scale": 2.5},
-    "deep": {"sparsity": 0.9, "width_scale": 2.5, "depth_scale": 2, "sparsity_distribution": "uniform"},
+    "deep": {
+        "sparsity": 0.9,
+        "width_scale": 2.5,
+        "depth_scale": 2,
+        "sparsity_distribution": "uniform",
+    },
 }
 
 
@@ -371,19 +455,31 @@ CASES = {
 @KERNELS
 def test_updates_equal_masked_dense_autograd(case, kernel):
     agent, args = make_agent(sparse_kernel=kernel, **CASES[case])
-    sparse = [isinstance(layer, stream.SparseLinear) for layer in linears(agent.actor) + linears(agent.critic)]
-    assert any(sparse) == (args.sparsity > 0) and all(sparse) == (args.sparsity_distribution == "uniform")
-    actor, critic = Reference(agent.actor, args.actor_kappa, args), Reference(agent.critic, args.critic_kappa, args)
+    sparse = [
+        isinstance(layer, stream.SparseLinear)
+        for layer in linears(agent.actor) + linears(agent.critic)
+    ]
+    assert any(sparse) == (args.sparsity > 0) and all(sparse) == (
+        args.sparsity_distribution == "uniform"
+    )
+    actor, critic = (
+        Reference(agent.actor, args.actor_kappa, args),
+        Reference(agent.critic, args.critic_kappa, args),
+    )
     generator, deltas = np.random.default_rng(0), []
     for t in range(20):
         transition, done, cut = make_transition(generator), t in (7, 12), t == 7
         state, action, reward, next_state = transition
         value, output = critic(state), actor(state)
         delta = reward + args.gamma * (0 if cut else critic(next_state).item()) - value.item()
-        loss = loss_of_policy(output, torch.from_numpy(action).double(), np.sign(delta), args.entropy_coefficient)
+        loss = loss_of_policy(
+            output, torch.from_numpy(action).double(), np.sign(delta), args.entropy_coefficient
+        )
         expected = [actor.step(loss, delta, done), critic.step(-value.sum(), delta, done)]
         our_delta, *steps = learn(agent, args, transition, cut, done)
-        assert our_delta == pytest.approx(delta, abs=2e-6) and steps == pytest.approx(expected, rel=2e-5)
+        assert our_delta == pytest.approx(delta, abs=2e-6) and steps == pytest.approx(
+            expected, rel=2e-5
+        )
         deltas.append(abs(delta))
         for reference, network in ((actor, agent.actor), (critic, agent.critic)):
             weights, traces = reference.differences(network)
@@ -400,7 +496,12 @@ def test_updates_equal_masked_dense_autograd(case, kernel):
         ([0.01, -0.02], -3.0, 1.0, 1.0),  # 2 * 3 * 0.03 = 0.18
         ([1.0, -2.0], 0.5, 1.0, 1 / 6),  # 2 * 1 * 3
         ([1.0, -2.0], -4.0, 1.0, 1 / 24),  # 2 * 4 * 3
-        ([1.0, -2.0], 0.5, 0.5, 1 / 6),  # a smaller learning rate changes nothing where the bound holds,
+        (
+            [1.0, -2.0],
+            0.5,
+            0.5,
+            1 / 6,
+        ),  # a smaller learning rate changes nothing where the bound holds,
         ([0.1, -0.2], 0.5, 0.25, 0.25),  # and is the step where it does not
         ([0.0, 0.0], 0.5, 1.0, 1.0),
     ],
@@ -409,7 +510,9 @@ def test_bounded_step_by_hand(traces, delta, learning_rate, alpha):
     weights, traces = np.array([1.0, 2.0], np.float32), np.array(traces, np.float32)
     expected = [1 - alpha * delta * float(traces[0]), 2 - alpha * delta * float(traces[1])]
     before = traces.copy()
-    assert stream.bounded_step(weights, traces, delta, learning_rate, 2.0) == pytest.approx(alpha, rel=SINGLE)
+    assert stream.bounded_step(weights, traces, delta, learning_rate, 2.0) == pytest.approx(
+        alpha, rel=SINGLE
+    )
     assert weights == pytest.approx(expected, rel=SINGLE) and np.array_equal(traces, before)
 
 
@@ -459,7 +562,9 @@ def test_diagnostics_measure_the_recent_transitions_and_change_nothing(kernel, s
     state, action, reward, next_state, cut = recent.columns()
     assert len(state) == 30 and cut.sum() == 10  # of 40, the first 10 are forgotten
     metrics = "srank_99 srank_threshold dormant_ratio dormant_ratio_relu active_units grad_norm param_norm feature_norm"
-    assert measured.keys() == {f"{name}_{metric}" for name in ("actor", "critic") for metric in metrics.split()}
+    assert measured.keys() == {
+        f"{name}_{metric}" for name in ("actor", "critic") for metric in metrics.split()
+    }
 
     critic, actor = agent.critic.mlp, agent.actor.mlp
     value = critic(state)[:, 0]
@@ -508,7 +613,9 @@ def test_evaluation_is_repeatable_and_leaves_the_agent_alone():
         lengths.append(length)
     before = flat(agent), copy.deepcopy(norm.state_dict())
     for _ in range(2):
-        result = stream.evaluate(agent, norm, stream.make_env(stream.Args(env_id="Hopper-v5")), 4, (7, 1))
+        result = stream.evaluate(
+            agent, norm, stream.make_env(stream.Args(env_id="Hopper-v5")), 4, (7, 1)
+        )
         assert result["return_mean"] == pytest.approx(np.mean(returns), rel=1e-12)
         assert result["return_std"] == pytest.approx(np.std(returns), rel=1e-9)
         assert result["return_iqm"] == pytest.approx(np.mean(sorted(returns)[1:3]), rel=1e-12)
@@ -563,25 +670,35 @@ def corridors():
 
 
 @KERNELS
-@pytest.mark.parametrize("flags", ["", "--bootstrap-on-truncation --learning-starts 7 --sparsity 0.5"])
+@pytest.mark.parametrize(
+    "flags", ["", "--bootstrap-on-truncation --learning-starts 7 --sparsity 0.5"]
+)
 def test_a_run_learns_once_from_every_transition(kernel, flags, monkeypatch, tmp_path):
     common = "--env-id Corridor-v0 --total-timesteps 17 --threads 1 --width-scale 0.125 --init lecun --eval-interval 6"
     common += f" --eval-episodes 2 --final-eval-episodes 1 --diagnostics-interval 9 --sparse-kernel {kernel} {flags}"
     code, checkpoint, rows = run_main(monkeypatch, tmp_path, common)
     bootstrap, random_steps = bool(flags), 7 if flags else 0
     lengths = [5, 3, 5, 3]  # and one step of a fifth episode
-    logged = {name: [float(row["value"]) for row in rows if row["metric"] == name] for name in METRICS}
+    logged = {
+        name: [float(row["value"]) for row in rows if row["metric"] == name] for name in METRICS
+    }
     assert code == 0 and logged["episode/length"] == lengths
     assert checkpoint["counters"][:3] == (17, 17 - random_steps, 5)
 
     # The same from the file's parts, draw by draw
-    states, actions, rewards, next_states, cuts = (column.numpy() for column in checkpoint["recent"]["columns"])
+    states, actions, rewards, next_states, cuts = (
+        column.numpy() for column in checkpoint["recent"]["columns"]
+    )
     args = stream.Args(**checkpoint["args"])
     torch.manual_seed(args.seed)
     agent, norm, env, t = stream.Agent(args, 2, 1), stream.Normalizer(2, 0.99, 5), Corridor(), 0
     np.random.seed(args.seed)
     for episode, steps in enumerate([*lengths, 1]):
-        state, episode_return, deltas = norm.state(env.reset(seed=stream.derive_seed(1, 0, episode))[0], 0), 0.0, []
+        state, episode_return, deltas = (
+            norm.state(env.reset(seed=stream.derive_seed(1, 0, episode))[0], 0),
+            0.0,
+            [],
+        )
         for length in range(1, steps + 1):
             if t < random_steps:
                 action = np.random.uniform([-0.5], [0.25])
@@ -591,10 +708,18 @@ def test_a_run_learns_once_from_every_transition(kernel, flags, monkeypatch, tmp
             done, episode_return = terminated or length == 5, episode_return + reward
             next_state, reward = norm.state(obs, length), norm.scale(reward, done)
             cut = terminated or (done and not bootstrap)
-            columns = ((states, state), (actions, action), (rewards, reward), (next_states, next_state), (cuts, cut))
+            columns = (
+                (states, state),
+                (actions, action),
+                (rewards, reward),
+                (next_states, next_state),
+                (cuts, cut),
+            )
             assert all(np.array_equal(ours[t], np.float32(theirs)) for ours, theirs in columns)
             if t >= random_steps:
-                delta, *_ = stream.update(agent, state, output, action, reward, next_state, cut, done, args)
+                delta, *_ = stream.update(
+                    agent, state, output, action, reward, next_state, cut, done, args
+                )
                 deltas.append(abs(delta))
             state, t = next_state, t + 1
         if done:
@@ -614,11 +739,17 @@ def test_a_run_that_diverges_stops_and_keeps_its_checkpoint(monkeypatch, tmp_pat
     code, checkpoint, _ = run_main(monkeypatch, tmp_path, f"{flags} --eval-episodes 1")
     assert code == 3 and "not finite at agent_step=9" in capsys.readouterr().err
     assert checkpoint["counters"][0] == 5
-    assert all(torch.isfinite(value).all() for name in ("actor", "critic") for value in checkpoint[name].values())
+    assert all(
+        torch.isfinite(value).all()
+        for name in ("actor", "critic")
+        for value in checkpoint[name].values()
+    )
 
 
 def test_balances_a_pole_after_5000_steps(monkeypatch, tmp_path):
     flags = "--env-id InvertedPendulum-v5 --sparsity 0.5 --total-timesteps 5000 --threads 1"
     *_, rows = run_main(monkeypatch, tmp_path, f"{flags} --eval-episodes 5 --final-eval-episodes 3")
     returns = [float(row["value"]) for row in rows if row["metric"].endswith("/return_mean")]
-    assert len(returns) == 2 and returns[0] < 100 and returns[1] > 900  # of 1,000; seeds 1 to 3: 25 and 1,000
+    assert (
+        len(returns) == 2 and returns[0] < 100 and returns[1] > 900
+    )  # of 1,000; seeds 1 to 3: 25 and 1,000

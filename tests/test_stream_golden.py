@@ -17,10 +17,19 @@ GRADIENTS = 4e-6  # float32, through two LayerNorms
 
 
 def make_agent(kernel: str) -> tuple[stream.Agent, stream.Args]:
-    flags = {name: float(GOLDEN[name]) for name in ("gamma", "lr", "kappa_policy", "kappa_value", "entropy_coeff")}
+    flags = {
+        name: float(GOLDEN[name])
+        for name in ("gamma", "lr", "kappa_policy", "kappa_value", "entropy_coeff")
+    }
     args = stream.Args(sparse_kernel=kernel, width_scale=8 / 128)
     assert list(flags.values()) == [
-        *(args.gamma, args.learning_rate, args.actor_kappa, args.critic_kappa, args.entropy_coefficient)
+        *(
+            args.gamma,
+            args.learning_rate,
+            args.actor_kappa,
+            args.critic_kappa,
+            args.entropy_coefficient,
+        )
     ]
     assert args.trace_lambda == GOLDEN["lamda"]
     return stream.Agent(args, 3, 2), args  # the fourth input is the time
@@ -39,7 +48,9 @@ def check(actual, key: str, tolerance: float = 1e-6) -> None:
     """Within some tolerance, times the largest number where that is above 1."""
     expected = GOLDEN[key]
     assert np.shape(actual) == expected.shape, key
-    assert np.abs(np.asarray(actual) - expected).max() <= tolerance * max(1, np.abs(expected).max()), key
+    assert np.abs(np.asarray(actual) - expected).max() <= tolerance * max(
+        1, np.abs(expected).max()
+    ), key
 
 
 @pytest.mark.parametrize("kernel", ["auto", "dense"])
@@ -74,7 +85,9 @@ def test_six_updates_equal_the_original_code(kernel):
         check(stream.act(agent, state, np.ones(2))[0] - mean, f"t{t}/std")
         check(agent.critic(state), f"t{t}/v_s")
         check(agent.critic(next_state), f"t{t}/v_sprime")
-        delta, *steps = stream.update(agent, state, output, action, reward, next_state, done, done, args)
+        delta, *steps = stream.update(
+            agent, state, output, action, reward, next_state, done, done, args
+        )
         for network, step in zip(NAMES, steps, strict=True):
             check(delta, f"t{t}/{network}/delta")
             assert step == pytest.approx(float(GOLDEN[f"t{t}/{network}/step_size"]), rel=1e-6)

@@ -13,14 +13,28 @@ from matplotlib.image import imread
 
 def write_run(folder: Path, returns: dict[int, float], finished: bool = True, **flags) -> None:
     """A run of 1,000 env steps whose episodes end at some of them."""
-    flags = {"env_id": "Ant-v4", "width_scale": 1.0, "init": "lecun", "sparsity": 0.0, "seed": 1, **flags}
+    flags = {
+        "env_id": "Ant-v4",
+        "width_scale": 1.0,
+        "init": "lecun",
+        "sparsity": 0.0,
+        "seed": 1,
+        **flags,
+    }
     run = folder / flags.pop("name", f"run{len(list(folder.glob('*')))}")
     run.mkdir(parents=True)
     (run / "args.json").write_text(
         json.dumps({"args": {**flags, "exp_name": "stream_ac_sparse", "total_timesteps": 1000}})
     )
-    rows = [f"{step},{m},{value}" for step, r in returns.items() for m, value in (("return", r), ("length", 10))]
-    rows = [row.replace(",return", ",episode/return").replace(",length", ",episode/length") for row in rows]
+    rows = [
+        f"{step},{m},{value}"
+        for step, r in returns.items()
+        for m, value in (("return", r), ("length", 10))
+    ]
+    rows = [
+        row.replace(",return", ",episode/return").replace(",length", ",episode/length")
+        for row in rows
+    ]
     rows += ["1000,final/return_mean,0.0"] if finished else []
     (run / "metrics.csv").write_text("env_step,metric,value\n" + "\n".join(rows) + "\n")
 
@@ -42,7 +56,13 @@ def main(monkeypatch, capsys, tmp_path):
 
 def test_figures_and_numbers(tmp_path, main):
     for seed, last in ((1, 10.0), (2, 20.0)):
-        write_run(tmp_path / "runs", {400: 1.0, 950: last, 990: last + 2}, seed=seed, sparsity=0.84, width_scale=0.25)
+        write_run(
+            tmp_path / "runs",
+            {400: 1.0, 950: last, 990: last + 2},
+            seed=seed,
+            sparsity=0.84,
+            width_scale=0.25,
+        )
         write_run(tmp_path / "runs", {400: 1.0, 950: 5.0}, seed=seed)
         write_run(tmp_path / "runs", {400: 1.0, 950: 7.0}, seed=seed, init="sparse_init")
     write_run(tmp_path / "runs", {400: 1.0}, seed=3)
@@ -50,9 +70,15 @@ def test_figures_and_numbers(tmp_path, main):
     code, text, out = main("--figures", "13")
     assert code == 0 and [path.name for path in out.glob("*.png")] == ["figure_13.png"]
     assert "left out: run7 is at env step 400 of 1000" in text
-    assert "no final return: Ant-v4, width scale 1, dense, seed 3: no episode ended in its last tenth" in text
+    assert (
+        "no final return: Ant-v4, width scale 1, dense, seed 3: no episode ended in its last tenth"
+        in text
+    )
     table = pd.read_csv(out / "final_returns.csv").set_index(["width_scale", "init", "sparsity"])
-    assert table.loc[(0.25, "lecun", 0.84), "mean"] == 16 and table.loc[(0.25, "lecun", 0.84), "seeds"] == 2
+    assert (
+        table.loc[(0.25, "lecun", 0.84), "mean"] == 16
+        and table.loc[(0.25, "lecun", 0.84), "seeds"] == 2
+    )
     assert table.loc[(1.0, "sparse_init", 0.0), "mean"] == 7
 
     code, _, out = main()
@@ -67,7 +93,9 @@ def test_no_runs(main):
 
 def test_runs_that_cannot_be_averaged(tmp_path, main):
     write_run(tmp_path / "runs", {950: 5.0})
-    write_run(tmp_path / "runs", {950: 50.0}, name="run0.old1", trace_lambda=0.5)  # moved aside: does not count
+    write_run(
+        tmp_path / "runs", {950: 50.0}, name="run0.old1", trace_lambda=0.5
+    )  # moved aside: does not count
     write_run(tmp_path / "runs", {950: 5.0}, finished=False, seed=2)
     (tmp_path / "runs" / "run2" / "metrics.csv").write_text("")
     code, text, out = main("--figures", "12")
@@ -82,7 +110,9 @@ def test_runs_that_cannot_be_averaged(tmp_path, main):
 
 def test_runs_that_cannot_be_used_are_named(tmp_path, main):
     write_run(tmp_path / "runs", {950: 5.0}, name="a")
-    write_run(tmp_path / "runs", {950: 9.0}, name="b", eval_interval=7)  # the same network, task and seed
+    write_run(
+        tmp_path / "runs", {950: 9.0}, name="b", eval_interval=7
+    )  # the same network, task and seed
     write_run(tmp_path / "runs", {}, name="c", seed=2)  # no episode has ended
     write_run(tmp_path / "runs", {950: 5.0}, name="d", seed=3)
     (tmp_path / "runs" / "d" / "args.json").write_text('{"args"')
@@ -105,7 +135,9 @@ def test_no_episode_in_the_last_tenth_and_runs_of_other_names(tmp_path, main):
     assert [path.name for path in out.glob("*.png")] == ["figure_17.png"]
 
 
-@pytest.mark.parametrize("flags,words", [(("--bin", "0"), "--bin 0"), (("--output", "/proc/x"), "/proc/x --output")])
+@pytest.mark.parametrize(
+    "flags,words", [(("--bin", "0"), "--bin 0"), (("--output", "/proc/x"), "/proc/x --output")]
+)
 def test_bad_input(tmp_path, main, flags, words):
     write_run(tmp_path / "runs", {950: 5.0})
     code, text, _ = main(*flags)

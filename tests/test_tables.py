@@ -21,14 +21,18 @@ def table(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("MUJOCO_GL", "disabled")
 
     def run(number: int, commands: str = COMMANDS):
-        monkeypatch.setattr(sys, "argv", ["tables.py", "--table", str(number), "--output", str(tmp_path)])
+        monkeypatch.setattr(
+            sys, "argv", ["tables.py", "--table", str(number), "--output", str(tmp_path)]
+        )
         monkeypatch.setattr(sys, "stdin", io.StringIO(commands))
         try:
             runpy.run_path(tables.__file__, run_name="__main__")
         except SystemExit as end:
             return end.code, capsys.readouterr().err
         lines = (tmp_path / "table.md").read_text().splitlines()
-        assert len({line.count("|") for line in lines}) == 1  # a value with a bar in it would break the table
+        assert (
+            len({line.count("|") for line in lines}) == 1
+        )  # a value with a bar in it would break the table
         assert capsys.readouterr().out.startswith(f"Table {number}\n\n{lines[0]}\n")
         return [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in lines[2:]]
 
@@ -44,7 +48,9 @@ def test_table_1_marks_the_papers_wrong_number(table):
     assert len(rows) == 12
 
 
-@pytest.mark.parametrize("number,count,marked", [(2, 19, ["Target entropy"]), (3, 17, []), (4, 15, []), (5, 23, [])])
+@pytest.mark.parametrize(
+    "number,count,marked", [(2, 19, ["Target entropy"]), (3, 17, []), (4, 15, []), (5, 23, [])]
+)
 def test_tables_2_to_5(table, number, count, marked):
     rows = table(number)
     assert len(rows) == count and not any("missing" in row for row in rows)
@@ -58,14 +64,25 @@ def test_values_follow_the_code(table, monkeypatch):
 
     names = [field.name for field in fields(ddpg.Args)]
     defaults = list(ddpg.Args.__init__.__defaults__)
-    changes = {"tau": 0.01, "exploration_noise": 0.3, "learning_rate": 2e-4, "gamma": 0.9, "batch_size": 7}
+    changes = {
+        "tau": 0.01,
+        "exploration_noise": 0.3,
+        "learning_rate": 2e-4,
+        "gamma": 0.9,
+        "batch_size": 7,
+    }
     for name, value in changes.items():
         defaults[names.index(name)] = value
     monkeypatch.setattr(ddpg.Args.__init__, "__defaults__", tuple(defaults))
     monkeypatch.setitem(sys.modules, "ddpg_simba_sparse", ddpg)
-    rows = {row[0]: row[1:] for row in table(3, COMMANDS.replace("--width-scale 5 ", "--width-scale 6 "))}
+    rows = {
+        row[0]: row[1:]
+        for row in table(3, COMMANDS.replace("--width-scale 5 ", "--width-scale 6 "))
+    }
     assert rows["Target critic momentum (tau)"] == ("0.01", "0.005", "differs")
-    assert rows["Exploration noise"][0] == "N(0, 0.3^2)" and rows["Actor learning rate"][0] == "0.0002"
+    assert (
+        rows["Exploration noise"][0] == "N(0, 0.3^2)" and rows["Actor learning rate"][0] == "0.0002"
+    )
     assert rows["Discount"] == ("0.9", "heuristic", "differs") and rows["Batch size"][0] == "7"
     assert rows["Critic hidden dim"] == (
         "256, 512, 1024, 1536, 2048, 3072",
@@ -76,4 +93,8 @@ def test_values_follow_the_code(table, monkeypatch):
 
 def test_no_commands(table):
     code, err = table(2, "")
-    assert code == 2 and err.startswith("error: no command of sac_simba_sparse.py") and err.count("\n") == 1
+    assert (
+        code == 2
+        and err.startswith("error: no command of sac_simba_sparse.py")
+        and err.count("\n") == 1
+    )

@@ -28,8 +28,25 @@ from scipy.stats import trim_mean
 REFERENCE = Path(__file__).with_name("atari26_scores.csv")
 VARIANT = ["width_scale", "depth_scale", "sparsity"]
 # Flags that may differ between the runs of one comparison; others must not
-FREE = {*VARIANT, "env_id", "seed", "mask_seed", "device", "threads", "runs_dir", "resume", "eval_only"}
-FREE |= {"capture_video", "sparse_kernel", "track", "wandb_project", "wandb_entity", "checkpoint_interval"}
+FREE = {
+    *VARIANT,
+    "env_id",
+    "seed",
+    "mask_seed",
+    "device",
+    "threads",
+    "runs_dir",
+    "resume",
+    "eval_only",
+}
+FREE |= {
+    "capture_video",
+    "sparse_kernel",
+    "track",
+    "wandb_project",
+    "wandb_entity",
+    "checkpoint_interval",
+}
 FREE |= {"eval_interval", "eval_episodes", "diagnostics_interval"}
 
 
@@ -58,7 +75,9 @@ def load(runs_dir: Path) -> pd.DataFrame:
         try:
             flags = json.loads(path.read_text())["args"]
         except (OSError, ValueError, KeyError) as error:
-            print(f"left out: {path.parent.name} has no readable args.json ({type(error).__name__})")
+            print(
+                f"left out: {path.parent.name} has no readable args.json ({type(error).__name__})"
+            )
             continue
         if re.search(r"\.old\d+$", path.parent.name):
             print(f"left out: {path.parent.name} was moved aside by --no-resume")
@@ -67,13 +86,17 @@ def load(runs_dir: Path) -> pd.DataFrame:
             print(f"left out: {path.parent.name} is a run of {flags['exp_name']}")
             continue
         try:
-            metrics = pd.read_csv(path.parent / "metrics.csv", usecols=["env_step", "metric", "value"])
+            metrics = pd.read_csv(
+                path.parent / "metrics.csv", usecols=["env_step", "metric", "value"]
+            )
         except (OSError, ValueError):
             metrics = pd.DataFrame(columns=["env_step", "metric", "value"])
         final = metrics[metrics.metric == "final/return_mean"].value
         if final.empty:
             reached = metrics.env_step.max() if len(metrics) else 0
-            print(f"left out: {path.parent.name} is at env step {reached} of {flags['total_timesteps']}")
+            print(
+                f"left out: {path.parent.name} is at env step {reached} of {flags['total_timesteps']}"
+            )
             continue
         game = flags["env_id"].removeprefix("ALE/").removesuffix("-v5")
         key = (*(flags[name] for name in VARIANT), game, flags["seed"])
@@ -88,7 +111,9 @@ def load(runs_dir: Path) -> pd.DataFrame:
     mixed = {name: sorted(map(str, values)) for name, values in settings.items() if len(values) > 1}
     if mixed:
         fail(f"the runs in {runs_dir} differ in {mixed}; keep such runs apart")
-    return pd.DataFrame([[*key, score] for key, score in rows.items()], columns=[*VARIANT, "game", "seed", "score"])
+    return pd.DataFrame(
+        [[*key, score] for key, score in rows.items()], columns=[*VARIANT, "game", "seed", "score"]
+    )
 
 
 def normalise(runs: pd.DataFrame) -> pd.DataFrame:
@@ -119,8 +144,12 @@ def bootstrap(games: list[np.ndarray], samples: int) -> dict[str, tuple[float, f
     if all(len(game) == 1 for game in games):
         return dict.fromkeys(aggregates(games), (np.nan, np.nan))
     generator = np.random.default_rng(0)
-    draws = [aggregates([generator.choice(game, len(game)) for game in games]) for _ in range(samples)]
-    return {name: tuple(np.percentile([draw[name] for draw in draws], [2.5, 97.5])) for name in draws[0]}
+    draws = [
+        aggregates([generator.choice(game, len(game)) for game in games]) for _ in range(samples)
+    ]
+    return {
+        name: tuple(np.percentile([draw[name] for draw in draws], [2.5, 97.5])) for name in draws[0]
+    }
 
 
 def table(runs: pd.DataFrame, samples: int) -> pd.DataFrame:
@@ -130,13 +159,25 @@ def table(runs: pd.DataFrame, samples: int) -> pd.DataFrame:
         games = [game.to_numpy() for _, game in group.groupby("game").normalised]
         missing = sorted(set(every) - set(group.game))
         if missing:
-            print(f"{variant_name(*key)}: {len(games)} of {len(every)} games; missing: {', '.join(missing)}")
+            print(
+                f"{variant_name(*key)}: {len(games)} of {len(every)} games; missing: {', '.join(missing)}"
+            )
         if len({len(game) for game in games}) > 1:
-            print(f"{variant_name(*key)}: seeds per game differ: {group.groupby('game').size().to_dict()}")
-        row = dict(zip(VARIANT, key)) | {"games": len(games), "runs": len(group), "missing": " ".join(missing)}
+            print(
+                f"{variant_name(*key)}: seeds per game differ: {group.groupby('game').size().to_dict()}"
+            )
+        row = dict(zip(VARIANT, key)) | {
+            "games": len(games),
+            "runs": len(group),
+            "missing": " ".join(missing),
+        }
         intervals = bootstrap(games, samples)
         for name, value in aggregates(games).items():
-            row |= {name: value, f"{name}_low": intervals[name][0], f"{name}_high": intervals[name][1]}
+            row |= {
+                name: value,
+                f"{name}_low": intervals[name][0],
+                f"{name}_high": intervals[name][1],
+            }
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -165,7 +206,9 @@ def variant_name(width: float, depth: int, sparsity: float) -> str:
 
 def figure_18(percent: pd.DataFrame) -> Figure:
     """Bars of improvement, a group for each game; linear between -100 and 100 %, logarithmic beyond."""
-    axes = (figure := Figure((max(5, 0.55 * len(percent) + 2), 3.8), layout="constrained")).subplots()
+    axes = (
+        figure := Figure((max(5, 0.55 * len(percent) + 2), 3.8), layout="constrained")
+    ).subplots()
     width = 0.8 / len(percent.columns)
     for index, column in enumerate(percent):
         places = np.arange(len(percent)) + (index - (len(percent.columns) - 1) / 2) * width
@@ -200,7 +243,11 @@ if __name__ == "__main__":
     summary.to_csv(output / "aggregates.csv", index=False, float_format="%.4f")
     named = percent.set_axis([variant_name(*column) for column in percent], axis=1)
     named.to_csv(output / "improvements.csv", float_format="%.2f")
-    print(summary.drop(columns="missing").to_string(index=False, float_format=lambda value: f"{value:.3f}"))
+    print(
+        summary.drop(columns="missing").to_string(
+            index=False, float_format=lambda value: f"{value:.3f}"
+        )
+    )
     files = "scores.csv, aggregates.csv and improvements.csv"
     if len(percent.columns) and percent.notna().to_numpy().any():
         for kind in ("png", "svg"):

@@ -134,7 +134,9 @@ if __name__ == "__main__":
     args = tyro.cli(Args)
     threads = args.threads or torch.get_num_threads()
     plain, theirs = multiprocessing.Pipe()
-    multiprocessing.get_context("spawn").Process(target=serve_plain, args=(theirs, threads), daemon=True).start()
+    multiprocessing.get_context("spawn").Process(
+        target=serve_plain, args=(theirs, threads), daemon=True
+    ).start()
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the agent does
     der.numba.set_num_threads(threads)
     torch.set_num_threads(threads)
@@ -142,7 +144,9 @@ if __name__ == "__main__":
     env.reset(seed=0)
     names = ["plain", "encoder", "update", "act", "replay", "env"]
     matrix = torch.rand(2048, 2048)
-    print(f"matrix product: {2 * 2048**3 / measure({'': lambda: matrix @ matrix}, args.turns)[''] / 1e6:.0f} GFLOP/s")
+    print(
+        f"matrix product: {2 * 2048**3 / measure({'': lambda: matrix @ matrix}, args.turns)[''] / 1e6:.0f} GFLOP/s"
+    )
     with tempfile.TemporaryDirectory() as folder:
         replay = make_replay(folder)
         print(
@@ -157,7 +161,13 @@ if __name__ == "__main__":
                     functions["encoder"]()
                 ms = measure(functions, args.turns)
                 decision = ms["update"] + ms["act"] + ms["replay"] + ms["env"]
-                print(f"{width:5g}{sparsity:10g}" + "".join(f"{ms[name]:9.2f}" for name in names), end="")
+                print(
+                    f"{width:5g}{sparsity:10g}" + "".join(f"{ms[name]:9.2f}" for name in names),
+                    end="",
+                )
                 share = (ms["replay"] + ms["env"]) / decision
-                print(f"{1000 / decision:9.2f}{ms['encoder'] / ms['plain']:15.3f}{share:12.1%}", end="")
+                print(
+                    f"{1000 / decision:9.2f}{ms['encoder'] / ms['plain']:15.3f}{share:12.1%}",
+                    end="",
+                )
                 print(f"{counter.get_total_flops() / ms['encoder'] / 1e6:9.0f}", flush=True)

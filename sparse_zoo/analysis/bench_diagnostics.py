@@ -39,14 +39,19 @@ if __name__ == "__main__":
     module.numba.set_num_threads(1)
     torch.set_num_threads(1)  # after numba, whose start sets the number for both
     size, obs_dim, action_dim = module.Args.batch_size, 67, 21
-    for width_scale, sparsity in ((width, sparsity) for width in args.width_scale for sparsity in args.sparsity):
+    for width_scale, sparsity in (
+        (width, sparsity) for width in args.width_scale for sparsity in args.sparsity
+    ):
         flags = module.Args(width_scale=width_scale, sparsity=sparsity)
         agent = module.Agent(flags, obs_dim, action_dim, torch.device("cpu"))
         obs, next_obs = torch.randn(2, size, obs_dim)
         action = 2 * torch.rand(size, action_dim) - 1
         inputs = (agent, module.Batch(obs, action, torch.rand(size), next_obs, torch.zeros(size)))
         inputs += (*torch.randn(2, size, action_dim), 0.99)
-        calls = {"diagnose": lambda i=inputs: module.diagnose(*i), "update": lambda i=inputs: module.update(*i, 0.005)}
+        calls = {
+            "diagnose": lambda i=inputs: module.diagnose(*i),
+            "update": lambda i=inputs: module.update(*i, 0.005),
+        }
         seconds = {name: [] for name in calls}
         for name, call in [*calls.items()] * (args.turns + 1):
             start = time.process_time()
@@ -55,5 +60,11 @@ if __name__ == "__main__":
         diagnose, update = (1000 * statistics.median(times[1:]) for times in seconds.values())
         updates = flags.diagnostics_interval // flags.action_repeat * flags.updates_per_step
         share = 100 * diagnose / (diagnose + updates * update)
-        print(f"{args.agent} width scale {width_scale:g}, sparsity {sparsity:g}: diagnose {diagnose:.1f} ms, ", end="")
-        print(f"update {update:.1f} ms, share of training time at the default interval: {share:.3f} %", flush=True)
+        print(
+            f"{args.agent} width scale {width_scale:g}, sparsity {sparsity:g}: diagnose {diagnose:.1f} ms, ",
+            end="",
+        )
+        print(
+            f"update {update:.1f} ms, share of training time at the default interval: {share:.3f} %",
+            flush=True,
+        )

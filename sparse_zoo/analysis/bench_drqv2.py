@@ -78,7 +78,9 @@ def our_side(args: Args, replay: drq.FrameReplay) -> Callable[[], None]:
 
     def update() -> None:
         batch = replay.sample(args.batch_size, torch.device("cpu"))
-        drq.update(agent, batch, *drq.clipped_noise(flags, shape, 500_000, "cpu"), flags.tau, args.bf16)
+        drq.update(
+            agent, batch, *drq.clipped_noise(flags, shape, 500_000, "cpu"), flags.tau, args.bf16
+        )
 
     return update
 
@@ -89,7 +91,9 @@ def linear_side(args: Args, masked: bool) -> Callable[[], None]:
     agent = drq.Agent(flags, ACTION_DIM, torch.device("cpu"))
     if masked:
         for network in (agent.critic, agent.target_critic):
-            shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
+            shapes = {
+                name: tuple(parameter.shape) for name, parameter in network.named_parameters()
+            }
             rows = [
                 {"layer": name.removesuffix(".weight"), "active": 1 - sparsity, "total": 1.0}
                 for name, sparsity in drq.erdos_renyi(shapes, args.sparsity).items()
@@ -116,12 +120,29 @@ def their_side(args: Args) -> Callable[[], None]:
     sys.modules["omegaconf"].__dict__.setdefault("OmegaConf", None)
     theirs = importlib.import_module("drqv2")
     sizes = {"feature_dim": 50, "hidden_dim": round(1024 * args.width_scale)}
-    schedule = {"stddev_schedule": "linear(1.0,0.1,500000)", "stddev_clip": 0.3, "num_expl_steps": 2000}
-    rest = {"device": "cpu", "lr": 1e-4, "critic_target_tau": 0.01, "update_every_steps": 2, "use_tb": False}
+    schedule = {
+        "stddev_schedule": "linear(1.0,0.1,500000)",
+        "stddev_clip": 0.3,
+        "num_expl_steps": 2000,
+    }
+    rest = {
+        "device": "cpu",
+        "lr": 1e-4,
+        "critic_target_tau": 0.01,
+        "update_every_steps": 2,
+        "use_tb": False,
+    }
     agent = theirs.DrQV2Agent((9, drq.SIZE, drq.SIZE), (ACTION_DIM,), **sizes, **schedule, **rest)
-    obs, next_obs = np.random.default_rng(0).integers(0, 256, (2, args.batch_size, 9, drq.SIZE, drq.SIZE), np.uint8)
-    action = np.random.default_rng(1).uniform(-1, 1, (args.batch_size, ACTION_DIM)).astype(np.float32)
-    reward, discount = np.ones((args.batch_size, 1), np.float32), np.full((args.batch_size, 1), 0.97, np.float32)
+    obs, next_obs = np.random.default_rng(0).integers(
+        0, 256, (2, args.batch_size, 9, drq.SIZE, drq.SIZE), np.uint8
+    )
+    action = (
+        np.random.default_rng(1).uniform(-1, 1, (args.batch_size, ACTION_DIM)).astype(np.float32)
+    )
+    reward, discount = (
+        np.ones((args.batch_size, 1), np.float32),
+        np.full((args.batch_size, 1), 0.97, np.float32),
+    )
     return lambda: agent.update(iter([(obs, action, reward, discount, next_obs)]), 2)
 
 
@@ -155,9 +176,13 @@ if __name__ == "__main__":
         sys.exit(2)
     times, sides, pages = {}, {}, os.environ.get("THP_MEM_ALLOC_ENABLE", "0")
     for side in filter(None, ("ours", None if args.linear else "our sampling", other)):
-        os.environ["THP_MEM_ALLOC_ENABLE"] = pages if side == "theirs" else "1"  # as drqv2_sparse.py sets it
+        os.environ["THP_MEM_ALLOC_ENABLE"] = (
+            pages if side == "theirs" else "1"
+        )  # as drqv2_sparse.py sets it
         sides[side], connection = multiprocessing.Pipe()
-        multiprocessing.get_context("spawn").Process(target=serve, args=(connection, args, side), daemon=True).start()
+        multiprocessing.get_context("spawn").Process(
+            target=serve, args=(connection, args, side), daemon=True
+        ).start()
         connection.close()
         try:
             sides[side].recv()

@@ -45,7 +45,10 @@ if __name__ == "__main__":
     dense = nn.Linear(in_features, out_features)
     count = round((1 - args.sparsity) * dense.weight.numel())
     active = torch.randperm(dense.weight.numel())[:count].sort().values
-    x_t, grad_t = torch.randn(in_features, args.batch_size), torch.randn(out_features, args.batch_size)
+    x_t, grad_t = (
+        torch.randn(in_features, args.batch_size),
+        torch.randn(out_features, args.batch_size),
+    )
 
     blocked = sac.SparseLinear(dense, active, "packed")
     sac.BLOCK = in_features + out_features  # one block: rows in order, as in a CSR matrix
@@ -58,10 +61,16 @@ if __name__ == "__main__":
         return sac.call_numba(sac.packed_product, layer.pointers, layer.col, layer.values, x_t, y_t)
 
     def gradient(layer):
-        return sac.call_numba(sac.packed_gradient, layer.pointers, layer.col, grad_t, x_t, torch.empty(count))
+        return sac.call_numba(
+            sac.packed_gradient, layer.pointers, layer.col, grad_t, x_t, torch.empty(count)
+        )
 
     def embedding_bag():
-        how = {"per_sample_weights": plain.values.detach(), "mode": "sum", "include_last_offset": True}
+        how = {
+            "per_sample_weights": plain.values.detach(),
+            "mode": "sum",
+            "include_last_offset": True,
+        }
         return F.embedding_bag(plain.col, x_t, plain.pointers, **how)
 
     products = {
@@ -74,12 +83,16 @@ if __name__ == "__main__":
         },
         "gradient of values": {
             "dense": lambda: grad_t @ x_t.t(),
-            "sampled_addmm": lambda: torch.sparse.sampled_addmm(csr, grad_t, x_t.t(), beta=0.0).values(),
+            "sampled_addmm": lambda: torch.sparse.sampled_addmm(
+                csr, grad_t, x_t.t(), beta=0.0
+            ).values(),
             "packed without blocks": lambda: gradient(plain),
             "packed": lambda: gradient(blocked),
         },
     }
-    print(f"| product, {out_features} x {in_features}, sparsity {args.sparsity:g} | CPU ms |\n|---|---|")
+    print(
+        f"| product, {out_features} x {in_features}, sparsity {args.sparsity:g} | CPU ms |\n|---|---|"
+    )
     for product, ways in products.items():
         least = dict.fromkeys(ways, float("inf"))
         for repeat in range(args.repeats + 1):

@@ -70,7 +70,9 @@ def stream_ours(args: Args, spent: dict[str, float]) -> Iterator[None]:
         moments.append(time.process_time())
         ours.update(agent, state, output, action, reward, next_state, done, done, flags)
         moments.append(time.process_time())
-        for name, start, end in zip(("act", "environment", "normalise", "learn"), moments, moments[1:]):
+        for name, start, end in zip(
+            ("act", "environment", "normalise", "learn"), moments, moments[1:]
+        ):
             spent[name] = spent.get(name, 0.0) + end - start
         state = next_state
         yield
@@ -78,10 +80,16 @@ def stream_ours(args: Args, spent: dict[str, float]) -> Iterator[None]:
 
 def stream_theirs(args: Args, theirs: ModuleType) -> Iterator[None]:
     """Trains their agent in their wrappers, as their main function does."""
-    env = gym.wrappers.RecordEpisodeStatistics(gym.wrappers.FlattenObservation(gym.make(args.env_id)))
+    env = gym.wrappers.RecordEpisodeStatistics(
+        gym.wrappers.FlattenObservation(gym.make(args.env_id))
+    )
     env = theirs.ScaleReward(gym.wrappers.ClipAction(env), gamma=0.99)
     env = theirs.AddTimeInfo(theirs.NormalizeObservation(env))
-    sizes = (env.observation_space.shape[0], env.action_space.shape[0], round(128 * args.width_scale))
+    sizes = (
+        env.observation_space.shape[0],
+        env.action_space.shape[0],
+        round(128 * args.width_scale),
+    )
     agent, done = theirs.StreamAC(*sizes), True
     while True:
         if done:
@@ -105,7 +113,9 @@ def speed(stream: Iterator[None], steps: int) -> float:
 def compare(args: Args, theirs: ModuleType | None) -> dict[str, float]:
     """Medians over the turns: speeds, their ratio, and our microseconds a step part by part."""
     spent: dict[str, float] = {}
-    streams = {"ours": stream_ours(args, spent)} | ({"theirs": stream_theirs(args, theirs)} if theirs else {})
+    streams = {"ours": stream_ours(args, spent)} | (
+        {"theirs": stream_theirs(args, theirs)} if theirs else {}
+    )
     steps = {"ours": args.steps, "theirs": args.steps // 4}
     speeds = {side: [] for side in streams}
     for stream in streams.values():
@@ -118,7 +128,9 @@ def compare(args: Args, theirs: ModuleType | None) -> dict[str, float]:
     if theirs:
         ratios = [a / b for a, b in zip(speeds["ours"], speeds["theirs"])]
         result |= {"ratio": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
-    return result | {part: 1e6 * seconds / (args.turns * args.steps) for part, seconds in spent.items()}
+    return result | {
+        part: 1e6 * seconds / (args.turns * args.steps) for part, seconds in spent.items()
+    }
 
 
 if __name__ == "__main__":
@@ -131,21 +143,36 @@ if __name__ == "__main__":
         try:
             theirs = importlib.import_module("stream_ac_continuous")
         except ImportError as error:
-            print(f"error: --reference {args.reference}: no clone of streaming-drl ({error})", file=sys.stderr)
+            print(
+                f"error: --reference {args.reference}: no clone of streaming-drl ({error})",
+                file=sys.stderr,
+            )
             sys.exit(2)
-    cases = [(w, s) for w in (1.0, 4.0, 8.0) for s in (0.0, 0.9)] if args.table else [(args.width_scale, args.sparsity)]
+    cases = (
+        [(w, s) for w in (1.0, 4.0, 8.0) for s in (0.0, 0.9)]
+        if args.table
+        else [(args.width_scale, args.sparsity)]
+    )
     if args.table:
-        print("| hidden | sparsity | theirs, steps/s | ours, steps/s | ratio | act | environment | normalise | learn |")
+        print(
+            "| hidden | sparsity | theirs, steps/s | ours, steps/s | ratio | act | environment | normalise | learn |"
+        )
         print("|---|---|---|---|---|---|---|---|---|")
     for width_scale, sparsity in cases:
         r = compare(replace(args, width_scale=width_scale, sparsity=sparsity), theirs)
         parts = [r[part] for part in ("act", "environment", "normalise", "learn")]
         if args.table:
-            speeds = f"{r.get('theirs', np.nan):.0f} | {r['ours']:.0f} | {r.get('ratio', np.nan):.1f}"
+            speeds = (
+                f"{r.get('theirs', np.nan):.0f} | {r['ours']:.0f} | {r.get('ratio', np.nan):.1f}"
+            )
             times = " | ".join(f"{part:.0f}" for part in parts)
             print(f"| {round(128 * width_scale)} | {sparsity:g} | {speeds} | {times} |", flush=True)
         else:
-            print("ours, microseconds: act {:.0f}, environment {:.0f}, normalise {:.0f}, learn {:.0f}".format(*parts))
+            print(
+                "ours, microseconds: act {:.0f}, environment {:.0f}, normalise {:.0f}, learn {:.0f}".format(
+                    *parts
+                )
+            )
             print(f"ours    {r['ours']:6.0f} env steps per second")
             if theirs:
                 print(f"theirs  {r['theirs']:6.0f} env steps per second, dense")

@@ -92,15 +92,22 @@ def build(args: Args, side: str):
     threads = args.threads or torch.get_num_threads()
     module.numba.set_num_threads(threads)
     torch.set_num_threads(threads)
-    flags = module.Args(width_scale=args.width_scale, sparsity=args.sparsity if side == "ours" else 0.0)
+    flags = module.Args(
+        width_scale=args.width_scale, sparsity=args.sparsity if side == "ours" else 0.0
+    )
     agent = module.Agent(flags, args.obs_dim, args.action_dim, torch.device("cpu"))
     if side == "twin" and args.sparsity > 0:
         for name in ("actor", "critic", "target_critic"):
             network = getattr(agent, name)
-            shapes = {path: tuple(parameter.shape) for path, parameter in network.named_parameters()}
+            shapes = {
+                path: tuple(parameter.shape) for path, parameter in network.named_parameters()
+            }
             sparsity = module.erdos_renyi(shapes, args.sparsity)
             rows = [
-                {"layer": path.removesuffix(".weight"), "active": (1 - sparsity[path]) * parameter.numel()}
+                {
+                    "layer": path.removesuffix(".weight"),
+                    "active": (1 - sparsity[path]) * parameter.numel(),
+                }
                 | {"total": parameter.numel()}
                 for path, parameter in network.named_parameters()
                 if parameter.dim() > 1
@@ -109,13 +116,17 @@ def build(args: Args, side: str):
     size = (args.batch_size, args.obs_dim)
     obs, next_obs = torch.randn(2, *size)
     action = 2 * torch.rand(args.batch_size, args.action_dim) - 1
-    batch = module.Batch(obs, action, torch.rand(args.batch_size), next_obs, torch.zeros(args.batch_size))
+    batch = module.Batch(
+        obs, action, torch.rand(args.batch_size), next_obs, torch.zeros(args.batch_size)
+    )
 
     def update() -> None:
         noise, next_noise = torch.randn(2, args.batch_size, args.action_dim)
         module.update(agent, batch, noise, next_noise, 0.99, 0.005)
 
-    weights = {name: sum(row["active"] for row in agent.layers[name]) for name in ("actor", "critic")}
+    weights = {
+        name: sum(row["active"] for row in agent.layers[name]) for name in ("actor", "critic")
+    }
     return update, weights
 
 
@@ -131,7 +142,9 @@ def serve(connection, args: Args, side: str) -> None:
             update()
         connection.send((time.perf_counter() - start) / count)
     kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    connection.send((kibibytes / 1024 if sys.platform != "darwin" else kibibytes / 1024**2, weights))
+    connection.send(
+        (kibibytes / 1024 if sys.platform != "darwin" else kibibytes / 1024**2, weights)
+    )
 
 
 def gflop(args: Args, weights: dict[str, int]) -> float:
@@ -177,7 +190,11 @@ def compare(args: Args) -> dict[str, float]:
 def draw(table: pd.DataFrame) -> Figure:
     """Time, peak memory and arithmetic of an update against width: a line for each sparsity, dashed for the twin."""
     axes = (figure := Figure((12, 3.6), layout="constrained")).subplots(1, 3)
-    panels = {"ms": "ms per update", "mib": "peak memory, MiB", "gflop": "GFLOP per update (active weights)"}
+    panels = {
+        "ms": "ms per update",
+        "mib": "peak memory, MiB",
+        "gflop": "GFLOP per update (active weights)",
+    }
     for ax, (column, title) in zip(axes, panels.items()):
         for index, (sparsity, rows) in enumerate(table.groupby("sparsity")):
             name = f"sparsity {sparsity:g}" if sparsity else "dense"
@@ -185,9 +202,23 @@ def draw(table: pd.DataFrame) -> Figure:
             ax.plot(rows.width_scale, ours, color=f"C{index}", marker="o", ms=4, label=name)
             if column != "gflop" and sparsity == table.sparsity.max():
                 label = f"sparsity {sparsity:g}, by masks"
-                ax.plot(rows.width_scale, rows[f"twin_{column}"], "s--", color=f"C{index}", ms=4, label=label)
-        ax.set(xscale="log", yscale="linear" if column == "mib" else "log", xlabel="width scale", title=title)
-        ax.set_xticks(table.width_scale.unique(), [f"{width:g}" for width in table.width_scale.unique()])
+                ax.plot(
+                    rows.width_scale,
+                    rows[f"twin_{column}"],
+                    "s--",
+                    color=f"C{index}",
+                    ms=4,
+                    label=label,
+                )
+        ax.set(
+            xscale="log",
+            yscale="linear" if column == "mib" else "log",
+            xlabel="width scale",
+            title=title,
+        )
+        ax.set_xticks(
+            table.width_scale.unique(), [f"{width:g}" for width in table.width_scale.unique()]
+        )
         ax.minorticks_off()
     axes[0].legend(frameon=False, fontsize=8)
     axes[1].set_ylim(bottom=0)
@@ -219,7 +250,9 @@ def profile(args: Args) -> None:
     print("| kernel | calls | CPU ms per update | share |\n|---|---|---|---|")
     for key in sorted(spent, key=spent.get, reverse=True):
         milliseconds = 1000 * spent[key] / args.turns
-        print(f"| {key} | {calls[key] // args.turns} | {milliseconds:.1f} | {100 * spent[key] / total:.0f} % |")
+        print(
+            f"| {key} | {calls[key] // args.turns} | {milliseconds:.1f} | {100 * spent[key] / total:.0f} % |"
+        )
     print(f"| all | | {1000 * total / args.turns:.1f} | 100 % |")
 
 
@@ -229,7 +262,9 @@ if __name__ == "__main__":
         profile(args)
         sys.exit()
     if args.table:
-        print("| width scale | sparsity | twin ms | ours ms | time ratio | twin MiB | ours MiB | memory ratio |")
+        print(
+            "| width scale | sparsity | twin ms | ours ms | time ratio | twin MiB | ours MiB | memory ratio |"
+        )
         print("|---|---|---|---|---|---|---|---|")
     widths = (1.0, 2.0, 4.0, 5.0) if args.table else (args.width_scale,)
     sparsities = (0.0, 0.8, 0.9, 0.95) if args.table else (args.sparsity,)
@@ -244,7 +279,9 @@ if __name__ == "__main__":
                 print(row, flush=True)
             else:
                 for side, name in (("twin", "masked dense twin"), ("ours", "ours")):
-                    print(f"{name:<18}{r[side + '_ms']:9.1f} ms per update{r[side + '_mib']:9.0f} MiB at the peak")
+                    print(
+                        f"{name:<18}{r[side + '_ms']:9.1f} ms per update{r[side + '_mib']:9.0f} MiB at the peak"
+                    )
                 print(f"ratios of single turns: {r['time_low']:.3f} to {r['time_high']:.3f}")
                 print(f"ratio time={r['time']:.3f} memory={r['memory']:.2f}")
     if args.table and args.output:

@@ -65,12 +65,18 @@ class Args:
     """CPU threads (default: all cores)"""
 
 
-def record_layers(network: nn.Module, compute_loss: Callable) -> list[tuple[nn.Module, torch.Tensor, torch.Tensor]]:
+def record_layers(
+    network: nn.Module, compute_loss: Callable
+) -> list[tuple[nn.Module, torch.Tensor, torch.Tensor]]:
     """Each layer with parameters, its input x (k, in) and the gradient delta (k, out) of the loss at its output."""
     calls, handles = [], []
     for module in network.modules():
         if list(module.parameters(recurse=False)):
-            handles.append(module.register_forward_hook(lambda module, x, y: calls.append((module, x[0].detach(), y))))
+            handles.append(
+                module.register_forward_hook(
+                    lambda module, x, y: calls.append((module, x[0].detach(), y))
+                )
+            )
     loss = compute_loss()
     for handle in handles:
         handle.remove()
@@ -78,7 +84,9 @@ def record_layers(network: nn.Module, compute_loss: Callable) -> list[tuple[nn.M
     return [(module, x, delta) for (module, x, _), delta in zip(calls, deltas)]
 
 
-def sparse_products(layer: nn.Module, x: torch.Tensor, delta: torch.Tensor, chunk: int) -> torch.Tensor:
+def sparse_products(
+    layer: nn.Module, x: torch.Tensor, delta: torch.Tensor, chunk: int
+) -> torch.Tensor:
     """The inner products (k, k) of the gradients delta[i, row] * x[i, col] over the active weights (row, col)."""
     x_t, delta_t = x.t().contiguous(), delta.t().contiguous()
     products = x.new_zeros(len(x), len(x), dtype=torch.float64)
@@ -88,7 +96,9 @@ def sparse_products(layer: nn.Module, x: torch.Tensor, delta: torch.Tensor, chun
     return products
 
 
-def gradient_products(network: nn.Module, compute_loss: Callable, chunk: int = CHUNK) -> torch.Tensor:
+def gradient_products(
+    network: nn.Module, compute_loss: Callable, chunk: int = CHUNK
+) -> torch.Tensor:
     """The inner products <g_i, g_j> (k, k) of the k transitions' gradients over all parameters of a network.
 
     `compute_loss` takes the batch through the network once and returns the mean of the k losses, or any multiple.
@@ -128,15 +138,24 @@ def measure(module, agent, batch, noise, next_noise, gamma: float) -> dict[str, 
         return module.critic_loss(agent.critic, batch, target)
 
     losses = {"actor": actor_loss, "critic": critic_loss}
-    return {name: cosines(gradient_products(getattr(agent, name), loss)) for name, loss in losses.items()}
+    return {
+        name: cosines(gradient_products(getattr(agent, name), loss))
+        for name, loss in losses.items()
+    }
 
 
 def summarize(matrix: np.ndarray) -> dict[str, float]:
     """Mean |cosine| and share of negative cosines off the diagonal, and how many transitions have no gradient."""
     pairs = matrix[~np.eye(len(matrix), dtype=bool)]
     pairs = pairs[~np.isnan(pairs)]
-    mean_abs, negative = (np.abs(pairs).mean(), (pairs < 0).mean()) if len(pairs) else (np.nan, np.nan)
-    return {"mean_abs": mean_abs, "negative": negative, "no_gradient": int(np.isnan(matrix.diagonal()).sum())}
+    mean_abs, negative = (
+        (np.abs(pairs).mean(), (pairs < 0).mean()) if len(pairs) else (np.nan, np.nan)
+    )
+    return {
+        "mean_abs": mean_abs,
+        "negative": negative,
+        "no_gradient": int(np.isnan(matrix.diagonal()).sum()),
+    }
 
 
 def read_run(run_dir: Path, samples: int) -> tuple:
@@ -148,7 +167,10 @@ def read_run(run_dir: Path, samples: int) -> tuple:
         checkpoint = torch.load(path, map_location=CPU, weights_only=True, mmap=True)
     except Exception as error:
         sac.fail(f"{path} is damaged ({type(error).__name__})")
-    if not isinstance(checkpoint, dict) or not {"args", "actor", "critic", "replay", "norm"} <= checkpoint.keys():
+    if (
+        not isinstance(checkpoint, dict)
+        or not {"args", "actor", "critic", "replay", "norm"} <= checkpoint.keys()
+    ):
         sac.fail(f"{path} is not of sac_simba_sparse.py or ddpg_simba_sparse.py")
     if not checkpoint["finished"]:
         sac.fail(f"{path} was written before the end of training; run the run's command again")
@@ -173,7 +195,9 @@ def measure_run(
     replay, generator = checkpoint["replay"], torch.Generator().manual_seed(seed)
     filled = len(replay["columns"][0])
     age = torch.randperm(filled, generator=generator)[:samples].sort().values
-    index = (replay["added"] + age) % filled  # a full ring's oldest transition is the one to be overwritten next
+    index = (
+        replay["added"] + age
+    ) % filled  # a full ring's oldest transition is the one to be overwritten next
     norm = module.ObservationNorm(obs_dim, CPU)
     norm.load_state_dict(checkpoint["norm"])
     batch = module.Batch(*(column[index] for column in replay["columns"]))
@@ -187,18 +211,37 @@ def measure_run(
     agent = module.Agent(args, obs_dim, action_dim, CPU)
     before = measure(module, agent, batch, noise, next_noise, gamma)
     try:
-        for name in ("actor", "critic", "target_critic", *(["temperature"] if module is sac else [])):
+        for name in (
+            "actor",
+            "critic",
+            "target_critic",
+            *(["temperature"] if module is sac else []),
+        ):
             getattr(agent, name).load_state_dict(checkpoint[name])
     except (ValueError, RuntimeError) as error:
         sac.fail(f"{run_dir}: {str(error).splitlines()[0]}")
     after = measure(module, agent, batch, noise, next_noise, gamma)
 
-    sparsity = [args.sparsity if own is None else own for own in (args.actor_sparsity, args.critic_sparsity)]
+    sparsity = [
+        args.sparsity if own is None else own for own in (args.actor_sparsity, args.critic_sparsity)
+    ]
     env_step = checkpoint["counters"][0] * args.action_repeat
-    facts = {"run": run_dir.resolve().name, "agent": "SAC" if module is sac else "DDPG", "env_id": args.env_id}
-    facts |= {"width_scale": args.width_scale, "actor_sparsity": sparsity[0], "critic_sparsity": sparsity[1]}
+    facts = {
+        "run": run_dir.resolve().name,
+        "agent": "SAC" if module is sac else "DDPG",
+        "env_id": args.env_id,
+    }
+    facts |= {
+        "width_scale": args.width_scale,
+        "actor_sparsity": sparsity[0],
+        "critic_sparsity": sparsity[1],
+    }
     facts |= {"seed": args.seed, "samples": samples}
-    shown = f"{sparsity[0]:g}" if sparsity[0] == sparsity[1] else "{:g} (actor), {:g} (critic)".format(*sparsity)
+    shown = (
+        f"{sparsity[0]:g}"
+        if sparsity[0] == sparsity[1]
+        else "{:g} (actor), {:g} (critic)".format(*sparsity)
+    )
     title = f"{facts['agent']}, {args.env_id}, width scale {args.width_scale:g}, sparsity {shown}, seed {args.seed}"
     stages = {"before training": (before, 0), f"after {env_step:,} env steps": (after, env_step)}
     matrices, rows = {}, []
@@ -213,14 +256,24 @@ def draw(results: list[tuple[str, dict]], output: Path) -> None:
     """One row of matrices per run: actor before and after, critic before and after; blue aligned, red conflicting."""
     colors = mpl.colormaps["RdBu"].with_extremes(bad="0.75")
     figure = Figure((12, 3.6 * len(results)), layout="constrained")
-    for subfigure, (title, matrices) in zip(np.atleast_1d(figure.subfigures(len(results), 1)), results):
+    for subfigure, (title, matrices) in zip(
+        np.atleast_1d(figure.subfigures(len(results), 1)), results
+    ):
         subfigure.suptitle(title)
         panels = subfigure.subplots(1, len(matrices))
         for axes, ((network, stage), matrix) in zip(panels, matrices.items()):
             image = axes.imshow(matrix, cmap=colors, vmin=-1, vmax=1, interpolation="none")
-            axes.set_title(f"{network} {stage}\nmean |cos| {summarize(matrix)['mean_abs']:.3f}", fontsize=10)
+            axes.set_title(
+                f"{network} {stage}\nmean |cos| {summarize(matrix)['mean_abs']:.3f}", fontsize=10
+            )
             axes.set(xticks=[], yticks=[], xlabel="transition, oldest first")
-        subfigure.colorbar(image, ax=panels, label="cosine of two gradients", ticks=[-1, -0.5, 0, 0.5, 1], shrink=0.85)
+        subfigure.colorbar(
+            image,
+            ax=panels,
+            label="cosine of two gradients",
+            ticks=[-1, -0.5, 0, 0.5, 1],
+            shrink=0.85,
+        )
     for suffix in (".png", ".svg"):
         figure.savefig(output / f"gradient_interference{suffix}", dpi=200)
 
@@ -237,7 +290,9 @@ if __name__ == "__main__":
     try:
         args.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        sac.fail(f"cannot write to {args.output} ({error.strerror}); choose another folder with --output")
+        sac.fail(
+            f"cannot write to {args.output} ({error.strerror}); choose another folder with --output"
+        )
     measured = [measure_run(*run, args.samples, args.seed) for run in runs]
     table = pd.DataFrame([row for *_, rows in measured for row in rows])
     table.to_csv(args.output / "gradient_interference.csv", index=False)
@@ -245,6 +300,9 @@ if __name__ == "__main__":
     for title, _, rows in measured:
         print(title)
         for row in rows:
-            print("  {network:<7} env step {env_step:>9,}  mean |cos| {mean_abs:.3f}".format(**row), end="  ")
+            print(
+                "  {network:<7} env step {env_step:>9,}  mean |cos| {mean_abs:.3f}".format(**row),
+                end="  ",
+            )
             print("negative {negative:5.1%}  no gradient {no_gradient}".format(**row))
     print(f"figure and table are in {args.output}")

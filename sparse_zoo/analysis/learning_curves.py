@@ -22,7 +22,9 @@ import tyro
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-PUBLISHED = sorted((Path(__file__).resolve().parents[2] / "docs" / "results").glob("published_curves_*.csv"))
+PUBLISHED = sorted(
+    (Path(__file__).resolve().parents[2] / "docs" / "results").glob("published_curves_*.csv")
+)
 ATARI = Path(__file__).with_name("atari26_scores.csv")
 ALGORITHMS = {
     "sac_simba_sparse": "SAC SimBa",
@@ -30,7 +32,16 @@ ALGORITHMS = {
     "drqv2_sparse": "DrQ-v2",
     "der_impala_sparse": "DER IMPALA",
 }
-FLAGS = ["exp_name", "env_id", "width_scale", "depth_scale", "sparsity", "actor_sparsity", "critic_sparsity", "seed"]
+FLAGS = [
+    "exp_name",
+    "env_id",
+    "width_scale",
+    "depth_scale",
+    "sparsity",
+    "actor_sparsity",
+    "critic_sparsity",
+    "seed",
+]
 COLUMNS = ["run", *FLAGS, "env_step", "metric", "value"]
 
 
@@ -70,10 +81,14 @@ def load(runs_dir: Path, earlier: tuple[str, ...] = ()) -> pd.DataFrame:
         if metrics.empty:
             print(f"left out: {run.name} has no returns yet")
             continue
-        tables.append(metrics.assign(run=run.name, **{name: flags.get(name) for name in FLAGS})[COLUMNS])
+        tables.append(
+            metrics.assign(run=run.name, **{name: flags.get(name) for name in FLAGS})[COLUMNS]
+        )
     if not tables:
         fail(f"no run in {runs_dir}")
-    return pd.concat(tables).drop_duplicates(ignore_index=True)  # a run may be among the earlier ones as well
+    return pd.concat(tables).drop_duplicates(
+        ignore_index=True
+    )  # a run may be among the earlier ones as well
 
 
 def published(exp_name: str, env_id: str) -> pd.DataFrame:
@@ -103,7 +118,9 @@ def network_names(panel: pd.DataFrame) -> pd.Series:
 
 def draw(returns: pd.DataFrame) -> Figure:
     """One panel per algorithm and task; the seeds of a network share a colour."""
-    names = pd.concat([network_names(panel) for _, panel in returns.groupby(["exp_name", "env_id"])])
+    names = pd.concat(
+        [network_names(panel) for _, panel in returns.groupby(["exp_name", "env_id"])]
+    )
     returns = returns.assign(network=names).sort_values(["width_scale", "sparsity"], kind="stable")
     panels = returns.groupby(["exp_name", "env_id"])
     colours = {network: f"C{index % 10}" for index, network in enumerate(returns.network.unique())}
@@ -115,21 +132,39 @@ def draw(returns: pd.DataFrame) -> Figure:
         reference = published(exp_name, env_id)
         reference = reference[reference.env_step <= panel.env_step.max()]
         if len(reference):
-            how = {"color": "0.4", "fmt": "s", "ms": 4, "capsize": 3, "label": "published, dense, width 1 (mean, std)"}
+            how = {
+                "color": "0.4",
+                "fmt": "s",
+                "ms": 4,
+                "capsize": 3,
+                "label": "published, dense, width 1 (mean, std)",
+            }
             ax.errorbar(reference.env_step, reference["mean"], reference["std"], **how)
         evaluations = panel[panel.metric == "eval/return_mean"]
         for network, runs in evaluations.groupby("network", sort=False):
             count, seeds = runs.run.nunique(), runs.seed.nunique()
-            what = f"seed {runs.seed.iloc[0]}" if count == 1 else f"{count} {'seeds' if count == seeds else 'runs'}"
+            what = (
+                f"seed {runs.seed.iloc[0]}"
+                if count == 1
+                else f"{count} {'seeds' if count == seeds else 'runs'}"
+            )
             label = f"{network}, {what}"
             for _, run in runs.groupby(["seed", "run"]):
-                ax.plot(run.env_step, run.value, color=colours[network], marker="o", ms=3, label=label)
+                ax.plot(
+                    run.env_step, run.value, color=colours[network], marker="o", ms=3, label=label
+                )
                 label = None
         low, high = evaluations.value.agg(["min", "max"])
         for play, score in atari_scores(env_id).items():
             if play == "random" or low <= score <= high:
-                ax.axhline(score, color="0.4", ls=":" if play == "random" else "--", label=f"{play} play")
-        ax.set(title=f"{ALGORITHMS.get(exp_name, exp_name)}, {env_id}", xlabel="env steps", ylabel="evaluation return")
+                ax.axhline(
+                    score, color="0.4", ls=":" if play == "random" else "--", label=f"{play} play"
+                )
+        ax.set(
+            title=f"{ALGORITHMS.get(exp_name, exp_name)}, {env_id}",
+            xlabel="env steps",
+            ylabel="evaluation return",
+        )
         ax.title.set_fontsize(9)
         ax.xaxis.set_major_formatter(EngFormatter(sep=" "))
         ax.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16))
@@ -146,9 +181,19 @@ if __name__ == "__main__":
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         fail(f"cannot write to {output} ({error.strerror}); choose another folder with --output")
-    returns.to_csv(output / "returns.csv.gz", index=False, compression={"method": "gzip", "mtime": 0})
+    returns.to_csv(
+        output / "returns.csv.gz", index=False, compression={"method": "gzip", "mtime": 0}
+    )
     for kind in ("png", "svg"):
         draw(returns).savefig(output / f"learning_curves.{kind}", dpi=150)
-    last = returns[returns.metric.isin(["eval/return_mean", "final/return_mean"])].groupby("run").tail(1)
-    print(last[["exp_name", "env_id", "sparsity", "seed", "env_step", "metric", "value"]].to_string(index=False))
+    last = (
+        returns[returns.metric.isin(["eval/return_mean", "final/return_mean"])]
+        .groupby("run")
+        .tail(1)
+    )
+    print(
+        last[["exp_name", "env_id", "sparsity", "seed", "env_step", "metric", "value"]].to_string(
+            index=False
+        )
+    )
     print(f"figure and returns are in {output}")

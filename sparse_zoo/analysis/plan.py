@@ -72,7 +72,9 @@ def parse_command(command: str) -> Run:
         if isinstance(error, ImportError) and error.name != agent:
             fail(f"{agent} cannot be imported ({error}); install requirements.txt")
         fail(f"not the command of an agent, with --seed: {command}")
-    flags = {name: value for name, value in asdict(args).items() if name not in module.EXECUTION_FLAGS}
+    flags = {
+        name: value for name, value in asdict(args).items() if name not in module.EXECUTION_FLAGS
+    }
     digest = sha256(json.dumps({**flags, "seed": None}, sort_keys=True).encode()).hexdigest()[:8]
     env = args.env_id.replace("/", "-").replace(":", "-")
     folder = f"{env}__{args.exp_name}__{digest}__s{args.seed}"
@@ -89,16 +91,24 @@ def state(run: Run) -> str:
     if ",final/return_mean," in metrics and not interrupted:
         return "finished"
     reached = metrics.rstrip().rpartition("\n")[2].partition(",")[0]
-    return f"at env step {int(reached):,} of {run.flags.total_timesteps:,}" if reached.isdigit() else "just started"
+    return (
+        f"at env step {int(reached):,} of {run.flags.total_timesteps:,}"
+        if reached.isdigit()
+        else "just started"
+    )
 
 
-def multiplied(agent: str, width: float, depth: float, sparsity: float) -> tuple[float, float, float]:
+def multiplied(
+    agent: str, width: float, depth: float, sparsity: float
+) -> tuple[float, float, float]:
     """What the milliseconds of an update are linear in: 1, weights in dense and weights in packed products.
 
     In multiples of the weights of the default network, those that grow with width and depth.
     """
     size = width**2 * depth
-    least = {"stream_ac_sparse": 1e-9, "der_impala_sparse": 1}.get(agent, 0.75)  # DER's convolutions are never packed
+    least = {"stream_ac_sparse": 1e-9, "der_impala_sparse": 1}.get(
+        agent, 0.75
+    )  # DER's convolutions are never packed
     packed = sparsity >= least
     return 1.0, 0.0 if packed else size, size * (1 - sparsity) if packed else 0.0
 
@@ -108,7 +118,12 @@ def fit_updates(agent: str, rows: pd.DataFrame) -> np.ndarray:
 
     Weighted by 1 / ms, so that the fit is as good in proportion for small networks as for large ones.
     """
-    design = np.array([multiplied(agent, row.width_scale, row.depth_scale, row.sparsity) for row in rows.itertuples()])
+    design = np.array(
+        [
+            multiplied(agent, row.width_scale, row.depth_scale, row.sparsity)
+            for row in rows.itertuples()
+        ]
+    )
     return np.linalg.lstsq(design / rows.ms.to_numpy()[:, None], np.ones(len(rows)), rcond=None)[0]
 
 
@@ -126,7 +141,10 @@ def core_hours(run: Run, costs: pd.DataFrame) -> float:
     each = getattr(flags, "updates_per_step", 1) / getattr(flags, "decisions_per_update", 1)
     task = frames[frames.env_id == flags.env_id]
     frame_ms = (task if len(task) else frames).ms.mean()
-    episodes = flags.final_eval_episodes + (1 + flags.total_timesteps // flags.eval_interval) * flags.eval_episodes
+    episodes = (
+        flags.final_eval_episodes
+        + (1 + flags.total_timesteps // flags.eval_interval) * flags.eval_episodes
+    )
     frames = flags.total_timesteps + episodes * EPISODE_FRAMES.get(run.agent, 1000)
     milliseconds = decisions * each * batch * update_ms + frames * frame_ms
     return milliseconds / 3.6e6
@@ -136,9 +154,7 @@ def describe(count: int, todo: list[Run]) -> str:
     """How many of some runs are still to be run, and how long that takes."""
     costs = pd.read_csv(COSTS)
     hours = np.array([core_hours(run, costs) for run in todo])
-    text = (
-        f"{count} runs, {count - len(todo)} of them finished; the rest takes about {np.nansum(hours):,.1f} core hours"
-    )
+    text = f"{count} runs, {count - len(todo)} of them finished; the rest takes about {np.nansum(hours):,.1f} core hours"
     if unknown := int(np.isnan(hours).sum()):
         text += f", without {unknown} runs of agents whose time was not measured"
     return text
@@ -147,7 +163,9 @@ def describe(count: int, todo: list[Run]) -> str:
 def link(runs: list[Run], states: list[str], output: Path) -> None:
     """Links to the finished runs in an otherwise empty folder; names the others."""
     if "finished" not in states:
-        fail(f"nothing to draw: none of these {len(runs)} runs is finished in {runs[0].folder.parent}")
+        fail(
+            f"nothing to draw: none of these {len(runs)} runs is finished in {runs[0].folder.parent}"
+        )
     output.mkdir(parents=True, exist_ok=True)
     for old in output.iterdir():
         if old.is_symlink():

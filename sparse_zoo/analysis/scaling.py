@@ -31,22 +31,59 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter, NullFormatter
 
-PUBLISHED = sorted((Path(__file__).resolve().parents[2] / "docs" / "results").glob("published_curves_*.csv"))
+PUBLISHED = sorted(
+    (Path(__file__).resolve().parents[2] / "docs" / "results").glob("published_curves_*.csv")
+)
 ALGORITHMS = {"sac_simba_sparse": "SAC", "ddpg_simba_sparse": "DDPG", "drqv2_sparse": "DrQ-v2"}
-POINT = ["algorithm", "env_id", "width_scale", "depth_scale", "sparsity"]  # runs that differ in their seed only
-COLUMNS = ["env_id", "width_scale", "depth_scale", "sparsity", "seed", "run", "algorithm", "weights", "active"]
+POINT = [
+    "algorithm",
+    "env_id",
+    "width_scale",
+    "depth_scale",
+    "sparsity",
+]  # runs that differ in their seed only
+COLUMNS = [
+    "env_id",
+    "width_scale",
+    "depth_scale",
+    "sparsity",
+    "seed",
+    "run",
+    "algorithm",
+    "weights",
+    "active",
+]
 COLUMNS += ["env_steps", "return"]  # those of runs.csv
 NETWORK = ["algorithm", "width_scale", "depth_scale", "sparsity"]
 # Flags in which the runs of one algorithm in one figure may differ
-FREE = {*POINT, "seed", "mask_seed", "device", "threads", "runs_dir", "resume", "eval_only", "capture_video"}
+FREE = {
+    *POINT,
+    "seed",
+    "mask_seed",
+    "device",
+    "threads",
+    "runs_dir",
+    "resume",
+    "eval_only",
+    "capture_video",
+}
 FREE |= {"sparse_kernel", "track", "wandb_project", "wandb_entity", "checkpoint_interval"}
-COLOURS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"  # that colour-blind readers tell apart
+COLOURS = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#56B4E9",
+    "#E69F00",
+)  # that colour-blind readers tell apart
 DENSE, SPARSE, *_ = COLOURS
 
 
 @dataclass
 class Args:
-    figure: Literal["size", "size-linear", "aggregate", "sparsity", "width", "depth", "gain", "bars"] = "aggregate"
+    figure: Literal[
+        "size", "size-linear", "aggregate", "sparsity", "width", "depth", "gain", "bars"
+    ] = "aggregate"
     """size: Figure 1; size-linear: Figure 14; aggregate: Figure 2; sparsity: Figure 3; width: Figure 15; depth: Figure
     16; gain: Figure 8; bars: Figure 10"""
     runs_dir: str = "runs"
@@ -81,19 +118,34 @@ def load(runs_dir: Path, earlier: tuple[str, ...] = ()) -> tuple[pd.DataFrame, l
             flags, networks = record["args"], record["layers"].values()
             metrics = pd.read_csv(folder / "metrics.csv", usecols=["env_step", "metric", "value"])
         except (OSError, ValueError, KeyError) as error:
-            left_out.append(f"{folder.name}: no readable args.json and metrics.csv ({type(error).__name__})")
+            left_out.append(
+                f"{folder.name}: no readable args.json and metrics.csv ({type(error).__name__})"
+            )
             continue
         final = metrics[metrics.metric == "final/return_mean"]
         if final.empty:
-            left_out.append(f"{folder.name}: unfinished, at env step {metrics.env_step.max() if len(metrics) else 0:,}")
+            left_out.append(
+                f"{folder.name}: unfinished, at env step {metrics.env_step.max() if len(metrics) else 0:,}"
+            )
             continue
         for name in flags.keys() - FREE:
             settings.setdefault((flags["exp_name"], name), set()).add(flags[name])
         layers = [layer for network in networks for layer in network]
-        row = {name: flags[name] for name in ("env_id", "width_scale", "depth_scale", "sparsity", "seed")}
-        row |= {"run": folder.name, "algorithm": ALGORITHMS.get(flags["exp_name"], flags["exp_name"])}
-        row |= {"weights": sum(layer["total"] for layer in layers), "active": sum(layer["active"] for layer in layers)}
-        rows.append(row | {"env_steps": flags["total_timesteps"], "return": float(final.value.iloc[-1])})
+        row = {
+            name: flags[name]
+            for name in ("env_id", "width_scale", "depth_scale", "sparsity", "seed")
+        }
+        row |= {
+            "run": folder.name,
+            "algorithm": ALGORITHMS.get(flags["exp_name"], flags["exp_name"]),
+        }
+        row |= {
+            "weights": sum(layer["total"] for layer in layers),
+            "active": sum(layer["active"] for layer in layers),
+        }
+        rows.append(
+            row | {"env_steps": flags["total_timesteps"], "return": float(final.value.iloc[-1])}
+        )
     for (agent, name), found in sorted(settings.items()):
         if len(found) > 1:
             flag = f"--{name.replace('_', '-')} {' and '.join(sorted(map(str, found)))}"
@@ -104,14 +156,22 @@ def load(runs_dir: Path, earlier: tuple[str, ...] = ()) -> tuple[pd.DataFrame, l
         fail(f"--earlier {' '.join(earlier)}: {error}")
     if not rows:
         return pd.DataFrame(), left_out
-    runs = pd.DataFrame(rows, columns=COLUMNS).drop_duplicates("run")  # a run may be among the earlier ones as well
+    runs = pd.DataFrame(rows, columns=COLUMNS).drop_duplicates(
+        "run"
+    )  # a run may be among the earlier ones as well
     for algorithm, lengths in runs.groupby("algorithm").env_steps.unique().items():
         if len(lengths) > 1:
             fail(
                 f"{algorithm} has runs of {' and '.join(f'{n:,}' for n in sorted(lengths))} env steps; keep such apart"
             )
-    order = runs.algorithm.map({name: index for index, name in enumerate(ALGORITHMS.values())}).fillna(9)
-    runs = runs.assign(order=order).sort_values(["order", *POINT[1:], "seed"], ignore_index=True).drop(columns="order")
+    order = runs.algorithm.map(
+        {name: index for index, name in enumerate(ALGORITHMS.values())}
+    ).fillna(9)
+    runs = (
+        runs.assign(order=order)
+        .sort_values(["order", *POINT[1:], "seed"], ignore_index=True)
+        .drop(columns="order")
+    )
     twice = runs.duplicated([*POINT, "seed"])
     left_out += [f"{name}: a second run of this network, task and seed" for name in runs.run[twice]]
     return runs[~twice].reset_index(drop=True), left_out
@@ -122,7 +182,9 @@ def interquartile_mean(*tasks: np.ndarray, axis: int = -1) -> np.ndarray:
     return scipy.stats.trim_mean(np.concatenate(tasks, axis), 0.25, axis)
 
 
-def stratified_interval(tasks: list[np.ndarray], statistic: Callable = interquartile_mean) -> tuple[float, float]:
+def stratified_interval(
+    tasks: list[np.ndarray], statistic: Callable = interquartile_mean
+) -> tuple[float, float]:
     """95 % percentile bootstrap interval of a statistic of values per seed, resampled within each task.
 
     NaN if no task has two seeds.
@@ -130,7 +192,12 @@ def stratified_interval(tasks: list[np.ndarray], statistic: Callable = interquar
     if max(map(len, tasks)) < 2:
         return np.nan, np.nan
     # A second copy of a lone value: resampling draws it always, and scipy wants two
-    how = {"method": "percentile", "n_resamples": 2000, "rng": np.random.default_rng(0), "vectorized": True}
+    how = {
+        "method": "percentile",
+        "n_resamples": 2000,
+        "rng": np.random.default_rng(0),
+        "vectorized": True,
+    }
     sizes = [len(values) for values in tasks]
 
     def of_sizes(*resampled: np.ndarray, axis: int = -1) -> np.ndarray:
@@ -146,8 +213,14 @@ def summarise(runs: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     for key, group in runs.groupby(keys, sort=False):
         tasks = [task["return"].to_numpy() for _, task in group.groupby("env_id")]
         values, seeds = np.concatenate(tasks), [len(task) for task in tasks]
-        row = dict(zip(keys, key)) | {"weights": group.weights.mean(), "active": group.active.mean()}
-        row["iqm"], (row["low"], row["high"]) = interquartile_mean(values), stratified_interval(tasks)
+        row = dict(zip(keys, key)) | {
+            "weights": group.weights.mean(),
+            "active": group.active.mean(),
+        }
+        row["iqm"], (row["low"], row["high"]) = (
+            interquartile_mean(values),
+            stratified_interval(tasks),
+        )
         row["mean"], row["std"] = values.mean(), values.std(ddof=1) if len(values) > 1 else np.nan
         rows.append(row | {"tasks": len(tasks), "seeds_min": min(seeds), "seeds_max": max(seeds)})
     return pd.DataFrame(rows)
@@ -191,7 +264,11 @@ def families(points: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
 def draw_line(ax: Axes, x, points: pd.DataFrame, spread: str = "interval", **style) -> None:
     """Interquartile means with intervals, or means with standard deviations."""
     middle = points["mean"] if spread == "std" else points.iqm
-    low, high = (points["std"], points["std"]) if spread == "std" else (middle - points.low, points.high - middle)
+    low, high = (
+        (points["std"], points["std"])
+        if spread == "std"
+        else (middle - points.low, points.high - middle)
+    )
     error = np.array([low, high], float).clip(0)
     ax.errorbar(x, middle, error, capsize=2.5, elinewidth=1, **style)
 
@@ -224,7 +301,9 @@ def task_name(env_id: str) -> str:
     return env_id.removeprefix("dm_control/").removesuffix("-v0").replace("-", " ").title()
 
 
-def make_grid(down: int, across: int, width: float = 3.3, height: float = 2.7) -> tuple[Figure, np.ndarray]:
+def make_grid(
+    down: int, across: int, width: float = 3.3, height: float = 2.7
+) -> tuple[Figure, np.ndarray]:
     figure = Figure((max(width * across, 5.5), height * down + 0.5), layout="constrained")
     axes = figure.subplots(down, across, squeeze=False)
     for ax in axes.flat:
@@ -241,14 +320,23 @@ def add_legend(figure: Figure, handles: list, what: str, points: pd.DataFrame) -
 
 
 def make_handles(*names: str) -> list[Line2D]:
-    labels = {"dense": "dense", "sparse": "sparse, as many active weights as the dense network it starts from"}
+    labels = {
+        "dense": "dense",
+        "sparse": "sparse, as many active weights as the dense network it starts from",
+    }
     labels["published"] = "published, dense (mean)"
     return [Line2D([], [], **STYLES[name], label=labels[name]) for name in names]
 
 
 def seeds(points: pd.DataFrame) -> str:
     low, high = points.seeds_min.min(), points.seeds_max.max()
-    return f"{low} to {high} seeds" if low < high else "1 seed, so no interval" if high == 1 else f"{high} seeds"
+    return (
+        f"{low} to {high} seeds"
+        if low < high
+        else "1 seed, so no interval"
+        if high == 1
+        else f"{high} seeds"
+    )
 
 
 INTERVAL = "interquartile mean, 95 % stratified bootstrap interval"
@@ -261,7 +349,9 @@ def draw_size(runs: pd.DataFrame, points: pd.DataFrame, scale: str) -> Figure:
     marked = False
     for (row, algorithm), (column, env_id) in product(enumerate(algorithms), enumerate(tasks)):
         ax = axes[row, column]
-        panel = points[(points.algorithm == algorithm) & (points.env_id == env_id)].sort_values("weights")
+        panel = points[(points.algorithm == algorithm) & (points.env_id == env_id)].sort_values(
+            "weights"
+        )
         for name, line in zip(("dense", "sparse"), families(panel)):
             draw_line(ax, line.weights, line, **STYLES[name])
         default = panel[(panel.width_scale == 1) & (panel.depth_scale == 1)]
@@ -304,7 +394,13 @@ def draw_scaling(ax: Axes, points: pd.DataFrame, axis: str, spread: str) -> None
     for row in line[line.sparsity > 0].itertuples():
         top = row.mean + row.std if spread == "std" else row.high
         top = top if np.isfinite(top) else row.iqm
-        text = {"xytext": (0, 4), "textcoords": "offset points", "fontsize": 7, "color": SPARSE, "ha": "center"}
+        text = {
+            "xytext": (0, 4),
+            "textcoords": "offset points",
+            "fontsize": 7,
+            "color": SPARSE,
+            "ha": "center",
+        }
         ax.annotate(f"S={row.sparsity:.2g}", (getattr(row, axis), top), **text)
     values = sorted(line[axis].unique())
     labels = [f"{value:g}" for value in values]
@@ -316,11 +412,15 @@ def draw_aggregate(points: pd.DataFrame) -> Figure:
     """Figure 2: a row for each algorithm, width at the left, depth at the right, all tasks together."""
     algorithms = points.algorithm.unique()
     figure, axes = make_grid(len(algorithms), 2, width=4)
-    for (row, algorithm), (column, axis) in product(enumerate(algorithms), enumerate(("width_scale", "depth_scale"))):
+    for (row, algorithm), (column, axis) in product(
+        enumerate(algorithms), enumerate(("width_scale", "depth_scale"))
+    ):
         panel = points[points.algorithm == algorithm]
         draw_scaling(axes[row, column], panel, axis, "interval")
         at = [f", width scale {width:g}" for width in along(panel, axis).width_scale.unique()]
-        axes[row, column].set_xlabel(f"{axis.replace('_', ' ')}{''.join(at) if axis == 'depth_scale' else ''}")
+        axes[row, column].set_xlabel(
+            f"{axis.replace('_', ' ')}{''.join(at) if axis == 'depth_scale' else ''}"
+        )
         axes[row, column].set_title(f"{algorithm}, {axis.split('_')[0]} scaling", fontsize=11)
         axes[row, 0].set_ylabel("return")
     low, high = int(points.tasks.min()), int(points.tasks.max())
@@ -331,7 +431,11 @@ def draw_aggregate(points: pd.DataFrame) -> Figure:
 
 def draw_tasks(runs: pd.DataFrame, points: pd.DataFrame, axis: str) -> Figure:
     """Figures 15 and 16: a panel for each algorithm and task, three in a row."""
-    panels = [(algorithm, env_id) for algorithm in points.algorithm.unique() for env_id in points.env_id.unique()]
+    panels = [
+        (algorithm, env_id)
+        for algorithm in points.algorithm.unique()
+        for env_id in points.env_id.unique()
+    ]
     across = min(3, points.env_id.nunique())
     figure, axes = make_grid(-(-len(panels) // across), across)
     marked = False
@@ -343,11 +447,20 @@ def draw_tasks(runs: pd.DataFrame, points: pd.DataFrame, axis: str) -> Figure:
             if axis == "width_scale" and len(default):
                 own = runs[(runs.algorithm == algorithm) & (runs.env_id == env_id)]
                 marked |= mark_published(ax, own, 1)
-        ax.set(title=f"{task_name(env_id)}, {algorithm}", xlabel=axis.replace("_", " "), ylabel="return")
+        ax.set(
+            title=f"{task_name(env_id)}, {algorithm}",
+            xlabel=axis.replace("_", " "),
+            ylabel="return",
+        )
         ax.title.set_fontsize(11)
     for ax in axes.flat[len(panels) :]:
         ax.set_visible(False)
-    add_legend(figure, make_handles("dense", "sparse", *["published"] * marked), "mean, standard deviation", points)
+    add_legend(
+        figure,
+        make_handles("dense", "sparse", *["published"] * marked),
+        "mean, standard deviation",
+        points,
+    )
     return figure
 
 
@@ -356,7 +469,9 @@ def draw_sparsity(points: pd.DataFrame) -> Figure:
     algorithms, tasks = points.algorithm.unique(), points.env_id.unique()
     sizes = list(points.groupby(["width_scale", "depth_scale"]))
     if len(sizes) > len(COLOURS):
-        fail(f"{len(sizes)} sizes of network are more than the {len(COLOURS)} colours; keep some of them apart")
+        fail(
+            f"{len(sizes)} sizes of network are more than the {len(COLOURS)} colours; keep some of them apart"
+        )
     figure, axes = make_grid(len(algorithms), len(tasks))
     for (row, algorithm), (column, env_id) in product(enumerate(algorithms), enumerate(tasks)):
         ax = axes[row, column]
@@ -387,15 +502,21 @@ def gains(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     """
     sizes = runs[["algorithm", "width_scale", "depth_scale"]].drop_duplicates()
     if sizes.algorithm.duplicated().any():
-        there = ", ".join(f"{width:g} x {depth:g}" for _, width, depth in sizes.itertuples(index=False))
-        fail(f"a gain is that of one size of network, and there are several (width x depth scales: {there})")
+        there = ", ".join(
+            f"{width:g} x {depth:g}" for _, width, depth in sizes.itertuples(index=False)
+        )
+        fail(
+            f"a gain is that of one size of network, and there are several (width x depth scales: {there})"
+        )
     dense = dict(list(runs[runs.sparsity == 0].groupby(["algorithm", "env_id"])))
     left_out, rows = [], []
     for algorithm, env_id in sorted(set(zip(runs.algorithm, runs.env_id))):
         if (algorithm, env_id) not in dense:
             left_out.append(f"{algorithm}, {env_id}: no finished run of the dense network")
         elif dense[algorithm, env_id]["return"].mean() <= 0:
-            left_out.append(f"{algorithm}, {env_id}: the dense network's mean return is not positive")
+            left_out.append(
+                f"{algorithm}, {env_id}: the dense network's mean return is not positive"
+            )
             del dense[algorithm, env_id]
 
     def mean_gain(*values: np.ndarray, axis: int = -1) -> np.ndarray:
@@ -403,16 +524,27 @@ def gains(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
         return np.mean([100 * (s / d - 1) for s, d in zip(means[::2], means[1::2])], 0)
 
     for sparsity, group in runs[runs.sparsity > 0].groupby("sparsity"):
-        scenarios = {key: part for key, part in group.groupby(["algorithm", "env_id"]) if key in dense}
+        scenarios = {
+            key: part for key, part in group.groupby(["algorithm", "env_id"]) if key in dense
+        }
         if lacking := sorted(dense.keys() - scenarios.keys()):
             names = "; ".join(f"{algorithm}, {env_id}" for algorithm, env_id in lacking)
             left_out.append(f"sparsity {sparsity:g}: no finished run of {names}")
             continue
-        values = [part["return"].to_numpy() for key, own in scenarios.items() for part in (own, dense[key])]
+        values = [
+            part["return"].to_numpy()
+            for key, own in scenarios.items()
+            for part in (own, dense[key])
+        ]
         if values:
             count = {"seeds_min": min(map(len, values)), "seeds_max": max(map(len, values))}
             low, high = stratified_interval(values, mean_gain)
-            row = {"sparsity": sparsity, "gain": float(mean_gain(*values)), "low": low, "high": high}
+            row = {
+                "sparsity": sparsity,
+                "gain": float(mean_gain(*values)),
+                "low": low,
+                "high": high,
+            }
             rows.append(row | {"scenarios": len(scenarios)} | count)
     return pd.DataFrame(rows), left_out
 
@@ -421,14 +553,28 @@ def draw_gain(table: pd.DataFrame, scores: pd.DataFrame | None) -> Figure:
     """Figure 8: simplicity bias score at the left, gain over the dense network at the right."""
     figure, axes = make_grid(1, 2 if scores is not None else 1, width=4, height=3)
     if scores is not None:
-        simba = scores[scores.network == "SimBa"].groupby("sparsity").score.agg(["mean", "sem", "size"])
-        axes[0, 0].errorbar(simba.index, simba["mean"], simba["sem"], color=DENSE, marker="o", ms=4, capsize=2.5)
+        simba = (
+            scores[scores.network == "SimBa"].groupby("sparsity").score.agg(["mean", "sem", "size"])
+        )
+        axes[0, 0].errorbar(
+            simba.index, simba["mean"], simba["sem"], color=DENSE, marker="o", ms=4, capsize=2.5
+        )
         count = simba["size"].max()
         axes[0, 0].set(xlabel="sparsity", ylabel="simplicity bias score")
-        axes[0, 0].set_title(f"at the start, {count} initialisations\n(mean, standard error)", fontsize=10)
+        axes[0, 0].set_title(
+            f"at the start, {count} initialisations\n(mean, standard error)", fontsize=10
+        )
     ax = axes[0, -1]
     error = np.array([table.gain - table.low, table.high - table.gain]).clip(0)
-    ax.bar(table.sparsity, table.gain, 0.06, color=SPARSE, yerr=error, capsize=2.5, error_kw={"elinewidth": 1})
+    ax.bar(
+        table.sparsity,
+        table.gain,
+        0.06,
+        color=SPARSE,
+        yerr=error,
+        capsize=2.5,
+        error_kw={"elinewidth": 1},
+    )
     ax.axhline(0, color="0.3", lw=0.8)
     ax.set(xlabel="sparsity", ylabel="gain over the dense network (%)", xlim=(0, 1))
     over = f"mean over {table.scenarios.max()} pairs of task and algorithm"
@@ -439,8 +585,12 @@ def draw_gain(table: pd.DataFrame, scores: pd.DataFrame | None) -> Figure:
 def draw_bars(runs: pd.DataFrame, points: pd.DataFrame) -> Figure:
     """Figure 10: a panel for each task, groups of bars by width, a bar for each sparsity, a dot for each seed."""
     if len(kinds := points[["algorithm", "depth_scale"]].drop_duplicates()) > 1:
-        fail(f"bars are for one algorithm and depth, and there are {len(kinds)} of them; keep such runs apart")
-    tasks, widths, sparsities = (sorted(points[name].unique()) for name in ("env_id", "width_scale", "sparsity"))
+        fail(
+            f"bars are for one algorithm and depth, and there are {len(kinds)} of them; keep such runs apart"
+        )
+    tasks, widths, sparsities = (
+        sorted(points[name].unique()) for name in ("env_id", "width_scale", "sparsity")
+    )
     figure, axes = make_grid(1, len(tasks), width=4, height=3)
     room, marked = 0.8 / len(sparsities), False
     colours = dict(zip(sparsities, colormaps["viridis"](np.linspace(0.1, 0.85, len(sparsities)))))
@@ -448,20 +598,35 @@ def draw_bars(runs: pd.DataFrame, points: pd.DataFrame) -> Figure:
         panel = points[points.env_id == env_id]
         for index, sparsity in enumerate(sparsities):
             bars = panel[panel.sparsity == sparsity]
-            x = np.array([widths.index(width) for width in bars.width_scale]) + (index + 0.5) * room - 0.4
+            x = (
+                np.array([widths.index(width) for width in bars.width_scale])
+                + (index + 0.5) * room
+                - 0.4
+            )
             error = np.array([bars.iqm - bars.low, bars.high - bars.iqm]).clip(0)
             how = {"color": colours[sparsity], "error_kw": {"elinewidth": 1}, "capsize": 2.5}
             ax.bar(x, bars.iqm, 0.9 * room, yerr=error, **how)
             for place, width in zip(x, bars.width_scale):
-                own = runs[(runs.env_id == env_id) & (runs.sparsity == sparsity) & (runs.width_scale == width)]
+                own = runs[
+                    (runs.env_id == env_id)
+                    & (runs.sparsity == sparsity)
+                    & (runs.width_scale == width)
+                ]
                 ax.plot(np.full(len(own), place), own["return"], ".", color="k", ms=3.5, alpha=0.6)
         if widths[0] == 1 and sparsities[0] == 0:  # the published network is the first bar
             marked |= mark_published(ax, runs[runs.env_id == env_id], -0.4 + 0.5 * room)
         ax.set_xticks(range(len(widths)), [f"{width:g}" for width in widths])
         ax.set(title=task_name(env_id), xlabel="width scale of the critic", ylabel="return")
     names = [f"sparsity {sparsity:g}" if sparsity else "dense" for sparsity in sparsities]
-    handles = [Patch(color=colours[sparsity], label=name) for sparsity, name in zip(sparsities, names)]
-    add_legend(figure, handles + make_handles(*["published"] * marked), f"{INTERVAL}, a dot for each run", points)
+    handles = [
+        Patch(color=colours[sparsity], label=name) for sparsity, name in zip(sparsities, names)
+    ]
+    add_legend(
+        figure,
+        handles + make_handles(*["published"] * marked),
+        f"{INTERVAL}, a dot for each run",
+        points,
+    )
     return figure
 
 
@@ -480,7 +645,9 @@ if __name__ == "__main__":
     for line in left_out:
         print(f"left out: {line}")
     if table.empty:
-        fail(f"nothing to draw from the runs in {args.runs_dir}; choose a folder of finished runs with --runs-dir")
+        fail(
+            f"nothing to draw from the runs in {args.runs_dir}; choose a folder of finished runs with --runs-dir"
+        )
     for line in find_uneven(table) if args.figure != "gain" else ():
         print(f"fewer seeds: {line}")
     try:

@@ -69,7 +69,9 @@ def complexity(outputs: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def score(encoder: nn.Module, inputs: int, hidden: int, heads: int, grid: int, reach: float) -> float:
+def score(
+    encoder: nn.Module, inputs: int, hidden: int, heads: int, grid: int, reach: float
+) -> float:
     """Mean of 1 / complexity over random heads behind one encoder (points, inputs) -> (points, hidden)."""
     axis = torch.linspace(-reach, reach, grid)
     points = torch.zeros(grid * grid, inputs)
@@ -102,13 +104,18 @@ def measure(args: Args) -> pd.DataFrame:
         began = time.time()
         for seed in range(args.inits):
             torch.manual_seed(seed)
-            encoder, hidden = (plain_mlp(INPUTS), 512) if network == "MLP" else simba_encoder(args, sparsity, seed)
+            encoder, hidden = (
+                (plain_mlp(INPUTS), 512)
+                if network == "MLP"
+                else simba_encoder(args, sparsity, seed)
+            )
             value = score(encoder, INPUTS, hidden, args.heads, args.grid, args.reach)
             rows.append({"network": network, "sparsity": sparsity, "seed": seed, "score": value})
         values = [row["score"] for row in rows[-args.inits :]]
         error = np.std(values, ddof=1) / args.inits**0.5 if args.inits > 1 else float("nan")
         print(
-            f"{network} {sparsity:.2f}: {np.mean(values):.2f} +- {error:.2f} ({time.time() - began:.0f} s)", flush=True
+            f"{network} {sparsity:.2f}: {np.mean(values):.2f} +- {error:.2f} ({time.time() - began:.0f} s)",
+            flush=True,
         )
     return pd.DataFrame(rows)
 
@@ -117,12 +124,16 @@ def draw(table: pd.DataFrame, args: Args) -> Figure:
     """Score against sparsity, mean and standard error over initialisations, with the plain MLP as a line."""
     axes = (figure := Figure((6, 4), layout="constrained")).subplots()
     simba = table[table.network == "SimBa"].groupby("sparsity").score.agg(["mean", "sem"])
-    axes.errorbar(simba.index, simba["mean"], simba["sem"], marker="o", capsize=3, label="SimBa critic")
+    axes.errorbar(
+        simba.index, simba["mean"], simba["sem"], marker="o", capsize=3, label="SimBa critic"
+    )
     mlp = table[table.network == "MLP"].score.mean()
     axes.axhline(mlp, color="0.5", ls="--", label="plain MLP, dense")
     axes.set(xlabel="sparsity", ylabel="simplicity bias score")
     where = f"{args.grid} x {args.grid} points on [-{args.reach:g}, {args.reach:g}]$^2$"
-    axes.set_title(f"width scale {args.width_scale:g}, {where}, {args.inits} initialisations", fontsize=10)
+    axes.set_title(
+        f"width scale {args.width_scale:g}, {where}, {args.inits} initialisations", fontsize=10
+    )
     axes.legend(frameon=False)
     return figure
 
@@ -140,7 +151,9 @@ if __name__ == "__main__":
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        sac.fail(f"cannot write to {output} ({error.strerror}); choose another folder with --output")
+        sac.fail(
+            f"cannot write to {output} ({error.strerror}); choose another folder with --output"
+        )
     table = measure(args)
     table.to_csv(output / "scores.csv", index=False)
     for kind in ("png", "svg"):

@@ -25,7 +25,17 @@ from scipy import stats
 
 KEYS = ["env_id", "width_scale", "init", "sparsity"]
 # Flags that may differ between the runs of one figure; others must not
-FREE = {*KEYS, "seed", "mask_seed", "device", "threads", "runs_dir", "resume", "eval_only", "capture_video"}
+FREE = {
+    *KEYS,
+    "seed",
+    "mask_seed",
+    "device",
+    "threads",
+    "runs_dir",
+    "resume",
+    "eval_only",
+    "capture_video",
+}
 FREE |= {"sparse_kernel", "track", "wandb_project", "wandb_entity", "checkpoint_interval"}
 FREE |= {"eval_interval", "eval_episodes", "final_eval_episodes", "diagnostics_interval"}
 # Okabe and Ito's colours, which colour-blind readers tell apart
@@ -57,7 +67,9 @@ def load(runs_dir: Path) -> pd.DataFrame:
         try:
             flags = json.loads(path.read_text())["args"]
         except (OSError, ValueError, KeyError) as error:
-            print(f"left out: {path.parent.name} has no readable args.json ({type(error).__name__})")
+            print(
+                f"left out: {path.parent.name} has no readable args.json ({type(error).__name__})"
+            )
             continue
         if re.search(r"\.old\d+$", path.parent.name):
             print(f"left out: {path.parent.name} was moved aside by --no-resume")
@@ -66,12 +78,16 @@ def load(runs_dir: Path) -> pd.DataFrame:
             print(f"left out: {path.parent.name} is a run of {flags['exp_name']}")
             continue
         try:
-            metrics = pd.read_csv(path.parent / "metrics.csv", usecols=["env_step", "metric", "value"])
+            metrics = pd.read_csv(
+                path.parent / "metrics.csv", usecols=["env_step", "metric", "value"]
+            )
         except (OSError, ValueError):
             metrics = pd.DataFrame(columns=["env_step", "metric", "value"])
         if not (metrics.metric == "final/return_mean").any():
             reached = metrics.env_step.max() if len(metrics) else 0
-            print(f"left out: {path.parent.name} is at env step {reached} of {flags['total_timesteps']}")
+            print(
+                f"left out: {path.parent.name} is at env step {reached} of {flags['total_timesteps']}"
+            )
             continue
         key = tuple(flags[name] for name in [*KEYS, "seed"])
         if key in tables:
@@ -84,7 +100,9 @@ def load(runs_dir: Path) -> pd.DataFrame:
         episodes = episodes.rename(columns={"episode/return": "return", "episode/length": "length"})
         names = [*KEYS, "seed", "total_timesteps"]
         columns = [*names, "env_step", "return", "length"]
-        tables[key] = episodes.assign(**{name: flags[name] for name in names}).reindex(columns=columns)
+        tables[key] = episodes.assign(**{name: flags[name] for name in names}).reindex(
+            columns=columns
+        )
     if not sum(map(len, tables.values())):
         fail(f"no finished run of stream_ac_sparse with an episode that ended, in {runs_dir}")
     mixed = {name: sorted(map(str, values)) for name, values in settings.items() if len(values) > 1}
@@ -96,7 +114,12 @@ def load(runs_dir: Path) -> pd.DataFrame:
 def curves(episodes: pd.DataFrame, size: int) -> pd.DataFrame:
     """Mean return per bin, named after its end, one row per KEYS, bin and seed."""
     steps = np.ceil(episodes.env_step / size).astype(int) * size
-    return episodes.assign(env_step=steps).groupby([*KEYS, "seed", "env_step"])["return"].mean().reset_index()
+    return (
+        episodes.assign(env_step=steps)
+        .groupby([*KEYS, "seed", "env_step"])["return"]
+        .mean()
+        .reset_index()
+    )
 
 
 def final_returns(episodes: pd.DataFrame) -> pd.DataFrame:
@@ -123,7 +146,16 @@ def table(final: pd.DataFrame) -> pd.DataFrame:
         low = high = np.nan
         if len(values) > 1:
             low, high = stats.t.interval(0.95, len(values) - 1, values.mean(), stats.sem(values))
-        rows.append([*key, len(values), values.mean(), low, high, " ".join(f"{value:.0f}" for value in values)])
+        rows.append(
+            [
+                *key,
+                len(values),
+                values.mean(),
+                low,
+                high,
+                " ".join(f"{value:.0f}" for value in values),
+            ]
+        )
     return pd.DataFrame(rows, columns=[*KEYS, "seeds", "mean", "low", "high", "values"])
 
 
@@ -143,7 +175,9 @@ def draw_curves(ax: Axes, data: pd.DataFrame, colours: dict[str, str]) -> None:
         label = f"{name(init, sparsity)} ({seeds.shape[1]} seed{'s' * (seeds.shape[1] > 1)})"
         colour = colours[name(init, sparsity)]
         ax.plot(seeds.index, seeds.mean(axis=1), color=colour, lw=1.3, label=label)
-        ax.fill_between(seeds.index, seeds.min(axis=1), seeds.max(axis=1), color=colour, alpha=0.15, lw=0)
+        ax.fill_between(
+            seeds.index, seeds.min(axis=1), seeds.max(axis=1), color=colour, alpha=0.15, lw=0
+        )
     ax.set(xlabel="env steps", ylabel="training return")
     ax.xaxis.set_major_formatter(EngFormatter(sep=" "))
     ax.legend(frameon=False, fontsize=7)
@@ -167,7 +201,9 @@ def figure_13(data: pd.DataFrame, colours: dict[str, str]) -> Figure:
     """Static sparsity, SparseInit and both, at the smallest width for which SparseInit was run."""
     data = data[data.width_scale == data[data.init == "sparse_init"].width_scale.min()]
     tasks = sorted(data.env_id.unique())
-    axes = (figure := Figure((4.4 * len(tasks), 3.4), layout="constrained")).subplots(1, len(tasks), squeeze=False)[0]
+    axes = (figure := Figure((4.4 * len(tasks), 3.4), layout="constrained")).subplots(
+        1, len(tasks), squeeze=False
+    )[0]
     for ax, task in zip(axes, tasks):
         draw_curves(ax, data[data.env_id == task], colours)
         ax.set_title(f"{task}, {round(128 * data.width_scale.iloc[0])} hidden units", fontsize=9)
@@ -178,15 +214,29 @@ def figure_12(final: pd.DataFrame, colours: dict[str, str]) -> Figure:
     """Final return against width, a line for each sparsity, a dot for each seed."""
     final = final[final.init == "lecun"]
     tasks = sorted(final.env_id.unique())
-    axes = (figure := Figure((4 * len(tasks), 3.4), layout="constrained")).subplots(1, len(tasks), squeeze=False)[0]
+    axes = (figure := Figure((4 * len(tasks), 3.4), layout="constrained")).subplots(
+        1, len(tasks), squeeze=False
+    )[0]
     for ax, task in zip(axes, tasks):
         for sparsity, variant in final[final.env_id == task].groupby("sparsity"):
-            colour, mean = colours[name("lecun", sparsity)], variant.groupby("width_scale")["return"].mean()
-            ax.plot(mean.index, mean, color=colour, marker="_", ms=12, lw=1.2, label=name("lecun", sparsity))
+            colour, mean = (
+                colours[name("lecun", sparsity)],
+                variant.groupby("width_scale")["return"].mean(),
+            )
+            ax.plot(
+                mean.index,
+                mean,
+                color=colour,
+                marker="_",
+                ms=12,
+                lw=1.2,
+                label=name("lecun", sparsity),
+            )
             ax.plot(variant.width_scale, variant["return"], ".", color=colour, ms=5)
         ax.set_xscale("log", base=2)
         ax.set_xticks(
-            sorted(final.width_scale.unique()), [f"{width:g}" for width in sorted(final.width_scale.unique())]
+            sorted(final.width_scale.unique()),
+            [f"{width:g}" for width in sorted(final.width_scale.unique())],
         )
         ax.set(title=task, xlabel="width scale", ylabel="training return, last tenth")
         ax.legend(frameon=False, fontsize=8)
@@ -202,13 +252,18 @@ if __name__ == "__main__":
     for line in name_missing(episodes, final):
         print(line)
     variants = episodes[["init", "sparsity"]].drop_duplicates().sort_values(["init", "sparsity"])
-    colours = {name(*variant): COLOURS[index % len(COLOURS)] for index, variant in enumerate(variants.to_numpy())}
+    colours = {
+        name(*variant): COLOURS[index % len(COLOURS)]
+        for index, variant in enumerate(variants.to_numpy())
+    }
     output = Path(args.output)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         fail(f"cannot write to {output} ({error.strerror}); choose another folder with --output")
-    compact = episodes.drop(columns="total_timesteps").assign(**{"return": episodes["return"].round(2)})
+    compact = episodes.drop(columns="total_timesteps").assign(
+        **{"return": episodes["return"].round(2)}
+    )
     compact.astype({"length": int}).to_csv(
         output / "returns.csv.gz", index=False, compression={"method": "gzip", "mtime": 0}
     )

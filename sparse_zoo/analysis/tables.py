@@ -114,7 +114,10 @@ def fail(message: str) -> NoReturn:
 
 def compare(ours: dict[str, object], papers: dict[str, str]) -> Rows:
     """A row for each of the paper's values, in its order; floats as short as they can be written."""
-    text = {name: f"{value:g}" if isinstance(value, float) else str(value) for name, value in ours.items()}
+    text = {
+        name: f"{value:g}" if isinstance(value, float) else str(value)
+        for name, value in ours.items()
+    }
     return [(name, text.get(name, "missing"), value) for name, value in papers.items()]
 
 
@@ -138,15 +141,24 @@ def sizes(module, commands: str) -> dict[str, str]:
         )
     found = {}
     for flag in ("width_scale", "depth_scale"):
-        values = {match for line in own for match in re.findall(f"--{flag.replace('_', '-')} (\\S+)", line)}
+        values = {
+            match
+            for line in own
+            for match in re.findall(f"--{flag.replace('_', '-')} (\\S+)", line)
+        }
         for value in sorted(values, key=float):
             flags = module.Args(**{flag: float(value) if flag == "width_scale" else int(value)})
             with torch.device("meta"):
                 agent = module.Agent(flags, 67, 21, torch.device("meta"))
-            for name, encoder in (("Actor", agent.actor.encoder), ("Critic", agent.critic.encoders[0])):
+            for name, encoder in (
+                ("Actor", agent.actor.encoder),
+                ("Critic", agent.critic.encoders[0]),
+            ):
                 blocks = sum(isinstance(part, module.ResidualBlock) for part in encoder)
                 what, size = (
-                    ("hidden dim", encoder[0].out_features) if flag == "width_scale" else ("num blocks", blocks)
+                    ("hidden dim", encoder[0].out_features)
+                    if flag == "width_scale"
+                    else ("num blocks", blocks)
                 )
                 found.setdefault(f"{name} {what}", []).append(str(size))
     return {name: ", ".join(values) for name, values in found.items()}
@@ -157,9 +169,18 @@ def simba(name: str, commands: str) -> Rows:
     module = importlib.import_module(name)
     args = module.Args(width_scale=0.125)
     agent = module.Agent(args, 3, 2, CPU)
-    optimizer, settings = type(agent.critic_optimizer).__name__, agent.critic_optimizer.param_groups[0]
-    kinds = {type(part).__name__ for network in (agent.actor.encoder, agent.critic.encoders[0]) for part in network}
-    block = "SimBa" if kinds == {"Linear", "ResidualBlock", "LayerNorm"} else " + ".join(sorted(kinds))
+    optimizer, settings = (
+        type(agent.critic_optimizer).__name__,
+        agent.critic_optimizer.param_groups[0],
+    )
+    kinds = {
+        type(part).__name__
+        for network in (agent.actor.encoder, agent.critic.encoders[0])
+        for part in network
+    }
+    block = (
+        "SimBa" if kinds == {"Linear", "ResidualBlock", "LayerNorm"} else " + ".join(sorted(kinds))
+    )
     env = module.make_env(args)
     gamma = module.default_gamma(env, args.action_repeat) if args.gamma is None else args.gamma
     ours = {
@@ -188,7 +209,10 @@ def simba(name: str, commands: str) -> Rows:
         for what in ("Initial temperature", "Temperature learning rate", "Target entropy"):
             del papers[what]
     rows = compare(ours, papers)
-    return [(what, f"heuristic ({gamma:g})" if mine == "heuristic" else mine, paper) for what, mine, paper in rows]
+    return [
+        (what, f"heuristic ({gamma:g})" if mine == "heuristic" else mine, paper)
+        for what, mine, paper in rows
+    ]
 
 
 def target_entropy(module, agent, action_dim: int) -> str:
@@ -272,11 +296,22 @@ def der() -> Rows:
 
 
 def to_markdown(rows: Rows) -> str:
-    rows = [(*row, "" if row[1] == row[2] or row[1].startswith(f"{row[2]} (") else "differs") for row in rows]
+    rows = [
+        (*row, "" if row[1] == row[2] or row[1].startswith(f"{row[2]} (") else "differs")
+        for row in rows
+    ]
     rows = [("", "here", "the paper", ""), *rows]
     widths = [max(3, *(len(row[column]) for row in rows)) for column in range(4)]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]) + "\n"
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |"
+        for row in rows
+    ]
+    return (
+        "\n".join(
+            [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]
+        )
+        + "\n"
+    )
 
 
 if __name__ == "__main__":
@@ -284,7 +319,9 @@ if __name__ == "__main__":
     warnings.filterwarnings("ignore", category=UserWarning, module="gymnasium")
     os.environ.setdefault("MUJOCO_GL", "disabled")
     torch.manual_seed(0)
-    commands = "" if sys.stdin.isatty() else sys.stdin.read()  # always, or who writes them dies of a broken pipe
+    commands = (
+        "" if sys.stdin.isatty() else sys.stdin.read()
+    )  # always, or who writes them dies of a broken pipe
     match args.table:
         case 1:
             rows = tasks()
