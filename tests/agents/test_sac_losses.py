@@ -4,51 +4,22 @@ import copy
 import math
 from types import SimpleNamespace
 
+import conftest
 import gymnasium as gym
-import numba
 import numpy as np
 import pytest
 import sac_simba_sparse as sac
 import torch
 import torch.nn as nn
-
-CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Networks of this size lose more by waiting for a second thread than they gain, above all on a busy machine."""
-    before = numba.get_num_threads(), torch.get_num_threads()
-    numba.set_num_threads(1)
-    torch.set_num_threads(1)
-    yield
-    numba.set_num_threads(before[0])
-    torch.set_num_threads(before[1])
+from conftest import CPU
 
 
 def make_agent(obs_dim: int = 5, action_dim: int = 2, **flags) -> sac.Agent:
-    torch.manual_seed(flags.get("seed", 1))
-    return sac.Agent(sac.Args(**{"width_scale": 0.125, **flags}), obs_dim, action_dim, CPU)
+    return conftest.make_agent(sac, obs_dim, action_dim, **flags)
 
 
-def make_batch(
-    *, size: int = 16, obs_dim: int = 5, action_dim: int = 2, seed: int = 0
-) -> tuple[sac.Batch, ...]:
-    """A batch, and the two noises of an update."""
-    generator = torch.Generator().manual_seed(seed)
-    shapes = (
-        (size, obs_dim),
-        (size, action_dim),
-        (size,),
-        (size, obs_dim),
-        (size, action_dim),
-        (size, action_dim),
-    )
-    obs, action, reward, next_obs, noise, next_noise = (
-        torch.randn(shape, generator=generator) for shape in shapes
-    )
-    terminated = (torch.arange(size) % 4 == 0).float()
-    return sac.Batch(obs, action.tanh(), reward, next_obs, terminated), noise, next_noise
+def make_batch(**sizes) -> tuple[sac.Batch, torch.Tensor, torch.Tensor]:
+    return conftest.make_batch(sac, **sizes)
 
 
 def fixed_policy(mean: torch.Tensor, log_std: torch.Tensor) -> sac.Actor:

@@ -2,39 +2,19 @@
 
 import copy
 
-import numba
+import conftest
 import pytest
 import sac_simba_sparse as sac
 import torch
 import torch.nn as nn
 
-CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Networks of this size lose more by waiting for a second thread than they gain, above all on a busy machine."""
-    before = numba.get_num_threads(), torch.get_num_threads()
-    numba.set_num_threads(1)
-    torch.set_num_threads(1)
-    yield
-    numba.set_num_threads(before[0])
-    torch.set_num_threads(before[1])
-
 
 def make_agent(**flags) -> sac.Agent:
-    torch.manual_seed(1)
-    return sac.Agent(sac.Args(**{"width_scale": 0.125, **flags}), 5, 2, CPU)
+    return conftest.make_agent(sac, **flags)
 
 
-def make_batch(size: int = 32) -> tuple[sac.Batch, torch.Tensor, torch.Tensor]:
-    """A batch, and the noises for the actor's loss and for the TD target."""
-    generator = torch.Generator().manual_seed(0)
-    shapes = ((size, 5), (size, 2), (size,), (size, 5), (size, 2), (size, 2))
-    obs, action, reward, next_obs, noise, next_noise = (
-        torch.randn(shape, generator=generator) for shape in shapes
-    )
-    return sac.Batch(obs, action.tanh(), reward, next_obs, torch.zeros(size)), noise, next_noise
+def make_batch() -> tuple[sac.Batch, torch.Tensor, torch.Tensor]:
+    return conftest.make_batch(sac, 32)
 
 
 def with_spectrum(singular: list[float], rows: int, columns: int) -> torch.Tensor:

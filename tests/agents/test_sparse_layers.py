@@ -3,7 +3,6 @@
 import copy
 import json
 import math
-from pathlib import Path
 
 import numba
 import pytest
@@ -11,27 +10,22 @@ import sac_simba_sparse as sac
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from conftest import CPU, DATA, dense_weight, make_agent
 
-OFFICIAL = json.loads((Path(__file__).parent / "data" / "er_sparsity_default.json").read_text())
-CPU = torch.device("cpu")
+OFFICIAL = json.loads((DATA / "er_sparsity_default.json").read_text())
 KERNELS = ("packed", "dense")
 
 
 @pytest.fixture
-def one_thread():
-    """Networks of this size lose more by waiting for a second thread than they gain, above all on a busy machine."""
-    before = numba.get_num_threads(), torch.get_num_threads()
-    numba.set_num_threads(1)
-    torch.set_num_threads(1)
-    yield
-    numba.set_num_threads(before[0])
-    torch.set_num_threads(before[1])
+def all_threads(one_thread):
+    """The kernels share their work out among threads."""
+    numba.set_num_threads(numba.config.NUMBA_NUM_THREADS)
+    torch.set_num_threads(numba.config.NUMBA_NUM_THREADS)
 
 
 def tiny_agent(**flags) -> sac.Agent:
     """Actor hidden 16, critic hidden 64, for 5 observations and 2 actions."""
-    torch.manual_seed(flags.get("seed", 1))
-    return sac.Agent(sac.Args(**{"width_scale": 0.125, **flags}), 5, 2, CPU)
+    return make_agent(sac, **flags)
 
 
 def sparse_layers(network: nn.Module) -> dict[str, sac.SparseLinear]:
@@ -44,13 +38,6 @@ def sparse_layers(network: nn.Module) -> dict[str, sac.SparseLinear]:
 
 def active_total(rows: list[dict]) -> tuple[int, int]:
     return sum(row["active"] for row in rows), sum(row["total"] for row in rows)
-
-
-def rebuilt(layer: sac.SparseLinear, values: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """The dense matrix as the class's docstring describes it."""
-    weight = torch.zeros(math.prod(shape), dtype=values.dtype)
-    weight[layer.active.long()] = values
-    return weight.view(shape)
 
 
 def assert_close(ours: torch.Tensor, reference: torch.Tensor, tolerance: float = 1e-5) -> None:
@@ -204,7 +191,7 @@ def test_the_mask_depends_on_its_seed_alone_and_survivors_keep_their_values():
         )
 
 
-def test_masks_of_actor_and_critic_are_independent(monkeypatch, one_thread):
+def test_masks_of_actor_and_critic_are_independent(monkeypatch):
     seeds = []
     real = sac.sparsify
     monkeypatch.setattr(sac, "sparsify", lambda *how: seeds.append(how[3]) or real(*how))
@@ -249,7 +236,7 @@ def test_sparsity_of_one_network_overrides_that_of_both(flags, actor, critic):
         assert bool(sparse_layers(getattr(agent, name))) == (sparsity > 0)
 
 
-def test_layer_table_of_humanoid(one_thread):
+def test_layer_table_of_humanoid():
     torch.manual_seed(1)
     agent = sac.Agent(sac.Args(sparsity=0.9), 67, 21, CPU)
     assert [active_total(agent.layers[name])[1] for name in ("actor", "critic")] == [
@@ -331,7 +318,7 @@ def compare(mask: torch.Tensor, kernel: str, x: torch.Tensor, grad: torch.Tensor
     reference = F.linear(x64, weight, bias)
     reference.backward(grad.double())
     leaf = torch.empty_strided(x.shape, x.stride()).copy_(x).requires_grad_()
-    assert torch.equal(rebuilt(layer, torch.ones(len(layer.active)), mask.shape) > 0, mask)
+    assert torch.equal(dense_weight(layer, torch.ones(len(layer.active))) > 0, mask)
     y = layer(leaf)
     y.backward(grad)
     assert_close(y.detach(), reference.detach())
@@ -343,14 +330,16 @@ def compare(mask: torch.Tensor, kernel: str, x: torch.Tensor, grad: torch.Tensor
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("batch", [1, 2, 256])
 @pytest.mark.parametrize("out_features,in_features,density", SHAPES)
-def test_layer_equals_a_masked_dense_layer(out_features, in_features, density, batch, kernel):
+def test_layer_equals_a_masked_dense_layer(
+    out_features, in_features, density, batch, kernel, all_threads
+):
     torch.manual_seed(out_features + batch)
     mask = random_mask(out_features, in_features, density)
     compare(mask, kernel, torch.randn(batch, in_features), torch.randn(batch, out_features))
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_layer_takes_any_memory_layout(kernel):
+def test_layer_takes_any_memory_layout(kernel, all_threads):
     torch.manual_seed(0)
     mask = random_mask(16, 24, 0.3)
     transposed = torch.randn(24, 9).t(), torch.randn(16, 9).t()
@@ -399,7 +388,7 @@ class MaskedLinear(nn.Module):
         return F.linear(x, self.weight * self.mask, self.bias)
 
 
-def test_twenty_adamw_steps_equal_masked_dense_training(one_thread):
+def test_twenty_adamw_steps_equal_masked_dense_training():
     torch.manual_seed(0)
     dense = nn.Sequential(sac.simba(12, 32, 2), sac.init_linear(32, 3))
     networks = {kernel: copy.deepcopy(dense) for kernel in KERNELS} | {
@@ -409,9 +398,7 @@ def test_twenty_adamw_steps_equal_masked_dense_training(one_thread):
         sac.sparsify(networks[kernel], 0.85, "erdos_renyi", 5, kernel, CPU)
     masks = {}
     for name, layer in sparse_layers(networks["packed"]).items():
-        masks[name] = rebuilt(
-            layer, torch.ones(len(layer.active)), dense.get_submodule(name).weight.shape
-        )
+        masks[name] = dense_weight(layer, torch.ones(len(layer.active)))
     assert len(masks) == 5  # the input layer and two in each block; the head is overfull
     for name, mask in masks.items():
         networks["masked"].set_submodule(
@@ -507,7 +494,7 @@ def test_state_dict_rebuilds_the_pruned_matrix(kernel):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_weights_of_another_mask_are_refused_and_of_another_kernel_accepted(kernel, one_thread):
+def test_weights_of_another_mask_are_refused_and_of_another_kernel_accepted(kernel):
     saved = tiny_agent(sparsity=0.8, sparse_kernel="packed").critic.state_dict()
     same = tiny_agent(sparsity=0.8, sparse_kernel=kernel).critic
     for parameter in same.parameters():

@@ -1,14 +1,13 @@
 """Six consecutive updates against golden numbers of the original code (4 inputs, 8 hidden units, 2 actions)."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import stream_ac_sparse as stream
 import torch
 import torch.nn as nn
+from conftest import DATA
 
-GOLDEN = np.load(Path(__file__).parent / "data" / "stream_tiny.npz")
+GOLDEN = np.load(DATA / "stream_tiny.npz")
 NAMES = {
     "actor": ("fc_layer", "hidden_layer", "linear_mu", "linear_std"),
     "critic": ("fc_layer", "hidden_layer", "linear_layer"),

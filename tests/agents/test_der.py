@@ -9,8 +9,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-
-CPU = torch.device("cpu")
+from conftest import CPU, DATA
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +20,7 @@ def seeded():
 @pytest.fixture(scope="module")
 def golden() -> dict[str, torch.Tensor]:
     """Made by running Dopamine's functions: 16 transitions, n-step discount 0.99^10, 51 atoms."""
-    with np.load(Path(__file__).parent / "data" / "c51_proj.npz") as file:
+    with np.load(DATA / "c51_proj.npz") as file:
         return {name: torch.as_tensor(file[name]) for name in file}
 
 

@@ -1,6 +1,5 @@
 """DrQ-v2's numbers: shifts, stacks, n-step returns, schedule, losses, whole updates, sparse convolutions."""
 
-import math
 import os
 
 import der_impala_sparse as der
@@ -10,8 +9,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-
-CPU = torch.device("cpu")
+from conftest import CPU, dense_weight
 
 
 @pytest.fixture(autouse=True)
@@ -215,12 +213,8 @@ class Plain(nn.Module):
             for name, layer in module.named_modules():
                 key = f"{network}.{name}".replace(".", "_")
                 if isinstance(layer, drq.SparseLinear | drq.SparseConv2d):
-                    weight, mask = (torch.zeros(math.prod(layer.shape)) for _ in range(2))
-                    weight[layer.active.long()], mask[layer.active.long()] = (
-                        layer.values.detach().clone(),
-                        1.0,
-                    )
-                    weight, mask = weight.view(layer.shape), mask.view(layer.shape)
+                    weight = dense_weight(layer)
+                    mask = dense_weight(layer, torch.ones(len(layer.active)))
                 elif hasattr(layer, "weight"):
                     weight, mask = layer.weight.detach().clone(), torch.ones_like(layer.weight)
                 else:

@@ -1,15 +1,13 @@
 """Three consecutive SAC updates against golden numbers of the official JAX code (obs 5, act 2, batch 8)."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import sac_simba_sparse as sac
 import torch
 import torch.nn as nn
+from conftest import CPU, DATA
 
-GOLDEN = np.load(Path(__file__).parent / "data" / "sac_tiny.npz")
-DEVICE = torch.device("cpu")
+GOLDEN = np.load(DATA / "sac_tiny.npz")
 
 
 def layer_names(network: str, module_name: str) -> str:
@@ -103,7 +101,7 @@ def check(case, step, agent):
 )
 def test_three_updates_equal_the_official_code(case, kernel):
     args = sac.Args(width_scale=0.125, weight_decay=1e-2)
-    agent = sac.Agent(args, 5, 2, DEVICE)
+    agent = sac.Agent(args, 5, 2, CPU)
     agent.critic.encoders[0] = sac.simba(7, 32, 2)
     agent.target_critic.encoders[0] = sac.simba(7, 32, 2)
     for name, network in (

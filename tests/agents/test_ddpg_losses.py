@@ -3,46 +3,25 @@
 import math
 from types import SimpleNamespace
 
+import conftest
 import ddpg_simba_sparse as ddpg
-import numba
 import numpy as np
 import pytest
 import torch
 import torch.nn as nn
+from conftest import CPU, dense_weight
 
-CPU = torch.device("cpu")
 OBS_DIM, ACTION_DIM, BATCH = 5, 2, 16
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = numba.get_num_threads(), torch.get_num_threads()
-    numba.set_num_threads(1)
-    torch.set_num_threads(1)
-    yield
-    numba.set_num_threads(before[0])
-    torch.set_num_threads(before[1])
-
-
 def make_agent(**flags) -> ddpg.Agent:
-    torch.manual_seed(1)
-    return ddpg.Agent(ddpg.Args(**{"width_scale": 0.125, **flags}), OBS_DIM, ACTION_DIM, CPU)
+    return conftest.make_agent(ddpg, **flags)
 
 
 def make_batch(seed: int) -> tuple[ddpg.Batch, torch.Tensor, torch.Tensor]:
     """A batch, and the two noises of an update, large enough that clipping takes part."""
-    generator = torch.Generator().manual_seed(seed)
-    widths = (OBS_DIM, ACTION_DIM, OBS_DIM, ACTION_DIM, ACTION_DIM)
-    obs, action, next_obs, noise, next_noise = (
-        torch.randn(BATCH, width, generator=generator) for width in widths
-    )
-    terminated = (torch.arange(BATCH) % 4 == 0).float()
-    reward = torch.randn(BATCH, generator=generator)
-    return (
-        ddpg.Batch(obs, action.tanh(), reward, next_obs, terminated),
-        0.5 * noise,
-        0.5 * next_noise,
-    )
+    batch, noise, next_noise = conftest.make_batch(ddpg, seed=seed)
+    return batch, 0.5 * noise, 0.5 * next_noise
 
 
 # Policy
@@ -132,12 +111,9 @@ class Reference:
         self.parameters, self.masks = {}, {}
         for name, module in network.named_modules():
             if isinstance(module, ddpg.SparseLinear):
-                mask = torch.zeros(math.prod(module.shape), dtype=torch.float64)
-                mask[module.active.long()] = 1
-                weight = torch.zeros_like(mask)
-                weight[module.active.long()] = module.values.detach().double()
-                self.masks[f"{name}.weight"] = mask.view(module.shape)
-                self.parameters[f"{name}.weight"] = weight.view(module.shape)
+                mask = dense_weight(module, torch.ones(len(module.active)))
+                self.masks[f"{name}.weight"] = mask.double()
+                self.parameters[f"{name}.weight"] = dense_weight(module).double()
                 self.parameters[f"{name}.bias"] = module.bias.detach().double()
             elif isinstance(module, nn.Linear | nn.LayerNorm):
                 for kind, parameter in module.named_parameters():
