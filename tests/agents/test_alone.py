@@ -14,21 +14,21 @@ from pathlib import Path
 import imageio
 import pytest
 import torch
+from conftest import AGENTS, ROOT, only_run
 
-ROOT = Path(__file__).parents[1]
-AGENTS = pytest.mark.parametrize(
-    "agent", sorted((ROOT / "sparse_zoo").glob("*.py")), ids=lambda path: path.stem
-)
+BY_AGENT = pytest.mark.parametrize("agent", sorted(AGENTS.glob("*.py")), ids=lambda path: path.stem)
 TINY = "--eval-episodes 1 --final-eval-episodes 1 --width-scale 0.125 --sparsity 0.8 --device cpu --threads 1"
 SHORT = "--total-timesteps 1000 --learning-starts 600 --diagnostics-interval 800"
-CARTPOLE = f"{SHORT} --env-id dm_control/cartpole-swingup-v0 --batch-size 16"
+CARTPOLE = f"{SHORT} --env-id dm_control/cartpole-swingup-v0 --action-repeat 20 --batch-size 16"
+DENSE = "--sparse-kernel dense"  # SAC compiles the same packed one
 OWN = {
     "sac_simba_sparse": CARTPOLE,
-    "ddpg_simba_sparse": CARTPOLE,
-    "drqv2_sparse": f"{CARTPOLE} --action-repeat 40",  # pictures are slow
+    "ddpg_simba_sparse": f"{CARTPOLE} {DENSE}",
+    "drqv2_sparse": f"{CARTPOLE} {DENSE} --action-repeat 40",  # pictures are slow
     "stream_ac_sparse": SHORT,
-    "der_impala_sparse": "--total-timesteps 4000 --learning-starts 3000 --diagnostics-interval 3600 --action-repeat 20"
-    " --batch-size 4",  # a game of Pong is 3,000 env steps
+    # A game of Pong is 3,000 env steps
+    "der_impala_sparse": f"{DENSE} --total-timesteps 4000 --learning-starts 3200"
+    " --diagnostics-interval 3600 --action-repeat 40 --batch-size 4",
 }
 
 
@@ -54,7 +54,7 @@ def documented_metrics(agent: str) -> list[str]:
     return [name if "/" in name else f"diagnostics/*_{name}" for name in names]
 
 
-@AGENTS
+@BY_AGENT
 def test_runs_alone_in_an_empty_folder(agent, tmp_path):
     shutil.copy(agent, tmp_path)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -62,7 +62,7 @@ def test_runs_alone_in_an_empty_folder(agent, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert {path.name for path in tmp_path.iterdir()} - {"__pycache__"} == {agent.name, "runs"}
-    (run_dir,) = (tmp_path / "runs").iterdir()
+    run_dir = only_run(tmp_path / "runs")
     with open(run_dir / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     returns = [
@@ -91,14 +91,14 @@ def test_runs_alone_in_an_empty_folder(agent, tmp_path):
     assert imageio.imread(run_dir / "learning_curve.png").std() > 1
 
 
-@AGENTS
+@BY_AGENT
 def test_header_agrees_with_the_requirements(agent):
     pins = header(agent)["dependencies"]
     assert len(pins) > 5 and all(re.fullmatch(r"[a-z0-9-]+==[0-9.]+", pin) for pin in pins)
     assert set(pins) <= set((ROOT / "requirements.txt").read_text().split())
 
 
-@AGENTS
+@BY_AGENT
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("uv") is None, reason="uv is not installed")
 def test_uv_installs_what_the_header_names(agent, tmp_path):

@@ -2,63 +2,57 @@
 
 import gc
 import os
-import runpy
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from filelock import FileLock
+from conftest import AGENTS, Process, check_error, contents, read_metrics
 
-FOLDER = Path(__file__).parents[1] / "sparse_zoo"
-AGENT, STREAM = FOLDER / "sac_simba_sparse.py", FOLDER / "stream_ac_sparse.py"
-DER = FOLDER / "der_impala_sparse.py"
-TINY = (
-    "--env-id dm_control/cartpole-swingup-v0 --width-scale 0.125 --sparsity 0.8 --device cpu --threads 1"
-    " --action-repeat 20 --total-timesteps 400 --learning-starts 200 --batch-size 8"
-    " --eval-episodes 1 --final-eval-episodes 1"
-)
-
-
-def contents(folder: Path) -> dict[str, bytes | None]:
-    """Every file and folder; not the lock, which holds nothing."""
-    paths = (path for path in folder.rglob("*") if path.name != ".lock")
-    return {
-        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
-        for path in paths
-    }
+SAC = AGENTS / "sac_simba_sparse.py"
+STREAM = AGENTS / "stream_ac_sparse.py"
+DER = AGENTS / "der_impala_sparse.py"
+TINY = [
+    "--env-id",
+    "dm_control/cartpole-swingup-v0",
+    "--width-scale",
+    "0.125",
+    "--sparsity",
+    "0.8",
+    "--device",
+    "cpu",
+    "--threads",
+    "1",
+    "--action-repeat",
+    "20",
+    "--total-timesteps",
+    "400",
+    "--learning-starts",
+    "200",
+    "--batch-size",
+    "8",
+    "--eval-episodes",
+    "1",
+    "--final-eval-episodes",
+    "1",
+]
 
 
 @pytest.fixture
-def main(monkeypatch, capsys, tmp_path):
-    """Runs the agent's command line in this process, which saves its start: exit code and stderr."""
-    monkeypatch.setenv("MUJOCO_GL", "disabled")
-    monkeypatch.chdir(tmp_path)
+def main(main):
+    """An agent's exit code and what it says to stderr."""
 
-    def run(*arguments: str, agent: Path = AGENT) -> tuple[int | None, str]:
-        monkeypatch.setattr(sys, "argv", [str(agent), *arguments])
-        handler, threads, code = signal.getsignal(signal.SIGINT), torch.get_num_threads(), 0
-        try:
-            runpy.run_path(str(agent), run_name="__main__")
-        except SystemExit as end:
-            code = end.code
-        finally:
-            signal.signal(signal.SIGINT, handler)
-            torch.set_num_threads(threads)
-            for lock in [item for item in gc.get_objects() if type(item) is FileLock]:
-                lock.release(force=True)  # as the end of a process does
-        return code, capsys.readouterr().err
+    def run(*arguments: str, agent: Path = SAC) -> tuple[int, str]:
+        code, _, error = main(agent, *arguments)
+        return code, error
 
     return run
 
 
-def check(code: int | None, err: str, words: str) -> None:
-    assert code == 2
-    assert err.startswith("error: ") and err.endswith("\n") and err.count("\n") == 1, err
-    assert all(word in err for word in words.split()), err
+def check(result: tuple[int, str], words: str) -> None:
+    check_error(*result, words)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +97,7 @@ def check(code: int | None, err: str, words: str) -> None:
 def test_bad_flag(main, tmp_path, flags, words):
     (tmp_path / "file").write_text("not a folder")
     before = contents(tmp_path)
-    check(*main(*TINY.split(), *flags.split()), words)
+    check(main(*TINY, *flags.split()), words)
     assert contents(tmp_path) == before
 
 
@@ -133,7 +127,7 @@ def test_bad_flag(main, tmp_path, flags, words):
 def test_bad_flag_of_the_streaming_agent(main, tmp_path, flags, words):
     (tmp_path / "file").write_text("not a folder")
     before = contents(tmp_path)
-    check(*main("--env-id", "Hopper-v5", *flags.split(), agent=STREAM), words)
+    check(main("--env-id", "Hopper-v5", *flags.split(), agent=STREAM), words)
     assert contents(tmp_path) == before
 
 
@@ -161,7 +155,7 @@ def test_bad_flag_of_the_streaming_agent(main, tmp_path, flags, words):
 def test_bad_flag_of_the_atari_agent(main, tmp_path, flags, words):
     (tmp_path / "file").write_text("not a folder")
     before = contents(tmp_path)
-    check(*main("--width-scale", "0.125", "--threads", "1", *flags.split(), agent=DER), words)
+    check(main("--width-scale", "0.125", "--threads", "1", *flags.split(), agent=DER), words)
     assert contents(tmp_path) == before
 
 
@@ -184,7 +178,7 @@ def test_bad_flag_of_the_atari_agent(main, tmp_path, flags, words):
     ],
 )
 def test_bad_flag_of_ddpg_and_drqv2(main, tmp_path, agent, flags, words):
-    check(*main("--threads", "1", *flags.split(), agent=FOLDER / f"{agent}_sparse.py"), words)
+    check(main("--threads", "1", *flags.split(), agent=AGENTS / f"{agent}_sparse.py"), words)
     assert contents(tmp_path) == {}
 
 
@@ -217,20 +211,20 @@ def test_streaming_agent_knows_no_cuda(main, tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here")
 def test_cuda_where_there_is_none(main, tmp_path):
-    check(*main("--device", "cuda"), "--device cuda cpu")
+    check(main("--device", "cuda"), "--device cuda cpu")
     assert contents(tmp_path) == {}
 
 
 @pytest.fixture
 def runs(main, tmp_path) -> list[Path]:
     """The folders of finished runs, seeds 1 and 2."""
-    assert [main(*TINY.split(), "--seed", seed)[0] for seed in ("1", "2")] == [0, 0]
+    assert [main(*TINY, "--seed", seed)[0] for seed in ("1", "2")] == [0, 0]
     return [next(Path("runs").glob(f"*__s{seed}")) for seed in (1, 2)]
 
 
 def test_bad_flag_keeps_the_run_that_no_resume_would_move(main, runs, tmp_path):
     before = contents(tmp_path)
-    check(*main(*TINY.split(), "--no-resume", "--sparsity", "1.0"), "--sparsity 1.0")
+    check(main(*TINY, "--no-resume", "--sparsity", "1.0"), "--sparsity 1.0")
     assert contents(tmp_path) == before
 
 
@@ -239,17 +233,15 @@ def test_truncated_checkpoint_stays(main, runs, tmp_path, mode):
     path = runs[0] / "checkpoint.pt"
     path.write_bytes(path.read_bytes()[:-1000])
     before = contents(tmp_path)
-    check(*main(*TINY.split(), mode), f"{path} damaged")
+    check(main(*TINY, mode), f"{path} damaged")
     assert contents(tmp_path) == before
 
 
 @pytest.mark.parametrize(
-    "agent", [AGENT, AGENT.with_name("ddpg_simba_sparse.py")], ids=lambda path: path.stem
+    "agent", [SAC, AGENTS / "ddpg_simba_sparse.py"], ids=lambda path: path.stem
 )
 def test_weights_that_diverge_stop_the_run(main, tmp_path, agent):
-    code, err = main(
-        *TINY.split(), "--updates-per-step", "1", "--learning-rate", "1e30", agent=agent
-    )
+    code, err = main(*TINY, "--updates-per-step", "1", "--learning-rate", "1e30", agent=agent)
     assert (
         code == 3
         and "error: a value is not finite at agent_step=10; the last checkpoint is kept" in err
@@ -286,9 +278,9 @@ def test_no_resume_that_is_interrupted_loses_nothing(main, runs, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(Path, "rename", stop)
             with pytest.raises(KeyboardInterrupt):
-                main(*TINY.split(), "--no-resume")
+                main(*TINY, "--no-resume")
         gc.collect()
-        code, err = main(*TINY.split())
+        code, err = main(*TINY)
         assert code == 0 or (code == 2 and "--no-resume" in err), err
         for path in moved:
             path.rename(runs[0] / path.name)
@@ -299,15 +291,15 @@ def test_a_package_without_metadata_is_no_obstacle(main, tmp_path, monkeypatch):
     """An interrupted pip leaves such folders."""
     (tmp_path / "site" / "foo-1.0.dist-info").mkdir(parents=True)
     monkeypatch.syspath_prepend(tmp_path / "site")
-    assert main(*TINY.split())[0] == 0
+    assert main(*TINY)[0] == 0
 
 
 def test_evaluations_come_with_the_first_decision_at_or_after_a_multiple(main):
     flags = "--action-repeat 30 --total-timesteps 400 --learning-starts 1000 --eval-interval 100"
-    assert main(*TINY.split(), *flags.split())[0] == 0
-    (table,) = Path("runs").glob("*/metrics.csv")
-    rows = [line.split(",") for line in table.read_text().splitlines()]
-    assert [int(row[0]) for row in rows if row[3] == "eval/return_mean"] == [0, 120, 210, 300, 420]
+    assert main(*TINY, *flags.split())[0] == 0
+    (run_dir,) = Path("runs").iterdir()
+    rows = [row for row in read_metrics(run_dir) if row["metric"] == "eval/return_mean"]
+    assert [int(row["env_step"]) for row in rows] == [0, 120, 210, 300, 420]
 
 
 def test_metrics_lost_since_the_checkpoint(main, runs, tmp_path):
@@ -316,7 +308,7 @@ def test_metrics_lost_since_the_checkpoint(main, runs, tmp_path):
     torch.save(torch.load(path, weights_only=True) | {"finished": False}, path)
     metrics.write_bytes(metrics.read_bytes()[:-1])
     before = contents(tmp_path)
-    check(*main(*TINY.split()), f"{metrics} --no-resume")
+    check(main(*TINY), f"{metrics} --no-resume")
     assert contents(tmp_path) == before
 
 
@@ -325,7 +317,7 @@ def test_checkpoint_of_other_flags_stays(main, runs, tmp_path, mode):
     path = runs[0] / "checkpoint.pt"
     shutil.copy(runs[1] / "checkpoint.pt", path)
     before = contents(tmp_path)
-    check(*main(*TINY.split(), mode), f"{path} --seed 2 not 1")
+    check(main(*TINY, mode), f"{path} --seed 2 not 1")
     assert contents(tmp_path) == before
 
 
@@ -341,9 +333,8 @@ def test_checkpoint_of_other_flags_stays(main, runs, tmp_path, mode):
 )
 def test_real_command_line(tmp_path, flags, words):
     """With a renderer that does not exist, which matters to films alone."""
-    command, env = [sys.executable, str(AGENT), *flags.split()], os.environ | {"MUJOCO_GL": "none"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env)
-    check(done.returncode, done.stderr, words)
+    done = Process(SAC, *flags.split(), folder=tmp_path, MUJOCO_GL="none").finish()
+    check_error(done.returncode, done.stderr, words)
     assert done.stdout == "" and contents(tmp_path) == {}
 
 

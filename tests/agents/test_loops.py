@@ -3,97 +3,44 @@
 Evaluations and diagnostics are left out here, so they change nothing either. Stream AC's loop: test_stream.py.
 """
 
-import gc
-import runpy
-import signal
-import sys
-
 import ddpg_simba_sparse as ddpg
 import der_impala_sparse as der
 import drqv2_sparse as drq
-import gymnasium as gym
 import numpy as np
-import pandas as pd
 import pytest
 import sac_simba_sparse as sac
 import torch
-from filelock import FileLock
+from conftest import CPU, metric_values, only_run, read_metrics
 
-CPU = torch.device("cpu")
 TINY = "--threads 1 --device cpu --sparsity 0.5 --eval-episodes 1 --final-eval-episodes 1"
 
 
-class Corridor(gym.Env):
-    """Terminates with the third step of every second episode; all others are cut off by the limit of five steps."""
-
-    observation_space, action_space = gym.spaces.Box(-9, 9, (2,)), gym.spaces.Box(-0.5, 0.25, (1,))
-
-    def __init__(self, render_mode=None, width=84, height=84):
-        self.render_mode, self.episode = render_mode, -1
-
-    def reset(self, seed=None, options=None):
-        super().reset(seed=seed)
-        self.episode, self.steps = self.episode + 1, 0
-        return self.observe(), {}
-
-    def observe(self) -> np.ndarray:
-        self.picture = self.np_random.integers(0, 256, (84, 84, 3), np.uint8)
-        return np.array([self.steps, self.np_random.normal()], np.float32)
-
-    def render(self):
-        return self.picture
-
-    def step(self, action):
-        self.steps += 1
-        over = self.episode % 2 == 1 and self.steps == 3
-        return self.observe(), self.steps + float(action[0]), over, False, {}
-
-
-@pytest.fixture(autouse=True)
-def corridor():
-    gym.register("Corridor-v0", Corridor, max_episode_steps=5)
-    yield
-    del gym.registry["Corridor-v0"]
+pytestmark = pytest.mark.usefixtures("corridor")
 
 
 @pytest.fixture
-def run(monkeypatch, tmp_path):
-    """Trains from the command line, in this process: flags, checkpoint and metrics (a table of name, env_step, value).
+def run(main, tmp_path):
+    """Trains from the command line: flags, checkpoint and rows of metrics.csv.
 
-    Torch's generator and threads are left as they are at the start of the run.
+    Torch's generator is left as it is at the start of the run.
     """
 
-    handler, threads = signal.getsignal(signal.SIGINT), torch.get_num_threads()
-
     def run(agent, arguments: str):
-        monkeypatch.setenv("MUJOCO_GL", "disabled")
-        monkeypatch.setattr(
-            sys, "argv", [agent.__file__, *arguments.split(), "--runs-dir", str(tmp_path)]
-        )
-        try:
-            runpy.run_path(agent.__file__, run_name="__main__")
-        finally:
-            signal.signal(signal.SIGINT, handler)
-            for lock in [item for item in gc.get_objects() if type(item) is FileLock]:
-                lock.release(force=True)
-        (path,) = tmp_path.glob("*/checkpoint.pt")
-        checkpoint = torch.load(path, weights_only=True)
+        code, _, error = main(agent.__file__, *arguments.split(), "--runs-dir", "runs")
+        assert code == 0, error
+        run_dir = only_run(tmp_path / "runs")
+        checkpoint = torch.load(run_dir / "checkpoint.pt", weights_only=True)
         args = agent.Args(**checkpoint["args"])
         torch.manual_seed(args.seed)
-        return args, checkpoint, pd.read_csv(path.with_name("metrics.csv"))
+        return args, checkpoint, read_metrics(run_dir)
 
-    yield run
-    torch.set_num_threads(threads)
+    return run
 
 
 def assert_equal(saved: dict, expected: dict) -> None:
     assert saved.keys() == expected.keys()
     for name, value in expected.items():
         assert torch.equal(torch.as_tensor(saved[name]), torch.as_tensor(value)), name
-
-
-def logged(metrics: pd.DataFrame, name: str) -> list[float]:
-    return metrics.value[metrics.metric == name].tolist()
 
 
 @pytest.mark.parametrize("intervals", ["", "--eval-interval 7 --diagnostics-interval 3"])
@@ -104,7 +51,7 @@ def test_simba_agents(agent, intervals, run):
     args, saved, metrics = run(agent, f"{TINY} {flags} {intervals}")
     lengths = [5, 3, 5, 3, 5]  # and three steps of a sixth episode, which terminates with the last
     assert saved["counters"][:3] == (24, 2 * (24 - 9 + 1), 6)
-    assert logged(metrics, "episode/length") == [*lengths, 3]
+    assert metric_values(metrics, "episode/length") == [*lengths, 3]
     scale = args.exploration_noise if agent is ddpg else 1.0
 
     parts, norm, env = (
@@ -135,7 +82,7 @@ def test_simba_agents(agent, intervals, run):
                 agent.update(parts, batch, *(scale * torch.randn(2, 4, 1)), 0.9, args.tau)
             if t == 17:
                 parts = agent.Agent(args, 2, 1, CPU)
-    assert logged(metrics, "episode/return") == returns
+    assert metric_values(metrics, "episode/return") == returns
     assert_equal(saved["norm"], norm.state_dict())
     for ours, expected in zip(saved["replay"]["columns"], replay.columns):
         assert torch.equal(ours, expected)
@@ -155,7 +102,7 @@ def test_drqv2(intervals, run, tmp_path):
         t for t in range(10, 25) if t % 2 == 0
     ]  # after every second decision, once a decision was the actor's
     assert saved["counters"][:3] == (24, len(updates), 6)
-    assert logged(metrics, "episode/length") == lengths
+    assert metric_values(metrics, "episode/length") == lengths
 
     parts, env, t = drq.Agent(args, 1, CPU), drq.make_env(args), 0
     replay = drq.FrameReplay(tmp_path / "replay.u8", 48, 0, 1, 2, args.gamma)
@@ -233,7 +180,8 @@ def test_der(intervals, run, tmp_path):
         len(lengths) >= 1 and len(deaths) > len(lengths) + 1 and max(rewards) > 1
     )  # all of it has happened
     assert (
-        saved["counters"][1:3] == (updates, games) and logged(metrics, "episode/length") == lengths
+        saved["counters"][1:3] == (updates, games)
+        and metric_values(metrics, "episode/length") == lengths
     )
     assert saved["replay"]["counters"] == replay.state_dict()["counters"]
     for ours, expected in zip(saved["replay"]["columns"], replay.state_dict()["columns"]):

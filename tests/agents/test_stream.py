@@ -1,13 +1,8 @@
 """stream_ac_sparse.py against numbers worked out by hand, in numpy and in plain masked float64 with autograd."""
 
 import copy
-import csv
 import io
 import math
-import runpy
-import signal
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import gymnasium as gym
@@ -18,19 +13,12 @@ import stream_ac_sparse as stream
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from conftest import Corridor, metric_values, only_run, read_metrics
 
 OBS_DIM, ACTION_DIM = 5, 2
 KERNELS = pytest.mark.parametrize("kernel", ["auto", "dense"])
 SINGLE = 3e-7  # a few roundings of float32
 METRICS = ("episode/length", "episode/return", "losses/absolute_td_error")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def make_agent(obs_dim=OBS_DIM, action_dim=ACTION_DIM, **flags) -> tuple[stream.Agent, stream.Args]:
@@ -79,21 +67,17 @@ def same(first, second) -> bool:
     return all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def run_main(monkeypatch, runs: Path, arguments: str) -> tuple[int | None, dict, list[dict]]:
-    """Trains from the command line, in this process: exit code, checkpoint and rows of metrics.csv."""
-    monkeypatch.setenv("MUJOCO_GL", "disabled")
-    monkeypatch.setattr(sys, "argv", [stream.__file__, *arguments.split(), "--runs-dir", str(runs)])
-    handler, code = signal.getsignal(signal.SIGINT), 0
-    try:
-        runpy.run_path(stream.__file__, run_name="__main__")
-    except SystemExit as end:
-        code = end.code
-    finally:
-        signal.signal(signal.SIGINT, handler)
-    (run_dir,) = runs.iterdir()
-    with open(run_dir / "metrics.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    return code, torch.load(run_dir / "checkpoint.pt", weights_only=True), rows
+@pytest.fixture
+def run(main, tmp_path):
+    """Trains from the command line: exit code, stderr, checkpoint and rows of metrics.csv."""
+
+    def run(arguments: str) -> tuple[int, str, dict, list[dict]]:
+        code, _, error = main(stream.__file__, *arguments.split(), "--runs-dir", "runs")
+        run_dir = only_run(tmp_path / "runs")
+        checkpoint = torch.load(run_dir / "checkpoint.pt", weights_only=True)
+        return code, error, checkpoint, read_metrics(run_dir)
+
+    return run
 
 
 # What the agent sees
@@ -630,29 +614,6 @@ def test_evaluation_is_repeatable_and_leaves_the_agent_alone():
 # Whole runs
 
 
-class Corridor(gym.Env):
-    """Terminates with the third step of every second episode; all others are cut off by the limit of five steps."""
-
-    observation_space, action_space = gym.spaces.Box(-9, 9, (2,)), gym.spaces.Box(-0.5, 0.25, (1,))
-
-    def __init__(self, render_mode=None):
-        self.episode = -1
-
-    def reset(self, seed=None, options=None):
-        super().reset(seed=seed)
-        self.episode, self.steps = self.episode + 1, 0
-        return self.observe(), {}
-
-    def observe(self) -> np.ndarray:
-        return np.array([self.steps, self.np_random.normal()], np.float32)
-
-    def step(self, action):
-        assert -0.5 <= action[0] <= 0.25
-        self.steps += 1
-        over = self.episode % 2 == 1 and self.steps == 3
-        return self.observe(), self.steps + float(action[0]), over, False, {}
-
-
 class Broken(Corridor):
     """The same with a reward that is not a number in its third episode."""
 
@@ -661,27 +622,24 @@ class Broken(Corridor):
         return obs, math.nan if self.episode == 2 else reward, *rest
 
 
-@pytest.fixture(autouse=True)
-def corridors():
-    gym.register("Corridor-v0", Corridor, max_episode_steps=5)
+@pytest.fixture
+def broken():
     gym.register("Broken-v0", Broken, max_episode_steps=5)
     yield
-    del gym.registry["Corridor-v0"], gym.registry["Broken-v0"]
+    del gym.registry["Broken-v0"]
 
 
 @KERNELS
 @pytest.mark.parametrize(
     "flags", ["", "--bootstrap-on-truncation --learning-starts 7 --sparsity 0.5"]
 )
-def test_a_run_learns_once_from_every_transition(kernel, flags, monkeypatch, tmp_path):
+def test_a_run_learns_once_from_every_transition(kernel, flags, run, corridor):
     common = "--env-id Corridor-v0 --total-timesteps 17 --threads 1 --width-scale 0.125 --init lecun --eval-interval 6"
     common += f" --eval-episodes 2 --final-eval-episodes 1 --diagnostics-interval 9 --sparse-kernel {kernel} {flags}"
-    code, checkpoint, rows = run_main(monkeypatch, tmp_path, common)
+    code, _, checkpoint, rows = run(common)
     bootstrap, random_steps = bool(flags), 7 if flags else 0
     lengths = [5, 3, 5, 3]  # and one step of a fifth episode
-    logged = {
-        name: [float(row["value"]) for row in rows if row["metric"] == name] for name in METRICS
-    }
+    logged = {name: metric_values(rows, name) for name in METRICS}
     assert code == 0 and logged["episode/length"] == lengths
     assert checkpoint["counters"][:3] == (17, 17 - random_steps, 5)
 
@@ -734,10 +692,10 @@ def test_a_run_learns_once_from_every_transition(kernel, flags, monkeypatch, tmp
     assert checkpoint["norm"]["statistics"][0]["count"] == 17 + 5  # resets too
 
 
-def test_a_run_that_diverges_stops_and_keeps_its_checkpoint(monkeypatch, tmp_path, capsys):
+def test_a_run_that_diverges_stops_and_keeps_its_checkpoint(run, broken):
     flags = "--env-id Broken-v0 --total-timesteps 17 --threads 1 --width-scale 0.125 --checkpoint-interval 5"
-    code, checkpoint, _ = run_main(monkeypatch, tmp_path, f"{flags} --eval-episodes 1")
-    assert code == 3 and "not finite at agent_step=9" in capsys.readouterr().err
+    code, error, checkpoint, _ = run(f"{flags} --eval-episodes 1")
+    assert code == 3 and "not finite at agent_step=9" in error
     assert checkpoint["counters"][0] == 5
     assert all(
         torch.isfinite(value).all()
@@ -746,9 +704,9 @@ def test_a_run_that_diverges_stops_and_keeps_its_checkpoint(monkeypatch, tmp_pat
     )
 
 
-def test_balances_a_pole_after_5000_steps(monkeypatch, tmp_path):
+def test_balances_a_pole_after_5000_steps(run):
     flags = "--env-id InvertedPendulum-v5 --sparsity 0.5 --total-timesteps 5000 --threads 1"
-    *_, rows = run_main(monkeypatch, tmp_path, f"{flags} --eval-episodes 5 --final-eval-episodes 3")
+    *_, rows = run(f"{flags} --eval-episodes 5 --final-eval-episodes 3")
     returns = [float(row["value"]) for row in rows if row["metric"].endswith("/return_mean")]
     assert (
         len(returns) == 2 and returns[0] < 100 and returns[1] > 900

@@ -1,58 +1,44 @@
 """atari_scores.py on runs made by hand: aggregates by formula, nothing missing is averaged away."""
 
-import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import conftest
 import imageio
 import numpy as np
 import pandas as pd
 import pytest
-
-SCRIPT = Path(__file__).parents[1] / "sparse_zoo" / "analysis" / "atari_scores.py"
-sys.path.insert(0, str(SCRIPT.parent))
-import atari_scores  # noqa: E402
+from analysis import atari_scores
+from conftest import check_error
 
 
 def write_run(
     runs: Path, game: str, width: float, sparsity: float, seed: int, score: float | None, **flags
 ) -> None:
-    folder = runs / f"{game}-{width}-{sparsity}-{seed}"
-    folder.mkdir(parents=True)
     flags = {
         "exp_name": "der_impala_sparse",
         "env_id": f"ALE/{game}-v5",
         "depth_scale": 1,
         "n_step": 10,
+        "width_scale": width,
+        "sparsity": sparsity,
+        "seed": seed,
+        "total_timesteps": 400_000,
         **flags,
     }
-    flags |= {"width_scale": width, "sparsity": sparsity, "seed": seed, "total_timesteps": 400_000}
-    (folder / "args.json").write_text(json.dumps({"args": flags}))
-    rows = ["400,100,0,eval/return_mean,-1.0\n"]
-    rows += [] if score is None else [f"400000,100000,98400,final/return_mean,{score!r}\n"]
-    (folder / "metrics.csv").write_text(
-        "env_step,agent_step,update_step,metric,value\n" + "".join(rows)
-    )
+    rows = [(400, "eval/return_mean", -1.0)]
+    if score is not None:
+        rows.append((400_000, "final/return_mean", score))
+    conftest.write_run(runs / f"{game}-{width}-{sparsity}-{seed}", flags, rows)
 
 
-def run_script(folder: Path, *flags: str) -> subprocess.CompletedProcess:
-    command = [
-        sys.executable,
-        str(SCRIPT),
-        "--runs-dir",
-        "runs",
-        "--output",
-        "out",
-        "--samples",
-        "50",
-        *flags,
-    ]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+@pytest.fixture
+def run(main):
+    where = ("--runs-dir", "runs", "--output", "out", "--samples", "50")
+    return lambda *flags: main(atari_scores.__file__, *where, *flags)
 
 
-def test_scores_improvements_and_what_is_missing(tmp_path):
+def test_scores_improvements_and_what_is_missing(tmp_path, run):
     runs = tmp_path / "runs"
     # Pong: random -20.7, human 14.6; Breakout: 1.7 and 30.5
     write_run(runs, "Pong", 1.0, 0.0, 1, -20.7 + 0.1 * 35.3)
@@ -65,18 +51,16 @@ def test_scores_improvements_and_what_is_missing(tmp_path):
     write_run(runs, "Freeway", 3.0, 0.8, 1, 29.6)  # no baseline
     write_run(runs, "Alien", 1.0, 0.0, 2, None)  # unfinished
     write_run(runs, "Tetris", 1.0, 0.0, 1, 5.0)  # not one of the 26
-    done = run_script(tmp_path)
-    assert done.returncode == 0, done.stderr
+    code, out, err = run()
+    assert code == 0, err
     for words in (
         "Alien-1.0-0.0-2 is at env step 400 of 400000",
         "left out: Tetris",
         "baseline run: Freeway",
     ):
-        assert words in done.stdout
+        assert words in out
     (sparse,) = (
-        line
-        for line in done.stdout.splitlines()
-        if line.startswith("width 3 sparsity 0.8: 3 of 26")
+        line for line in out.splitlines() if line.startswith("width 3 sparsity 0.8: 3 of 26")
     )
     assert "Alien" in sparse and "Zaxxon" not in sparse and "Pong" not in sparse
     percent = pd.read_csv(tmp_path / "out" / "improvements.csv").set_index("game")[
@@ -128,12 +112,11 @@ def test_bootstrap_draws_seeds_within_each_game():
         ([("Tetris", 1.0, 0.0, 1, 1.0)], "26 games"),
     ],
 )
-def test_runs_that_cannot_be_compared(tmp_path, runs, words):
-    for *run, flags in ((*run, {}) if len(run) == 5 else run for run in runs):
-        write_run(tmp_path / "runs", *run, **flags)
-    done = run_script(tmp_path)
-    assert done.returncode == 2 and all(word in done.stderr for word in words.split()), done.stderr
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+def test_runs_that_cannot_be_compared(tmp_path, run, runs, words):
+    for *made, flags in ((*made, {}) if len(made) == 5 else made for made in runs):
+        write_run(tmp_path / "runs", *made, **flags)
+    code, _, err = run()
+    check_error(code, err, words)
     assert not (tmp_path / "out").exists()
 
 
@@ -143,7 +126,7 @@ def test_the_reference_scores_are_those_of_the_26_games():
     assert scores.set_index("game").loc["Pong"].tolist() == [-20.7, 14.6]
 
 
-def test_runs_that_cannot_be_used_are_named(tmp_path):
+def test_runs_that_cannot_be_used_are_named(tmp_path, run):
     write_run(tmp_path / "runs", "Pong", 1, 0, 1, 5.0)
     write_run(
         tmp_path / "more", "Pong", 1, 0, 1, 7.0, eval_interval=7
@@ -151,15 +134,11 @@ def test_runs_that_cannot_be_used_are_named(tmp_path):
     (tmp_path / "more" / "Pong-1-0-1").rename(tmp_path / "runs" / "z")
     write_run(tmp_path / "runs", "Boxing", 1, 0, 1, 5.0)
     (tmp_path / "runs" / "Boxing-1-0-1" / "args.json").write_text("{")
-    done = run_script(tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "left out: z is a second run of this network, game and seed" in done.stdout
-    assert "left out: Boxing-1-0-1 has no readable args.json (JSONDecodeError)" in done.stdout
+    code, out, err = run()
+    assert code == 0, err
+    assert "left out: z is a second run of this network, game and seed" in out
+    assert "left out: Boxing-1-0-1 has no readable args.json (JSONDecodeError)" in out
     assert pd.read_csv(tmp_path / "out" / "scores.csv").score.tolist() == [5.0]
     for flags in (("--samples", "0"), ("--output", "/proc/x")):
-        done = run_script(tmp_path, *flags)
-        assert (
-            done.returncode == 2
-            and done.stderr.startswith("error: ")
-            and done.stderr.count("\n") == 1
-        )
+        code, _, err = run(*flags)
+        check_error(code, err)

@@ -1,9 +1,8 @@
 """Cosines of per-transition gradients against one explicit gradient at a time, and the tool's files and errors."""
 
-import runpy
-import sys
 from pathlib import Path
 
+import conftest
 import ddpg_simba_sparse as ddpg
 import numpy as np
 import pandas as pd
@@ -11,30 +10,18 @@ import pytest
 import sac_simba_sparse as sac
 import torch
 import torch.nn as nn
+from analysis import gradient_interference as gi
+from conftest import CPU, check_error
 from torch.utils._python_dispatch import TorchDispatchMode
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "sparse_zoo" / "analysis"))
-
-import gradient_interference as gi
-
-CPU = torch.device("cpu")
 MODULES = {"sac": sac, "ddpg": ddpg}
 OBS_DIM, ACTION_DIM, K, GAMMA = 3, 1, 12, 0.9  # the sizes of Pendulum-v1
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def make_agent(module, seed: int = 1, **flags):
-    """A tiny agent with two critics, away from its initialisation (where every bias is 0 and both critics agree)."""
-    torch.manual_seed(seed)
-    flags = {"width_scale": 0.125, "clipped_double_q": True, "sparse_kernel": "dense", **flags}
-    agent = module.Agent(module.Args(**flags), OBS_DIM, ACTION_DIM, CPU)
+def make_agent(module, **flags):
+    """Two critics, away from initialisation (where every bias is 0 and both critics agree)."""
+    flags = {"clipped_double_q": True, "sparse_kernel": "dense", **flags}
+    agent = conftest.make_agent(module, OBS_DIM, ACTION_DIM, **flags)
     with torch.no_grad():
         for network in (agent.actor, agent.critic, agent.target_critic):
             for parameter in network.parameters():
@@ -44,18 +31,8 @@ def make_agent(module, seed: int = 1, **flags):
 
 def make_batch(k: int = K) -> tuple[sac.Batch, torch.Tensor, torch.Tensor]:
     """Transitions and the two noises."""
-    generator = torch.Generator().manual_seed(0)
-    widths = (OBS_DIM, ACTION_DIM, OBS_DIM, ACTION_DIM, ACTION_DIM)
-    obs, action, next_obs, noise, next_noise = (
-        torch.randn(k, width, generator=generator) for width in widths
-    )
-    terminated = (torch.arange(k) % 4 == 0).float()
-    reward = torch.randn(k, generator=generator)
-    return (
-        sac.Batch(obs, action.tanh(), reward, next_obs, terminated),
-        0.1 * noise,
-        0.1 * next_noise,
-    )
+    batch, noise, next_noise = conftest.make_batch(sac, k, OBS_DIM, ACTION_DIM)
+    return batch, 0.1 * noise, 0.1 * next_noise
 
 
 def explicit_gradients(module, agent, batch, noise, next_noise, network: str) -> torch.Tensor:
@@ -221,30 +198,15 @@ def write_run(run_dir: Path, module, seed: int = 3, trained: bool = False, **fla
 
 
 @pytest.fixture
-def main(monkeypatch, capsys, tmp_path):
-    """Runs the tool's command line in this process: exit code, stdout and stderr."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv(
-        "MUJOCO_GL", "disabled"
-    )  # which the tool would leave set for the tests after these
-
-    def run(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", [gi.__file__, "--threads", "1", *map(str, arguments)])
-        code = 0
-        try:
-            runpy.run_path(gi.__file__, run_name="__main__")
-        except SystemExit as end:
-            code = end.code
-        return code, *capsys.readouterr()
-
-    return run
+def run(main):
+    return lambda *arguments: main(gi.__file__, "--threads", "1", *arguments)
 
 
-def test_draws_and_tabulates_runs(main, tmp_path):
+def test_draws_and_tabulates_runs(run, tmp_path):
     write_run(tmp_path / "a", sac)
     write_run(tmp_path / "b", ddpg, trained=True, actor_sparsity=0.0)
     torch.manual_seed(99)  # nothing may depend on the generators' state
-    code, out, err = main("a", "b", "--samples", 20, "--output", "drawn")
+    code, out, err = run("a", "b", "--samples", 20, "--output", "drawn")
     assert code == 0 and not err, err
     table = pd.read_csv("drawn/gradient_interference.csv")
     assert table["run"].tolist() == ["a"] * 4 + ["b"] * 4
@@ -284,7 +246,7 @@ def test_takes_distinct_transitions_oldest_first(monkeypatch, tmp_path):
     )  # normalised
 
 
-def test_bad_input_ends_with_one_line_and_code_2(main, tmp_path):
+def test_bad_input_ends_with_one_line_and_code_2(run, tmp_path):
     write_run(tmp_path / "good", sac)
     write_run(tmp_path / "masks", sac)
     write_run(tmp_path / "foreign", sac)
@@ -323,8 +285,6 @@ def test_bad_input_ends_with_one_line_and_code_2(main, tmp_path):
         ),
         ([], "at least one run folder"),
     ):
-        code, _, err = main(*arguments)
-        assert code == 2, arguments
-        assert err.startswith("error: ") and err.count("\n") == 1, err
-        assert all(word in err for word in words.split()), err
+        code, _, err = run(*arguments)
+        check_error(code, err, words)
     assert not list((tmp_path / "results").rglob("*.*"))

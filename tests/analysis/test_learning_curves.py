@@ -1,51 +1,41 @@
 """learning_curves.py on runs made by hand: nothing is lost, the published curve is the right one."""
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
+import conftest
 import imageio
 import pandas as pd
 import pytest
+from analysis import learning_curves
+from conftest import check_error
 
-SCRIPT = Path(__file__).parents[1] / "sparse_zoo" / "analysis" / "learning_curves.py"
-sys.path.insert(0, str(SCRIPT.parent))
-import learning_curves  # noqa: E402
+SCRIPT = learning_curves.__file__
 
 
 def write_run(runs: Path, name: str, seed: int, sparsity: float, returns: dict[int, float]) -> None:
-    (runs / name).mkdir(parents=True)
     flags = {
         "exp_name": "sac_simba_sparse",
         "env_id": "dm_control/walker-walk-v0",
         "width_scale": 1.0,
-    }
-    flags |= {
         "depth_scale": 1,
         "sparsity": sparsity,
         "actor_sparsity": None,
         "critic_sparsity": None,
         "seed": seed,
     }
-    (runs / name / "args.json").write_text(json.dumps({"args": flags}))
-    rows = [
-        f"{step},0,0,eval/return_mean,{value!r}\n{step},0,0,losses/alpha,0.1\n"
-        for step, value in returns.items()
-    ]
-    (runs / name / "metrics.csv").write_text(
-        "env_step,agent_step,update_step,metric,value\n" + "".join(rows)
-    )
+    rows = []
+    for step, value in returns.items():
+        rows += [(step, "eval/return_mean", value), (step, "losses/alpha", 0.1)]
+    conftest.write_run(runs / name, flags, rows)
 
 
-def test_every_run_is_kept_as_it_is(tmp_path):
+def test_every_run_is_kept_as_it_is(tmp_path, main):
     write_run(tmp_path / "runs", "a", 1, 0.0, {0: 30.5, 10_000: 1 / 3})
     write_run(tmp_path / "runs", "b", 2, 0.8, {0: 20.0})
     write_run(tmp_path / "runs", "just_begun", 3, 0.8, {})
-    command = [sys.executable, str(SCRIPT), "--runs-dir", "runs", "--output", "out"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "left out: just_begun has no returns yet" in done.stdout
+    code, out, err = main(SCRIPT, "--runs-dir", "runs", "--output", "out")
+    assert code == 0, err
+    assert "left out: just_begun has no returns yet" in out
     table = pd.read_csv(tmp_path / "out" / "returns.csv.gz")
     assert list(zip(table.seed, table.sparsity, table.env_step, table.value)) == [
         (1, 0.0, 0, 30.5),
@@ -56,18 +46,9 @@ def test_every_run_is_kept_as_it_is(tmp_path):
 
     write_run(tmp_path / "more", "c", 3, 0.9, {0: 25.0})
     write_run(tmp_path / "more", "a", 1, 0.0, {0: 30.5, 10_000: 1 / 3})  # is among the earlier ones
-    command = [
-        sys.executable,
-        str(SCRIPT),
-        "--runs-dir",
-        "more",
-        "--earlier",
-        "out/returns.csv.gz",
-        "--output",
-        "both",
-    ]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    earlier = ("--earlier", "out/returns.csv.gz")
+    code, _, err = main(SCRIPT, "--runs-dir", "more", *earlier, "--output", "both")
+    assert code == 0, err
     both = pd.read_csv(tmp_path / "both" / "returns.csv.gz")
     pd.testing.assert_frame_equal(both[:3], table)
     assert len(both) == 4
@@ -129,27 +110,11 @@ def test_scores_of_atari_games():
     assert learning_curves.atari_scores("ALE/Tetris-v5") == {}
 
 
-def test_no_runs(tmp_path):
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT)], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert (done.returncode, done.stderr) == (2, "error: no run in runs\n")
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--earlier", "no.gz"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2 and done.stderr.startswith(
-        "error: --earlier no.gz: [Errno 2] No such file"
-    )
-    assert done.stderr.count("\n") == 1
+def test_no_runs(tmp_path, main):
+    code, _, err = main(SCRIPT)
+    assert (code, err) == (2, "error: no run in runs\n")
+    code, _, err = main(SCRIPT, "--earlier", "no.gz")
+    check_error(code, err, "--earlier no.gz: [Errno 2] No such file")
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--earlier", "other.csv"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2 and done.stderr.startswith("error: --earlier other.csv: ")
-    assert done.stderr.count("\n") == 1
+    code, _, err = main(SCRIPT, "--earlier", "other.csv")
+    check_error(code, err, "--earlier other.csv:")

@@ -1,7 +1,5 @@
 """plan.py: a command leads to its run's folder, the state of a run, the links for the figures, the estimate of time."""
 
-import io
-import runpy
 import sys
 from pathlib import Path
 
@@ -11,33 +9,16 @@ import pytest
 import sac_simba_sparse as sac
 import stream_ac_sparse as stream
 from analysis import plan
+from conftest import write_metrics
 
 COMMAND = "python sparse_zoo/{}.py --env-id {} --width-scale 0.5 --sparsity 0.9 --seed {} --runs-dir {} --threads 1"
 
 
 @pytest.fixture
-def main(monkeypatch, capsys):
-    """The program in this process, which saves its start: exit code, stdout, stderr."""
-
-    def run(commands: list[str], *arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["plan.py", *map(str, arguments)])
-        monkeypatch.setattr(
-            sys, "stdin", io.StringIO("".join(f"{command}\n" for command in commands))
-        )
-        code = 0
-        try:
-            runpy.run_path(plan.__file__, run_name="__main__")
-        except SystemExit as end:
-            code = end.code or 0
-        return code, *capsys.readouterr()
-
-    return run
-
-
-def write_metrics(folder: Path, *rows: str) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = ["env_step,agent_step,update_step,metric,value", *rows]
-    (folder / "metrics.csv").write_text("\n".join(lines) + "\n")
+def run_plan(main):
+    return lambda commands, *arguments: main(
+        plan.__file__, *arguments, stdin="".join(f"{command}\n" for command in commands)
+    )
 
 
 @pytest.mark.parametrize("module,env_id", [(sac, "dm_control/humanoid-run-v0"), (stream, "Ant-v4")])
@@ -63,10 +44,10 @@ def test_state(tmp_path):
     assert plan.state(run) == "absent"
     write_metrics(run.folder)
     assert plan.state(run) == "just started"
-    write_metrics(run.folder, "0,0,0,eval/return_mean,1.0", "12000,6000,2,losses/alpha,0.1")
+    write_metrics(run.folder, (0, "eval/return_mean", 1.0), (12_000, "losses/alpha", 0.1))
     assert plan.state(run) == "at env step 12,000 of 1,000,000"
     write_metrics(
-        run.folder, "1000000,6000,2,final/return_mean,0.1", "1000000,6000,2,final/return_std,0.1"
+        run.folder, *((1_000_000, f"final/return_{name}", 0.1) for name in ("mean", "std"))
     )
     assert plan.state(run) == "finished"
     (run.folder / "checkpoint.tmp").touch()  # killed while it wrote the last checkpoint
@@ -75,13 +56,13 @@ def test_state(tmp_path):
     assert plan.state(run) == "just started"
 
 
-def test_finished_runs_are_linked_and_the_others_named(tmp_path, main):
+def test_finished_runs_are_linked_and_the_others_named(tmp_path, run_plan):
     commands = [
         COMMAND.format("sac_simba_sparse", "x-v0", seed, tmp_path / "runs") for seed in (1, 2, 3)
     ]
     runs = [plan.parse_command(command) for command in commands]
     links = tmp_path / "links"
-    code, _, err = main(commands, "link", "--output", links)
+    code, _, err = run_plan(commands, "link", "--output", links)
     assert (
         code == 2
         and err
@@ -89,11 +70,11 @@ def test_finished_runs_are_linked_and_the_others_named(tmp_path, main):
     )
     assert not links.exists()
 
-    write_metrics(runs[0].folder, "5,0,0,final/return_mean,1.5")
-    write_metrics(runs[1].folder, "5,0,0,eval/return_mean,1.5")
+    write_metrics(runs[0].folder, (5, "final/return_mean", 1.5))
+    write_metrics(runs[1].folder, (5, "eval/return_mean", 1.5))
     links.mkdir()
     (links / "stale").symlink_to(tmp_path)
-    code, out, _ = main(commands, "link", "--output", links)
+    code, out, _ = run_plan(commands, "link", "--output", links)
     assert code == 0
     assert [path.name for path in links.iterdir()] == [runs[0].folder.name]
     assert "1.5" in (links / runs[0].folder.name / "metrics.csv").read_text()
@@ -102,10 +83,10 @@ def test_finished_runs_are_linked_and_the_others_named(tmp_path, main):
         f"missing: {runs[2].folder} is absent",
         "1 of 3 runs are finished",
     ]
-    code, out, err = main(commands, "unfinished")
+    code, out, err = run_plan(commands, "unfinished")
     assert code == 0 and out.splitlines() == commands[1:]
     assert err.startswith("3 runs, 1 of them finished; the rest takes about ")
-    code, out, _ = main(commands, "status")
+    code, out, _ = run_plan(commands, "status")
     *lines, last = out.splitlines()
     assert [line.split(":")[0] for line in lines] == [
         "finished",
@@ -118,18 +99,18 @@ def test_finished_runs_are_linked_and_the_others_named(tmp_path, main):
 @pytest.mark.parametrize(
     "command", ["python train.py --seed 1", "python sparse_zoo/sac_simba_sparse.py --env-id x"]
 )
-def test_no_command_of_an_agent(main, command):
-    code, out, err = main([command], "status")
+def test_no_command_of_an_agent(run_plan, command):
+    code, out, err = run_plan([command], "status")
     assert (code, out) == (
         2,
         "",
     ) and err == f"error: not the command of an agent, with --seed: {command}\n"
 
 
-def test_a_package_that_does_not_work(main, monkeypatch):
+def test_a_package_that_does_not_work(run_plan, monkeypatch):
     monkeypatch.setitem(sys.modules, "numba", None)  # upon which its import fails
     monkeypatch.delitem(sys.modules, "ddpg_simba_sparse", raising=False)
-    code, out, err = main([COMMAND.format("ddpg_simba_sparse", "x-v0", 1, "runs")], "status")
+    code, out, err = run_plan([COMMAND.format("ddpg_simba_sparse", "x-v0", 1, "runs")], "status")
     assert (code, out) == (2, "") and err.count("\n") == 1
     assert (
         err.startswith("error: ddpg_simba_sparse cannot be imported (import of numba")

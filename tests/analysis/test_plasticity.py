@@ -1,25 +1,21 @@
 """Figures of plasticity: means, bands, grouping and ends of training from hand-made runs of known numbers."""
 
-import json
 import math
 import re
-import runpy
 import shutil
-import sys
 from itertools import product
 from pathlib import Path
 
+import conftest
 import ddpg_simba_sparse as ddpg
-import numba
 import numpy as np
 import pandas as pd
 import pytest
 import sac_simba_sparse as sac
-import torch
 from analysis import plasticity
+from conftest import ANALYSIS
 from matplotlib.image import imread
 
-ANALYSIS = Path(plasticity.__file__).parent
 RANK, NORM, RETURN = (
     "diagnostics/critic_srank_99",
     "diagnostics/critic_param_norm",
@@ -37,37 +33,21 @@ def write_run(
     folder: Path, name: str, values: dict[str, list[float]], finished: bool = True, **flags
 ) -> Path:
     """A run's folder; each metric is measured at env steps 100, 200, ..."""
-    defaults = vars(sac.Args()) | {"exp_name": "sac_simba_sparse", "total_timesteps": 1000}
-    (folder / name).mkdir(parents=True)
-    (folder / name / "args.json").write_text(json.dumps({"args": defaults | flags}))
+    defaults = {"exp_name": "sac_simba_sparse", "total_timesteps": 1000}
     rows = [
         (100 * (i + 1), metric, value)
         for metric, series in values.items()
         for i, value in enumerate(series)
     ]
-    rows += [(1000, "final/return_mean", 5.0)] if finished else []
-    lines = [f"{step},{step // 2},{step},{metric},{value!r}" for step, metric, value in rows]
-    (folder / name / "metrics.csv").write_text(
-        "env_step,agent_step,update_step,metric,value\n" + "\n".join(lines)
-    )
-    return folder / name
+    if finished:
+        rows.append((1000, "final/return_mean", 5.0))
+    return conftest.write_run(folder / name, vars(sac.Args()) | defaults | flags, rows)
 
 
 @pytest.fixture
-def main(monkeypatch, capsys, tmp_path):
-    """Runs a tool's command line in this process, which saves its start: exit code, stdout, stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(tool: str, *arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", [tool, *map(str, arguments)])
-        code = 0
-        try:
-            runpy.run_path(str(ANALYSIS / tool), run_name="__main__")
-        except SystemExit as end:
-            code = end.code
-        return code, *capsys.readouterr()
-
-    return run
+def main(main):
+    """A tool's exit code, stdout and stderr."""
+    return lambda tool, *arguments: main(ANALYSIS / tool, *arguments)
 
 
 def test_interval_of_constant_values_has_no_width():
@@ -191,7 +171,7 @@ def test_runs_left_out_are_named(tmp_path):
         '{"args": {"seed": 7}}'
     )
     twice = write_run(tmp_path, "i_twice", {RANK: [9.0]}, seed=8) / "metrics.csv"
-    twice.write_text(twice.read_text() + f"\n100,50,100,{RANK},9.0\n")
+    twice.write_text(twice.read_text() + f"100,50,100,{RANK},9.0\n")
     (tmp_path / "j_nothing").mkdir()
     header = write_run(tmp_path, "k_header", {}, finished=False, seed=9) / "metrics.csv"
     header.write_text("env_step,agent_step,update_step,metric,value\n")
@@ -432,13 +412,8 @@ def test_nothing_to_draw(main, tmp_path):
 
 @pytest.mark.parametrize("agent", ["sac", "ddpg"])
 def test_cost_of_diagnostics(agent, main):
-    before = numba.get_num_threads(), torch.get_num_threads()
-    try:
-        flags = ("--width-scale", "0.25", "--sparsity", "0", "0.9", "--turns", "3")
-        code, out, _ = main("bench_diagnostics.py", "--agent", agent, *flags)
-    finally:
-        numba.set_num_threads(before[0])
-        torch.set_num_threads(before[1])
+    flags = ("--width-scale", "0.25", "--sparsity", "0", "0.9", "--turns", "3")
+    code, out, _ = main("bench_diagnostics.py", "--agent", agent, *flags)
     pattern = r"diagnose ([\d.]+) ms, update ([\d.]+) ms, .*: ([\d.]+) %"
     lines = [[float(number) for number in found] for found in re.findall(pattern, out)]
     assert code == 0 and len(lines) == 2

@@ -1,11 +1,9 @@
 """scaling.py on hand-made runs of known returns: statistics, gaps, the families of networks, every picture."""
 
-import json
-import runpy
 import shutil
-import sys
 from pathlib import Path
 
+import conftest
 import numpy as np
 import pandas as pd
 import pytest
@@ -27,49 +25,29 @@ def write_run(
         "seed": 1,
     } | flags
     flags = {"total_timesteps": 1_000_000, "threads": 1, **flags, "exp_name": exp_name}
-    run = folder / f"run{len(list(folder.glob('*')))}"
-    run.mkdir(parents=True)
     total = round(1000 * flags["width_scale"] ** 2 * flags["depth_scale"])
-    layers = {
-        "actor": [],
-        "critic": [{"active": round(total * (1 - flags["sparsity"])), "total": total}],
-    }
-    (run / "args.json").write_text(json.dumps({"args": flags, "layers": layers}))
+    active = round(total * (1 - flags["sparsity"]))
+    layers = {"actor": [], "critic": [{"active": active, "total": total}]}
     kind = "final" if finished else "eval"
-    rows = f"0,0,0,eval/return_mean,0.0\n1000000,1,1,{kind}/return_mean,{value!r}\n"
-    (run / "metrics.csv").write_text(f"env_step,agent_step,update_step,metric,value\n{rows}")
+    rows = [(0, "eval/return_mean", 0.0), (1_000_000, f"{kind}/return_mean", value)]
+    run = folder / f"run{len(list(folder.glob('*')))}"
+    conftest.write_run(run, flags, rows, layers=layers)
 
 
 @pytest.fixture
-def main(monkeypatch, capsys, tmp_path):
-    """The program in this process, which saves its start: exit code, stdout, stderr, table."""
+def main(main, tmp_path):
+    """The program's exit code, stdout, stderr and table."""
 
     def run(figure: str, *more: str):
         out = tmp_path / "out"
-        flags = [
-            "--figure",
-            figure,
-            "--runs-dir",
-            str(tmp_path / "runs"),
-            "--output",
-            str(out),
-            *more,
-        ]
-        monkeypatch.setattr(sys, "argv", ["scaling.py", *flags])
-        code = 0
-        try:
-            runpy.run_path(scaling.__file__, run_name="__main__")
-        except SystemExit as end:
-            code = end.code
-        if code == 0:
-            assert (
-                imread(out / f"{figure}.png").std() > 0.01
-                and (out / f"{figure}.svg").stat().st_size > 1000
-            )
-            assert (out / f"{figure}.md").read_text().count("\n") == 2 + len(
-                pd.read_csv(out / f"{figure}.csv")
-            )
-        return code, *capsys.readouterr(), pd.read_csv(out / f"{figure}.csv") if code == 0 else None
+        code, *texts = main(scaling.__file__, "--figure", figure, "--output", "out", *more)
+        if code:
+            return code, *texts, None
+        table = pd.read_csv(out / f"{figure}.csv")
+        assert imread(out / f"{figure}.png").std() > 0.01
+        assert (out / f"{figure}.svg").stat().st_size > 1000
+        assert (out / f"{figure}.md").read_text().count("\n") == 2 + len(table)
+        return code, *texts, table
 
     return run
 

@@ -1,18 +1,12 @@
 """The simplicity bias score on functions whose spectrum is known, and its order of networks."""
 
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import imageio
 import pandas as pd
 import pytest
 import torch
-
-FOLDER = Path(__file__).parents[1] / "sparse_zoo" / "analysis"
-sys.path.insert(0, str(FOLDER))
-import simplicity_bias as bias  # noqa: E402
+from analysis import simplicity_bias as bias
 
 N = 40
 ROW, COLUMN = torch.meshgrid(
@@ -71,11 +65,10 @@ def test_simba_is_simpler_than_an_mlp_and_sparse_simba_than_dense():
         assert simpler.mean() - simple.mean() > 2 * error
 
 
-def test_command_line_draws_and_writes(tmp_path):
+def test_command_line_draws_and_writes(tmp_path, main):
     flags = "--width-scale 0.0625 --grid 20 --inits 2 --heads 4 --sparsities 0 0.5 --threads 1 --output out"
-    command = [sys.executable, str(FOLDER / "simplicity_bias.py"), *flags.split()]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    code, _, err = main(bias.__file__, *flags.split())
+    assert code == 0, err
     table = pd.read_csv(tmp_path / "out" / "scores.csv")
     assert list(zip(table.network, table.sparsity, table.seed)) == [
         *(
@@ -89,8 +82,6 @@ def test_command_line_draws_and_writes(tmp_path):
     ]
     assert table.score.between(2, 12).all() and table.score.nunique() == 6
     assert imageio.imread(tmp_path / "out" / "simplicity_bias.png").std() > 1
-    bad = subprocess.run([*command, "--inits", "0"], cwd=tmp_path, capture_output=True, text=True)
-    assert (
-        bad.returncode == 2
-        and bad.stderr == "error: --inits and --heads must be at least 1, --grid at least 2\n"
-    )
+    code, _, err = main(bias.__file__, *flags.split(), "--inits", "0")
+    assert code == 2
+    assert err == "error: --inits and --heads must be at least 1, --grid at least 2\n"

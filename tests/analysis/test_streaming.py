@@ -1,10 +1,8 @@
 """streaming.py on hand-made runs: which figures it draws, exact numbers in its table, what is missing is named."""
 
-import json
-import runpy
-import sys
 from pathlib import Path
 
+import conftest
 import pandas as pd
 import pytest
 from analysis import streaming
@@ -21,35 +19,23 @@ def write_run(folder: Path, returns: dict[int, float], finished: bool = True, **
         "seed": 1,
         **flags,
     }
-    run = folder / flags.pop("name", f"run{len(list(folder.glob('*')))}")
-    run.mkdir(parents=True)
-    (run / "args.json").write_text(
-        json.dumps({"args": {**flags, "exp_name": "stream_ac_sparse", "total_timesteps": 1000}})
-    )
-    rows = [
-        f"{step},{m},{value}"
-        for step, r in returns.items()
-        for m, value in (("return", r), ("length", 10))
-    ]
-    rows = [
-        row.replace(",return", ",episode/return").replace(",length", ",episode/length")
-        for row in rows
-    ]
-    rows += ["1000,final/return_mean,0.0"] if finished else []
-    (run / "metrics.csv").write_text("env_step,metric,value\n" + "\n".join(rows) + "\n")
+    name = flags.pop("name", f"run{len(list(folder.glob('*')))}")
+    flags |= {"exp_name": "stream_ac_sparse", "total_timesteps": 1000}
+    rows = []
+    for step, value in returns.items():
+        rows += [(step, "episode/return", value), (step, "episode/length", 10)]
+    if finished:
+        rows.append((1000, "final/return_mean", 0.0))
+    conftest.write_run(folder / name, flags, rows)
 
 
 @pytest.fixture
-def main(monkeypatch, capsys, tmp_path):
+def main(main, tmp_path):
+    """The program's exit code, what it says and its output folder."""
+
     def run(*flags: str) -> tuple[int, str, Path]:
-        out = tmp_path / "out"
-        where = ["--runs-dir", str(tmp_path / "runs"), "--output", str(out), "--bin", "500"]
-        monkeypatch.setattr(sys, "argv", ["streaming.py", *where, *flags])
-        try:
-            runpy.run_path(streaming.__file__, run_name="__main__")
-        except SystemExit as end:
-            return end.code, capsys.readouterr().err, out
-        return 0, capsys.readouterr().out, out
+        code, out, err = main(streaming.__file__, "--output", "out", "--bin", "500", *flags)
+        return code, err if code else out, tmp_path / "out"
 
     return run
 

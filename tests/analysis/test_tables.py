@@ -1,7 +1,5 @@
 """tables.py: the values come from the code and the environments; what differs from the paper is marked."""
 
-import io
-import runpy
 import sys
 from dataclasses import fields
 
@@ -16,24 +14,18 @@ COMMANDS = "".join(
 
 
 @pytest.fixture
-def table(monkeypatch, capsys, tmp_path):
+def table(main, tmp_path):
     """The rows (what, here, paper, mark) of a table; the exit code and error if it fails."""
-    monkeypatch.setenv("MUJOCO_GL", "disabled")
 
     def run(number: int, commands: str = COMMANDS):
-        monkeypatch.setattr(
-            sys, "argv", ["tables.py", "--table", str(number), "--output", str(tmp_path)]
-        )
-        monkeypatch.setattr(sys, "stdin", io.StringIO(commands))
-        try:
-            runpy.run_path(tables.__file__, run_name="__main__")
-        except SystemExit as end:
-            return end.code, capsys.readouterr().err
+        flags = ("--table", number, "--output", ".")
+        code, out, err = main(tables.__file__, *flags, stdin=commands)
+        if code:
+            return code, err
         lines = (tmp_path / "table.md").read_text().splitlines()
-        assert (
-            len({line.count("|") for line in lines}) == 1
-        )  # a value with a bar in it would break the table
-        assert capsys.readouterr().out.startswith(f"Table {number}\n\n{lines[0]}\n")
+        # A value with a bar in it would break the table
+        assert len({line.count("|") for line in lines}) == 1
+        assert out.startswith(f"Table {number}\n\n{lines[0]}\n")
         return [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in lines[2:]]
 
     return run

@@ -1,20 +1,15 @@
 """The other bench_*.py: each runs on small networks and prints what its page quotes; bench_stream.py needs a clone."""
 
 import re
-import subprocess
-import sys
-from pathlib import Path
+from subprocess import CompletedProcess
 
 import pandas as pd
 import pytest
+from conftest import ANALYSIS, ROOT, Process, check_error
 
-FOLDER = Path(__file__).parents[1] / "sparse_zoo" / "analysis"
 
-
-def run(tool: str, *flags: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, str(FOLDER / tool), *flags], capture_output=True, text=True
-    )
+def run(tool: str, *flags: str) -> CompletedProcess:
+    return Process(ANALYSIS / tool, *flags).finish()
 
 
 def test_kernels():
@@ -28,17 +23,10 @@ def test_kernels():
 
 def test_costs_replace_those_of_the_same_agent_only(tmp_path):
     output = tmp_path / "costs.csv"
-    old = pd.read_csv(FOLDER.parents[1] / "docs" / "results" / "costs.csv")
+    old = pd.read_csv(ROOT / "docs" / "results" / "costs.csv")
     old.to_csv(output, index=False)
-    done = run(
-        "bench_costs.py",
-        "--agents",
-        "stream_ac_sparse",
-        "--seconds",
-        "0.1",
-        "--output",
-        str(output),
-    )
+    flags = "--agents stream_ac_sparse --seconds 0.05 --output"
+    done = run("bench_costs.py", *flags.split(), str(output))
     assert done.returncode == 0, done.stderr
     new = pd.read_csv(output)
     assert set(new.agent) == set(old.agent) and len(new) == len(old) and (new.ms > 0).all()
@@ -76,8 +64,5 @@ def test_pixel_agents():
 )
 def test_bad_input(tool, flags):
     done = run(tool, *flags.split())
-    assert (
-        done.returncode == 2
-        and done.stderr.startswith(f"error: {flags}: ")
-        and done.stderr.count("\n") == 1
-    )
+    check_error(done.returncode, done.stderr)
+    assert done.stderr.startswith(f"error: {flags}: ")

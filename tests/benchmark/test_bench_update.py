@@ -3,31 +3,17 @@
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pandas as pd
 import pytest
+from analysis import bench_update
 from torch.utils.flop_counter import FlopCounterMode
-
-SCRIPT = Path(__file__).parents[1] / "sparse_zoo" / "analysis" / "bench_update.py"
-sys.path.insert(0, str(SCRIPT.parent))
-import bench_update  # noqa: E402
 
 
 def test_one_row():
-    flags = [
-        "--width-scale",
-        "0.25",
-        "--sparsity",
-        "0.9",
-        "--turns",
-        "1",
-        "--turn-seconds",
-        "0.01",
-        "--threads",
-        "1",
-    ]
-    done = subprocess.run([sys.executable, str(SCRIPT), *flags], capture_output=True, text=True)
+    flags = "--width-scale 0.25 --sparsity 0.9 --turns 1 --turn-seconds 0.01 --threads 1"
+    command = [sys.executable, bench_update.__file__, *flags.split()]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     ratio = dict(
         part.split("=") for part in done.stdout.splitlines()[-1].removeprefix("ratio ").split()

@@ -12,9 +12,9 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from matplotlib.image import imread
 
-ROOT = Path(__file__).parents[1]
 FIGURES = [f"fig{number}" for number in range(1, 19)]
 # Three runs of Stream AC that take some ten seconds each and have several checkpoints
 SWEEP, FLAGS = "fig13", "--total-timesteps 30000 --eval-interval 10000 --checkpoint-interval 1000"
