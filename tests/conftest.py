@@ -1,4 +1,4 @@
-"""What several test files need: where things are, programs and what they leave, agents, runs made by hand."""
+"""What several test files need: paths, programs and what they leave, agents, hand-made runs."""
 
 import csv
 import gc

@@ -1,10 +1,12 @@
-"""A device without hardware, "sim": its tensors cannot mix with those of the CPU, and compute what the CPU would.
+"""A device without hardware, "sim", that computes what the CPU would.
 
-Runs an agent's file on the CPU (FOLDER/cpu) and on this device (FOLDER/sim; interrupted once, then it goes on):
+Its tensors cannot mix with those of the CPU. Runs an agent's file on the CPU (FOLDER/cpu) and on
+this device (FOLDER/sim; interrupted once, then it goes on):
 
     python tests/simulated_device.py sparse_zoo/sac_simba_sparse.py FOLDER FLAGS...
 
-It shows that a program puts every tensor where it belongs, as it must with CUDA; it shows nothing about CUDA's kernels.
+It shows that a program puts every tensor where it belongs, as it must with CUDA; it shows nothing
+about CUDA's kernels.
 """
 
 import dataclasses
@@ -69,7 +71,7 @@ class SimDevice(TorchDispatchMode):
 
 
 def call(operation, args: tuple, kwargs: dict):
-    """Does an operation in the memory of its tensors. Raises RuntimeError if they lie on two devices."""
+    """Does an operation in the memory of its tensors; RuntimeError if they lie on two devices."""
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
     ours = {id(tensor.memory): tensor for tensor in tensors if isinstance(tensor, SimTensor)}
     strangers = [tensor for tensor in tensors if not isinstance(tensor, SimTensor)]
@@ -101,7 +103,7 @@ def call(operation, args: tuple, kwargs: dict):
 
 
 def run(file: str, flags: list[str], device: str, stop_at_checkpoint: int | None = None) -> None:
-    """Runs an agent's file as from the command line; stops it, on request, before its n-th checkpoint is written."""
+    """Runs an agent's file; stops it, on request, before its n-th checkpoint is written."""
     parse, save, saved = tyro.cli, torch.save, 0
 
     def save_on_cpu(state, path):

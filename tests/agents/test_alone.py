@@ -1,4 +1,4 @@
-"""Each agent file runs by itself: copied to an empty folder, with the packages that its own header names."""
+"""Each agent runs by itself: in an empty folder, with the packages that its own header names."""
 
 import csv
 import fnmatch
@@ -17,7 +17,8 @@ import torch
 from conftest import AGENTS, ROOT, only_run
 
 BY_AGENT = pytest.mark.parametrize("agent", sorted(AGENTS.glob("*.py")), ids=lambda path: path.stem)
-TINY = "--eval-episodes 1 --final-eval-episodes 1 --width-scale 0.125 --sparsity 0.8 --device cpu --threads 1"
+TINY = "--eval-episodes 1 --final-eval-episodes 1 --width-scale 0.125 --sparsity 0.8"
+TINY += " --device cpu --threads 1"
 SHORT = "--total-timesteps 1000 --learning-starts 600 --diagnostics-interval 800"
 CARTPOLE = f"{SHORT} --env-id dm_control/cartpole-swingup-v0 --action-repeat 20 --batch-size 16"
 DENSE = "--sparse-kernel dense"  # SAC compiles the same packed one
@@ -39,7 +40,7 @@ def header(agent: Path) -> dict:
 
 
 def documented_metrics(agent: str) -> list[str]:
-    """The metrics in the tables of an agent's docs page and, for diagnostics, of SAC's; * stands for anything."""
+    """The metrics in the tables of an agent's page and of SAC's; * stands for anything."""
     names = []
     for page in (agent, "sac_simba_sparse"):
         for cell in re.findall(

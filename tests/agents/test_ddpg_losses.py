@@ -1,4 +1,4 @@
-"""Policy, losses and whole updates of ddpg_simba_sparse.py against numbers worked out by hand and in plain float64."""
+"""DDPG's policy, losses and updates against numbers worked out by hand and in plain float64."""
 
 import math
 from types import SimpleNamespace
@@ -69,8 +69,8 @@ def policy_stub(obs, noise):
 
 
 def test_actor_loss_by_hand():
-    # Q = 10 a for actions 1 + 0.5 and 3 - 1: -(15 + 20) / 2. A second critic 12 + a is smaller at the first action
-    # (13.5) and at the second (14): -(13.5 + 14) / 2.
+    # Q = 10 a for actions 1 + 0.5 and 3 - 1: -(15 + 20) / 2. A second critic 12 + a is smaller at
+    # the first action (13.5) and at the second (14): -(13.5 + 14) / 2.
     obs, noise = torch.tensor([[1.0], [3.0]]), torch.tensor([[0.5], [-1.0]])
     assert ddpg.actor_loss(policy_stub, lambda _, a: 10 * a.T, obs, noise).item() == -17.5
     assert (
@@ -82,8 +82,9 @@ def test_actor_loss_by_hand():
 
 
 def test_td_target_by_hand():
-    # Actions 0.5 and 2: Q = 5 and 20; 1 + 0.9 * 5 = 5.5; the terminated second keeps its reward 1; the third, cut off
-    # by a time limit and so stored with terminated = 0, bootstraps like the first.
+    # Actions 0.5 and 2: Q = 5 and 20; 1 + 0.9 * 5 = 5.5; the terminated second keeps its reward 1;
+    # the third, cut off by a time limit and so stored with terminated = 0, bootstraps like the
+    # first.
     next_obs, noise = torch.tensor([[0.0], [1.0], [0.0]]), torch.tensor([[0.5], [1.0], [0.5]])
     batch = ddpg.Batch(None, None, torch.ones(3), next_obs, torch.tensor([0.0, 1.0, 0.0]))
     target = ddpg.td_target(policy_stub, lambda _, a: 10 * a.T, batch, 0.9, noise)
@@ -105,7 +106,7 @@ def test_td_target_carries_no_gradient():
 
 
 class Reference:
-    """One network as dense float64 matrices: its parameters, masks and AdamW moments, all by name."""
+    """A network as dense float64 matrices: parameters, masks and AdamW moments, all by name."""
 
     def __init__(self, network: nn.Module):
         self.parameters, self.masks = {}, {}
@@ -141,7 +142,7 @@ class Reference:
         return self.norm(f"{name}.{blocks + 1}", x)
 
     def descend(self, loss: torch.Tensor) -> None:
-        """One AdamW step (1e-4, decay 1e-2, betas 0.9 and 0.999) down a loss; pruned weights stay at zero."""
+        """One AdamW step down a loss (1e-4, decay 1e-2, betas 0.9 and 0.999)."""
         gradients = torch.autograd.grad(loss, list(self.parameters.values()))
         self.steps += 1
         for (name, value), gradient in zip(list(self.parameters.items()), gradients):

@@ -1,4 +1,4 @@
-"""DER's numbers: C51 against published code, replay, noise, the IMPALA CNN, whole updates, lives."""
+"""DER: C51 against published code, replay, noise, the IMPALA CNN, whole updates, lives."""
 
 import math
 from pathlib import Path
@@ -95,7 +95,7 @@ def test_dueling_heads_equal_dopamine(golden, monkeypatch):
 
 @pytest.fixture
 def replay(tmp_path):
-    """Lives of 5 (ends by a terminal), 2 (cut off), 2 (terminal) and 6 decisions (still going on), n = 3."""
+    """Lives of 5 (terminal), 2 (cut off), 2 (terminal) and 6 decisions (going on), n = 3."""
     replay, film = make_replay(tmp_path, n_step=3, gamma=0.5), iter(frames(19))
     for length, terminal in ((5, True), (2, False), (2, True), (6, False)):
         replay.begin(next(film))
@@ -106,7 +106,8 @@ def replay(tmp_path):
     return replay
 
 
-# Frames 0-5, 6-8, 9-11, 12-18; the reward after frame k is k + 1. What can be sampled: return, discount, bootstrap
+# Frames 0-5, 6-8, 9-11, 12-18; the reward after frame k is k + 1. What can be sampled: return,
+# discount, bootstrap
 EXPECTED = {
     **{
         0: (1 + 2 / 2 + 3 / 4, 1 / 8, 3),
@@ -228,7 +229,8 @@ def test_noise_has_the_variance_of_its_scales(sparsity):
     with torch.no_grad():
         outputs = torch.cat([layer(x, (f(64), f(32))) for _ in range(20_000)])
         mean = layer(x)[0]
-    # The noise of output i is eps_i (sum_j sigma eps_j x_j + sigma), and E eps^2 = E |z| = sqrt(2 / pi)
+    # The noise of output i is eps_i (sum_j sigma eps_j x_j + sigma), and E eps^2 = E |z| = sqrt(2 /
+    # pi)
     mask = torch.ones(32, 64)
     if sparsity:
         mask = torch.zeros(32 * 64)

@@ -1,4 +1,4 @@
-"""Rank, dormancy and norms against numbers worked out by hand, and that measuring changes nothing."""
+"""Rank, dormancy and norms against numbers worked out by hand; measuring changes nothing."""
 
 import copy
 
@@ -27,8 +27,9 @@ def with_spectrum(singular: list[float], rows: int, columns: int) -> torch.Tenso
 
 @pytest.mark.parametrize("columns", [5, 40, 300])  # up to more units than samples
 def test_stable_rank_of_a_known_spectrum(columns):
-    # Shares of the sum 97, 2.5, 0.3, 0.15, 0.05 %: two hold 99 %, one holds 90 %, three hold 99.6 %.
-    # Divided by sqrt(100): 9.7, 0.25, 0.03, 0.015, 0.005: four above 0.01, two above 0.1, all above 0.001.
+    # Shares of the sum 97, 2.5, 0.3, 0.15, 0.05 %: two hold 99 %, one holds 90 %, three hold 99.6
+    # %. Divided by sqrt(100): 9.7, 0.25, 0.03, 0.015, 0.005: four above 0.01, two above 0.1, all
+    # above 0.001.
     features = with_spectrum([97, 2.5, 0.3, 0.15, 0.05], 100, columns)
     assert sac.stable_rank(features) == (2, 4)
     assert sac.stable_rank(features, mass=0.9, threshold=0.1) == (1, 2)
@@ -40,12 +41,14 @@ def test_stable_rank_at_its_ends():
     rank, above = sac.stable_rank(with_spectrum([3.0] * 200, 256, 200))
     assert rank in (198, 199) and above == 200
     assert sac.stable_rank(torch.ones(64, 1) @ torch.randn(1, 16)) == (1, 1)
-    # The scale moves the second form only: 1e-4 of the spectrum above leaves 0.00097 as its largest.
+    # The scale moves the second form only: 1e-4 of the spectrum above leaves 0.00097 as its
+    # largest.
     assert sac.stable_rank(1e-4 * with_spectrum([97, 2.5, 0.3, 0.15, 0.05], 100, 40)) == (2, 0)
 
 
 def test_dormant_ratio_by_hand():
-    # Mean |output| of the four units: 10.1, 5, 0.3, 0.6 with mean 4: 2.525, 1.25, 0.075 and 0.15 of it.
+    # Mean |output| of the four units: 10.1, 5, 0.3, 0.6 with mean 4: 2.525, 1.25, 0.075 and 0.15 of
+    # it.
     first = torch.tensor([[10.0, 5.0, 0.3, 0.7], [-10.2, -5.0, 0.3, -0.5]])
     assert sac.dormant_ratio([first]) == 25.0
     assert sac.dormant_ratio([first], tau=0.2) == 50.0
@@ -58,7 +61,7 @@ def test_dormant_ratio_by_hand():
 
 @pytest.fixture
 def small_encoder() -> nn.Sequential:
-    """Three ReLU units of inputs (x, y): x, -x - 100 and 0.01 y; then their sum and ten times the first."""
+    """ReLU units x, -x - 100 and 0.01 y of inputs (x, y); then their sum and 10 times the first."""
     encoder = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
     with torch.no_grad():
         encoder[0].weight.copy_(torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 0.01]]))
@@ -69,14 +72,15 @@ def small_encoder() -> nn.Sequential:
 
 
 def test_measurements_of_a_small_encoder_by_hand(small_encoder):
-    # Inputs (3, 100) and (-1, 100). Before the ReLU the units are 3, -103, 1 and -1, -99, 1: mean |.| 2, 101, 1 of
-    # mean 34.67, so that the first and the third count as dormant (0.058, 0.029) and the dead one does not. After it:
-    # 3, 0, 1 and 0, 0, 1: means 1.5, 0, 1 of mean 0.833, so that only the dead one is dormant.
-    # Last layer: (4, 30) and (1, 0), means 2.5 and 15 of mean 8.75: none dormant; 2 of 5 before, 1 of 3 after.
-    # Positive after the ReLU: 1/2, 0 and 1 of the samples, 0.5 on average.
+    # Inputs (3, 100) and (-1, 100). Before the ReLU the units are 3, -103, 1 and -1, -99, 1: mean
+    # |.| 2, 101, 1 of mean 34.67, so that the first and the third count as dormant (0.058, 0.029)
+    # and the dead one does not. After it: 3, 0, 1 and 0, 0, 1: means 1.5, 0, 1 of mean 0.833, so
+    # that only the dead one is dormant. Last layer: (4, 30) and (1, 0), means 2.5 and 15 of mean
+    # 8.75: none dormant; 2 of 5 before, 1 of 3 after. Positive after the ReLU: 1/2, 0 and 1 of the
+    # samples, 0.5 on average.
     # Feature norm: (sqrt(4^2 + 30^2) + 1) / 2 = (30.2655 + 1) / 2.
-    # Singular values: squares sum to 16 + 900 + 1 = 917, determinant 30: 30.2660 and 0.9912; both are needed for 99 %
-    # of their sum, and both exceed 0.01 sqrt(2).
+    # Singular values: squares sum to 16 + 900 + 1 = 917, determinant 30: 30.2660 and 0.9912; both
+    # are needed for 99 % of their sum, and both exceed 0.01 sqrt(2).
     inputs = torch.tensor([[3.0, 100.0], [-1.0, 100.0]])
     parameters = [torch.tensor([3.0, 0.0]), torch.tensor(4.0)]
     gradients = [torch.tensor([5.0, 12.0]), torch.tensor(0.0)]
@@ -116,7 +120,8 @@ def test_measuring_leaves_no_hooks_and_no_gradients(small_encoder):
 
 @pytest.mark.parametrize("kernel", ["packed", "dense"])
 def test_the_layers_measured_are_those_of_the_paper(kernel):
-    # The input layer and both layers of each block before the residual sum, heads left out; one ReLU a block.
+    # The input layer and both layers of each block before the residual sum, heads left out; one
+    # ReLU a block.
     agent = make_agent(sparsity=0.8, sparse_kernel=kernel)
     encoder, inputs = agent.critic.encoders[0], torch.randn(32, 7)
     features, linear, relu = sac.run_and_record(encoder, inputs)

@@ -1,4 +1,4 @@
-"""DrQ-v2's numbers: shifts, stacks, n-step returns, schedule, losses, whole updates, sparse convolutions."""
+"""DrQ-v2: shifts, stacks, n-step returns, schedule, losses, whole updates, convolutions."""
 
 import os
 
@@ -44,7 +44,7 @@ def test_a_shift_is_a_crop_of_the_padded_image_and_equals_bilinear_sampling():
 
 @pytest.fixture
 def replay(tmp_path):
-    """Episodes of 5, 2 and 6 decisions in a ring of 40 frames; the first and the last terminated."""
+    """Episodes of 5, 2 and 6 decisions in a ring of 40 frames; first and last terminated."""
     replay = drq.FrameReplay(tmp_path / "replay.u8", 30, 10, action_dim=1, n_step=3, gamma=0.5)
     film = iter(frames(16))
     for length, terminates in ((5, True), (2, False), (6, True)):
@@ -61,7 +61,8 @@ def test_samples_are_whole_n_step_transitions_of_one_episode(replay, monkeypatch
     monkeypatch.setattr(drq, "PAD", 0)  # no shifts; the compiled loop has its own
     batch = replay.sample(2000, CPU)
     first = batch.action[:, 0].long()
-    # Frames 0-5, 6-8, 9-15: three rewards fit behind frames 0, 1, 2 and 9, 10, 11, 12 (a frame's action is number + 1)
+    # Frames 0-5, 6-8, 9-15: three rewards fit behind frames 0, 1, 2 and 9, 10, 11, 12 (a frame's
+    # action is number + 1)
     assert set((first - 1).tolist()) == {0, 1, 2, 9, 10, 11, 12}
     counts = torch.bincount(first - 1)
     assert counts[counts > 0].min() > 2000 / 7 * 0.75
@@ -105,7 +106,8 @@ def test_a_killed_run_finds_the_replay_of_its_checkpoint(tmp_path):
     resumed.load_state_dict(state)
     for ours, theirs in zip(resumed.sample(500, CPU, torch.Generator().manual_seed(1)), expected):
         assert torch.equal(ours, theirs)
-    # Only the last 20 frames are sampled: from number 29 on, whose stack begins with 28, the first of its episode
+    # Only the last 20 frames are sampled: from number 29 on, whose stack begins with 28, the first
+    # of its episode
     assert expected.obs.min() == 28 and expected.next_obs.max() == 48
 
 
@@ -314,7 +316,8 @@ def test_an_update_equals_plain_pytorch_with_masks(flags):
     expected = Plain(agent)
     for name, weight in plain.weights.items():
         mask = plain.masks.get(name, torch.ones_like(weight))
-        # Adam turns the rounding error of a gradient near zero into a step of 1e-4: a few weights may differ by that
+        # Adam turns the rounding error of a gradient near zero into a step of 1e-4: a few weights
+        # may differ by that
         difference = ((weight - expected.weights[name]) * mask).abs()
         assert difference.max() <= 4.1e-4 and (difference > 2e-6).float().mean() < 0.02, name
 

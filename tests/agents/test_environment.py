@@ -18,7 +18,7 @@ def make_env(env_id: str, action_repeat: int = 2) -> gym.Env:
 def play(
     env: gym.Env, key: tuple[int, ...], limit: int = 10_000
 ) -> tuple[np.ndarray, np.ndarray, bool, bool]:
-    """Observations, rewards, terminated and truncated of an episode whose actions follow from the key."""
+    """Observations, rewards, terminated and truncated of an episode that follows from the key."""
     actions = np.random.default_rng(key)
     observations, rewards, terminated, truncated = (
         [env.reset(seed=sac.derive_seed(*key))[0]],

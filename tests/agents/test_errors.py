@@ -1,4 +1,4 @@
-"""Bad input: exit code 2, one line that names what was wrong, no traceback, and nothing created or lost."""
+"""Bad input: exit code 2, one line that names what was wrong, and nothing created or lost."""
 
 import gc
 import os
@@ -250,7 +250,8 @@ def test_weights_that_diverge_stop_the_run(main, tmp_path, agent):
 
 
 def test_weights_that_diverge_in_the_last_update_are_not_saved(main, tmp_path):
-    flags = "--width-scale 0.0625 --threads 1 --learning-rate 1e300 --learning-starts 640 --total-timesteps 640"
+    flags = "--width-scale 0.0625 --threads 1 --learning-rate 1e300"
+    flags += " --learning-starts 640 --total-timesteps 640"
     flags += (
         " --action-repeat 32 --batch-size 4 --n-step 1 --eval-episodes 1 --final-eval-episodes 1"
     )

@@ -1,6 +1,7 @@
-"""Training loops of the agents with a replay: whole runs equal the same written out from the files' parts.
+"""Whole runs of the agents with a replay equal the same written out from the files' parts.
 
-Evaluations and diagnostics are left out here, so they change nothing either. Stream AC's loop: test_stream.py.
+Evaluations and diagnostics are left out here, so they change nothing either. Stream AC's loop is in
+test_stream.py.
 """
 
 import ddpg_simba_sparse as ddpg
@@ -46,8 +47,10 @@ def assert_equal(saved: dict, expected: dict) -> None:
 @pytest.mark.parametrize("intervals", ["", "--eval-interval 7 --diagnostics-interval 3"])
 @pytest.mark.parametrize("agent", [sac, ddpg], ids=["sac", "ddpg"])
 def test_simba_agents(agent, intervals, run):
-    flags = "--env-id Corridor-v0 --action-repeat 1 --total-timesteps 24 --learning-starts 9 --updates-per-step 2"
-    flags += " --batch-size 4 --width-scale 0.0625 --reset-interval 17 --gamma 0.9"
+    flags = "--env-id Corridor-v0 --action-repeat 1 --total-timesteps 24 --learning-starts 9"
+    flags += (
+        " --updates-per-step 2 --batch-size 4 --width-scale 0.0625 --reset-interval 17 --gamma 0.9"
+    )
     args, saved, metrics = run(agent, f"{TINY} {flags} {intervals}")
     lengths = [5, 3, 5, 3, 5]  # and three steps of a sixth episode, which terminates with the last
     assert saved["counters"][:3] == (24, 2 * (24 - 9 + 1), 6)
@@ -92,10 +95,8 @@ def test_simba_agents(agent, intervals, run):
 
 @pytest.mark.parametrize("intervals", ["", "--eval-interval 7 --diagnostics-interval 3"])
 def test_drqv2(intervals, run, tmp_path):
-    flags = (
-        "--env-id Corridor-v0 --action-repeat 1 --total-timesteps 24 --learning-starts 9 --n-step 2"
-    )
-    flags += " --batch-size 2 --width-scale 0.0625 --std-decay 20"
+    flags = "--env-id Corridor-v0 --action-repeat 1 --total-timesteps 24 --learning-starts 9"
+    flags += " --n-step 2 --batch-size 2 --width-scale 0.0625 --std-decay 20"
     args, saved, metrics = run(drq, f"{TINY} {flags} {intervals}")
     lengths = [5, 3, 5, 3, 5, 3]
     updates = [
@@ -138,8 +139,9 @@ def test_drqv2(intervals, run, tmp_path):
 
 @pytest.mark.parametrize("intervals", ["", "--eval-interval 640 --diagnostics-interval 320"])
 def test_der(intervals, run, tmp_path):
-    flags = "--env-id ALE/Asterix-v5 --action-repeat 16 --total-timesteps 1440 --learning-starts 640 --n-step 3"
-    flags += " --batch-size 2 --width-scale 0.0625 --updates-per-step 2 --target-interval 30"
+    flags = "--env-id ALE/Asterix-v5 --action-repeat 16 --total-timesteps 1440"
+    flags += " --learning-starts 640 --n-step 3 --batch-size 2 --width-scale 0.0625"
+    flags += " --updates-per-step 2 --target-interval 30"
     args, saved, metrics = run(der, f"{TINY} {flags} {intervals}")
     assert saved["counters"][:2] == (90, 2 * (90 - 40 + 1))
 

@@ -1,4 +1,7 @@
-"""Three consecutive SAC updates against golden numbers of the official JAX code (obs 5, act 2, batch 8)."""
+"""Three SAC updates in a row against golden numbers of the official JAX code.
+
+5 observations, 2 actions, batches of 8.
+"""
 
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ GOLDEN = np.load(DATA / "sac_tiny.npz")
 
 
 def layer_names(network: str, module_name: str) -> str:
-    """Maps a module of ours to the golden file's path, e.g. encoder.1.up -> encoder/ResidualBlock_0/Dense_0."""
+    """The golden file's path of a module: encoder.1.up -> encoder/ResidualBlock_0/Dense_0."""
     parts = module_name.split(".")
     if network == "actor" and parts[0] in ("mean", "log_std"):
         return "predictor/Dense_" + str(["mean", "log_std"].index(parts[0]))

@@ -1,4 +1,4 @@
-"""Losses, networks, observation statistics and replay of sac_simba_sparse.py against numbers worked out by hand."""
+"""SAC's losses, networks, observation statistics and replay against numbers worked out by hand."""
 
 import copy
 import math
@@ -39,9 +39,9 @@ def policy_stub(log_prob: list[float]) -> SimpleNamespace:
 
 def test_log_probability_by_hand():
     # First dimension: mean 0.5, std 2, noise -0.25, so the action is tanh(0) = 0 and
-    # log pi = -0.25^2 / 2 - ln 2 - ln(2 pi) / 2 - ln(1 - 0) = -0.0312500 - 0.6931472 - 0.9189385 = -1.6433357.
-    # Second: mean 0, std 1, noise 1, action tanh(1) = 0.7615942, 1 - 0.7615942^2 = 0.4199743, so
-    # log pi = -0.5 - 0.9189385 - ln 0.4199743 = -1.4189385 + 0.8675617 = -0.5513769.
+    # log pi = -0.25^2 / 2 - ln 2 - ln(2 pi) / 2 - ln(1 - 0) = -0.0312500 - 0.6931472 - 0.9189385 =
+    # -1.6433357. Second: mean 0, std 1, noise 1, action tanh(1) = 0.7615942, 1 - 0.7615942^2 =
+    # 0.4199743, so log pi = -0.5 - 0.9189385 - ln 0.4199743 = -1.4189385 + 0.8675617 = -0.5513769.
     actor = fixed_policy(torch.tensor([[0.5, 0.0]]), torch.tensor([[math.log(2), 0.0]]))
     action, log_prob = actor.sample(torch.zeros(1, 3), torch.tensor([[-0.25, 1.0]]))
     assert action[0].tolist() == pytest.approx([0.0, 0.7615942], abs=1e-7)
@@ -63,7 +63,8 @@ def test_log_probability_equals_torch_distributions():
 
 
 def test_log_probability_of_a_saturated_action_is_finite():
-    # ln(1 - tanh(20)^2) = 2 (ln 2 - 20 - ln(1 + e^-40)) = -38.6137056, where float32 has tanh(20) = 1.
+    # ln(1 - tanh(20)^2) = 2 (ln 2 - 20 - ln(1 + e^-40)) = -38.6137056, where float32 has tanh(20) =
+    # 1.
     action, log_prob = fixed_policy(torch.full((1, 1), 20.0), torch.zeros(1, 1)).sample(
         None, torch.zeros(1, 1)
     )
@@ -98,8 +99,9 @@ def test_actor_loss_by_hand():
 
 
 def test_td_target_by_hand():
-    # Values 10 - 0.5 * 2 = 9, 9 and 20 + 0.5 * 2 = 21. With gamma 0.9: 1 + 8.1; the terminated second transition has
-    # its reward only; 1 + 18.9. A truncated transition is stored with terminated = 0 and so bootstraps like the first.
+    # Values 10 - 0.5 * 2 = 9, 9 and 20 + 0.5 * 2 = 21. With gamma 0.9: 1 + 8.1; the terminated
+    # second transition has its reward only; 1 + 18.9. A truncated transition is stored with
+    # terminated = 0 and so bootstraps like the first.
     zeros = torch.zeros(3, 1)
     batch = sac.Batch(zeros, zeros, torch.ones(3), zeros, torch.tensor([0.0, 1.0, 0.0]))
     policy, one = policy_stub([2.0, 2.0, -2.0]), torch.tensor([[10.0, 10.0, 20.0]])
@@ -133,9 +135,10 @@ def test_critic_loss_by_hand():
 
 @pytest.mark.parametrize("log_std,entropy,direction", [(-2.07, -1.33, 1), (-1.77, -0.76, -1)])
 def test_entropy_below_its_target_raises_alpha(log_std, entropy, direction):
-    # Two actions with mean 0 and noise +-1: -log pi = 2 * (1 / 2 + log std + ln(2 pi) / 2 + ln(1 - tanh(std)^2)), so
-    # 2 * (1.4189 - 2.07 - 0.0159) = -1.33 and 2 * (1.4189 - 1.77 - 0.0288) = -0.76, to either side of -|A| / 2 = -1.
-    # AdamW's first step is the learning rate times the gradient's sign, with no decay on log alpha.
+    # Two actions with mean 0 and noise +-1: -log pi = 2 * (1 / 2 + log std + ln(2 pi) / 2 + ln(1 -
+    # tanh(std)^2)), so 2 * (1.4189 - 2.07 - 0.0159) = -1.33 and 2 * (1.4189 - 1.77 - 0.0288) =
+    # -0.76, to either side of -|A| / 2 = -1. AdamW's first step is the learning rate times the
+    # gradient's sign, with no decay on log alpha.
     agent, (batch, noise, next_noise) = make_agent(), make_batch()
     for layer in (agent.actor.log_std, agent.actor.mean):
         nn.init.zeros_(layer.weight)
@@ -230,8 +233,9 @@ def test_sizes_of_the_networks(width_scale, depth_scale, actor, critic):
 
 
 def test_parameters_on_humanoid():
-    # Actor, hidden 128: 67*128+128, then 2*128 + 128*512+512 + 512*128+128, 2*128, and twice 128*21+21.
-    # Critic, hidden 512: 88*512+512, then twice 2*512 + 512*2048+2048 + 2048*512+512, 2*512, and 512+1.
+    # Actor, hidden 128: 67*128+128, then 2*128 + 128*512+512 + 512*128+128, 2*128, and twice
+    # 128*21+21. Critic, hidden 512: 88*512+512, then twice 2*512 + 512*2048+2048 + 2048*512+512,
+    # 2*512, and 512+1.
     with torch.device("meta"):
         networks = (
             sac.Actor(67, 21, 128, 1),
@@ -274,7 +278,8 @@ def test_he_normal_has_its_variance_and_its_cut():
     )  # the variance is that of the cut distribution: 0.5 % is several standard errors here
     assert float(weight.std()) == pytest.approx(std, rel=5e-3)
     assert abs(float(weight.mean())) < 5e-3 * std
-    # A normal cut at 2 sigma has 0.8796 of its std, so that sigma = std / 0.8796 and the largest weight 2.2737 std.
+    # A normal cut at 2 sigma has 0.8796 of its std, so that sigma = std / 0.8796 and the largest
+    # weight 2.2737 std.
     assert float(weight.abs().max()) == pytest.approx(2.2737 * std, rel=1e-3)
     assert float(weight.abs().max()) < 2.27373 * std
 
@@ -296,8 +301,9 @@ def test_residual_layers_are_he_normal_and_the_others_orthogonal():
 
 
 def test_residual_block_by_hand():
-    # LayerNorm of (1, 3): mean 2, std 1, so (-1, 1). Every unit of `up` computes x_0 + 2 x_1 = 1 or, with the sign
-    # turned, -1, which the ReLU cuts; four of the eight units reach `down`, which sums them: x + 4.
+    # LayerNorm of (1, 3): mean 2, std 1, so (-1, 1). Every unit of `up` computes x_0 + 2 x_1 = 1
+    # or, with the sign turned, -1, which the ReLU cuts; four of the eight units reach `down`, which
+    # sums them: x + 4.
     block = sac.ResidualBlock(2)
     with torch.no_grad():
         block.up.weight.copy_(torch.tensor([[1.0, 2.0], [-1.0, -2.0]]).repeat(4, 1))
@@ -340,7 +346,8 @@ def test_observation_norm_equals_numpy_on_a_stream():
 
 
 def test_observation_norm_adds_1e_8_to_the_variance_and_does_not_clip():
-    # Ten thousand zeros leave the prior's variance 1e-4 / 1e4 = 1e-8: 1 becomes 1 / sqrt(1e-8 + 1e-8) = 7071.07.
+    # Ten thousand zeros leave the prior's variance 1e-4 / 1e4 = 1e-8: 1 becomes 1 / sqrt(1e-8 +
+    # 1e-8) = 7071.07.
     norm = sac.ObservationNorm(1, CPU)
     for _ in range(10_000):
         norm.update(np.zeros(1))

@@ -41,7 +41,7 @@ def active_total(rows: list[dict]) -> tuple[int, int]:
 
 
 def assert_close(ours: torch.Tensor, reference: torch.Tensor, tolerance: float = 1e-5) -> None:
-    """Relative to the largest entry, because float32 sums of both signs are only as exact as their largest terms."""
+    """Relative to the largest entry: a float32 sum is only as exact as its largest terms."""
     assert ours.shape == reference.shape
     assert float((ours.double() - reference).abs().max()) <= tolerance * float(
         reference.abs().max().clamp(min=1)
@@ -64,30 +64,33 @@ def test_erdos_renyi_equals_the_official_code(network, sparsity):
 
 
 def test_erdos_renyi_by_hand():
-    # 24 + 16 + 4 = 44 parameters, half of them stay: 22, of which the bias takes 4 and the matrices 18.
-    # Sums of dimensions 10 + 10, so eps = 18 / 20 = 0.9; densities 0.9 * 10 / 24 = 0.375 and 0.9 * 10 / 16 = 0.5625.
+    # 24 + 16 + 4 = 44 parameters, half of them stay: 22, of which the bias takes 4 and the matrices
+    # 18. Sums of dimensions 10 + 10, so eps = 18 / 20 = 0.9; densities 0.9 * 10 / 24 = 0.375 and
+    # 0.9 * 10 / 16 = 0.5625.
     sparsity = sac.erdos_renyi({"a": (4, 6), "b": (2, 8), "bias": (4,)}, 0.5)
     assert sparsity == pytest.approx({"a": 0.625, "b": 0.4375, "bias": 0.0})
 
 
 def test_erdos_renyi_of_a_convolution_counts_the_kernel_sides():
-    # 8 * 4 * 3 * 3 = 288 and 200 parameters lose floor(259.2) and 180: 49 stay. Sums of dimensions 8 + 4 + 3 + 3 = 18
-    # and 30, so eps = 49 / 48 and densities eps * 18 / 288 = 0.0638021 and eps * 30 / 200 = 0.153125.
+    # 8 * 4 * 3 * 3 = 288 and 200 parameters lose floor(259.2) and 180: 49 stay. Sums of dimensions
+    # 8 + 4 + 3 + 3 = 18 and 30, so eps = 49 / 48 and densities eps * 18 / 288 = 0.0638021 and eps *
+    # 30 / 200 = 0.153125.
     sparsity = sac.erdos_renyi({"conv": (8, 4, 3, 3), "linear": (10, 20)}, 0.9)
     assert sparsity == pytest.approx({"conv": 1 - 0.06380208333, "linear": 1 - 0.153125})
 
 
 def test_overfull_layers_become_dense_and_the_others_pay():
-    # Budget 26 of 104: eps = 26 / 24 would give the small matrix density 1.083. Dense, it leaves 22 weights for the
-    # other: density 22 / 100.
+    # Budget 26 of 104: eps = 26 / 24 would give the small matrix density 1.083. Dense, it leaves 22
+    # weights for the other: density 22 / 100.
     assert sac.erdos_renyi({"a": (2, 2), "b": (10, 10)}, 0.75) == pytest.approx(
         {"a": 0.0, "b": 0.78}
     )
 
 
 def test_overfull_layers_can_follow_from_others():
-    # 24, 100 and 1600 keep 3 + 10 + 160 = 173 at 0.9: eps = 173 / 111 = 1.56, density 1.56 * 11 / 24 = 0.71 for a.
-    # At 0.85 they keep 4 + 15 + 240 = 259: eps 2.33 makes a overfull (1.07); then eps = 235 / 100 = 2.35 for b and c.
+    # 24, 100 and 1600 keep 3 + 10 + 160 = 173 at 0.9: eps = 173 / 111 = 1.56, density 1.56 * 11 /
+    # 24 = 0.71 for a. At 0.85 they keep 4 + 15 + 240 = 259: eps 2.33 makes a overfull (1.07); then
+    # eps = 235 / 100 = 2.35 for b and c.
     shapes = {"a": (3, 8), "b": (10, 10), "c": (40, 40)}
     assert sac.erdos_renyi(shapes, 0.9)["a"] == pytest.approx(1 - 173 / 111 * 11 / 24)
     assert sac.erdos_renyi(shapes, 0.85) == pytest.approx(
@@ -96,7 +99,8 @@ def test_overfull_layers_can_follow_from_others():
 
 
 def test_sparsity_out_of_reach():
-    # 20 parameters: at 0.5 the bias alone spends the 10 that stay; at 0.4 two weights of ten are left.
+    # 20 parameters: at 0.5 the bias alone spends the 10 that stay; at 0.4 two weights of ten are
+    # left.
     shapes = {"weight": (2, 5), "bias": (10,)}
     assert sac.erdos_renyi(shapes, 0.4) == pytest.approx({"weight": 0.8, "bias": 0.0})
     with pytest.raises(ValueError, match="out of reach"):
@@ -230,7 +234,8 @@ def test_sparsity_of_one_network_overrides_that_of_both(flags, actor, critic):
     for name, sparsity in (("actor", actor), ("critic", critic)):
         rows = agent.layers[name]
         active, total = active_total(rows)
-        # Each parameter tensor rounds what it loses, by less than one; and each layer its count, by at most a half.
+        # Each parameter tensor rounds what it loses, by less than one; and each layer its count, by
+        # at most a half.
         tensors = len(list(getattr(agent, name).parameters()))
         assert abs(active - (1 - sparsity) * total) <= tensors + len(rows) / 2
         assert bool(sparse_layers(getattr(agent, name))) == (sparsity > 0)
@@ -378,7 +383,7 @@ def test_auto_takes_packed_up_to_a_quarter_on_cpu():
 
 
 class MaskedLinear(nn.Module):
-    """W_eff = M * W of the paper: the dense layer that a sparse one must be elementwise equal to."""
+    """W_eff = M * W of the paper: the dense layer that a sparse one must be equal to."""
 
     def __init__(self, linear: nn.Linear, mask: torch.Tensor):
         super().__init__()
@@ -405,7 +410,8 @@ def test_twenty_adamw_steps_equal_masked_dense_training():
             name, MaskedLinear(networks["masked"].get_submodule(name), mask)
         )
 
-    # The weight decay of 0.5 shrinks weights by 1 % in 20 steps: a wrong one would show a thousand times over.
+    # The weight decay of 0.5 shrinks weights by 1 % in 20 steps: a wrong one would show a thousand
+    # times over.
     optimizers = {
         n: torch.optim.AdamW(net.parameters(), 1e-3, weight_decay=0.5)
         for n, net in networks.items()
@@ -418,9 +424,10 @@ def test_twenty_adamw_steps_equal_masked_dense_training():
             F.mse_loss(network(x), target).backward()
             optimizers[name].step()
 
-    # A step moves a weight by about the learning rate, so that a relative rounding error of 1e-6 in its gradient gives
-    # 1e-9 a step, and more only where the gradient happens to be near zero. Measured: packed 6e-8 to 1.2e-7 after the
-    # twenty steps (seeds 0 to 2), which is one or two float32 roundings of a weight; dense kernel 0.
+    # A step moves a weight by about the learning rate, so that a relative rounding error of 1e-6 in
+    # its gradient gives 1e-9 a step, and more only where the gradient happens to be near zero.
+    # Measured: packed 6e-8 to 1.2e-7 after the twenty steps (seeds 0 to 2), which is one or two
+    # float32 roundings of a weight; dense kernel 0.
     furthest = 0.0
     for name, parameter in networks["packed"].named_parameters():
         where, leaf = name.rpartition(".")[::2]

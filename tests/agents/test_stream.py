@@ -1,4 +1,4 @@
-"""stream_ac_sparse.py against numbers worked out by hand, in numpy and in plain masked float64 with autograd."""
+"""Stream AC against numbers worked out by hand, in numpy and in masked float64 with autograd."""
 
 import copy
 import io
@@ -219,7 +219,8 @@ def test_initial_weights(init):
                 check_uniform(weight[weight != 0], layer.in_features)
             if init == "sparse_init":
                 places = [tuple(row.nonzero()[0]) for row in weight]
-                # 28 inputs: two of them survive, which gives 378 patterns; 192: 19, which never repeat.
+                # 28 inputs: two of them survive, which gives 378 patterns; 192: 19, which never
+                # repeat.
                 assert len(set(places)) > (100 if layer.in_features == 28 else len(places) - 1)
         used = (linears(network)[1].weight != 0).float().mean(0)
         assert used.min() > 0 and (used.max() < 0.3 if init == "sparse_init" else used.min() == 1)
@@ -545,7 +546,8 @@ def test_diagnostics_measure_the_recent_transitions_and_change_nothing(kernel, s
     assert same(before, flat(agent)) and all(traces.any() for traces in before)
     state, action, reward, next_state, cut = recent.columns()
     assert len(state) == 30 and cut.sum() == 10  # of 40, the first 10 are forgotten
-    metrics = "srank_99 srank_threshold dormant_ratio dormant_ratio_relu active_units grad_norm param_norm feature_norm"
+    metrics = "srank_99 srank_threshold dormant_ratio dormant_ratio_relu active_units"
+    metrics += " grad_norm param_norm feature_norm"
     assert measured.keys() == {
         f"{name}_{metric}" for name in ("actor", "critic") for metric in metrics.split()
     }
@@ -634,8 +636,9 @@ def broken():
     "flags", ["", "--bootstrap-on-truncation --learning-starts 7 --sparsity 0.5"]
 )
 def test_a_run_learns_once_from_every_transition(kernel, flags, run, corridor):
-    common = "--env-id Corridor-v0 --total-timesteps 17 --threads 1 --width-scale 0.125 --init lecun --eval-interval 6"
-    common += f" --eval-episodes 2 --final-eval-episodes 1 --diagnostics-interval 9 --sparse-kernel {kernel} {flags}"
+    common = "--env-id Corridor-v0 --total-timesteps 17 --threads 1 --width-scale 0.125"
+    common += " --init lecun --eval-interval 6 --eval-episodes 2 --final-eval-episodes 1"
+    common += f" --diagnostics-interval 9 --sparse-kernel {kernel} {flags}"
     code, _, checkpoint, rows = run(common)
     bootstrap, random_steps = bool(flags), 7 if flags else 0
     lengths = [5, 3, 5, 3]  # and one step of a fifth episode
@@ -693,7 +696,8 @@ def test_a_run_learns_once_from_every_transition(kernel, flags, run, corridor):
 
 
 def test_a_run_that_diverges_stops_and_keeps_its_checkpoint(run, broken):
-    flags = "--env-id Broken-v0 --total-timesteps 17 --threads 1 --width-scale 0.125 --checkpoint-interval 5"
+    flags = "--env-id Broken-v0 --total-timesteps 17 --threads 1 --width-scale 0.125"
+    flags += " --checkpoint-interval 5"
     code, error, checkpoint, _ = run(f"{flags} --eval-episodes 1")
     assert code == 3 and "not finite at agent_step=9" in error
     assert checkpoint["counters"][0] == 5

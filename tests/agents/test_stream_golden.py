@@ -1,4 +1,7 @@
-"""Six consecutive updates against golden numbers of the original code (4 inputs, 8 hidden units, 2 actions)."""
+"""Six updates in a row against golden numbers of the original code.
+
+4 inputs, 8 hidden units, 2 actions.
+"""
 
 import numpy as np
 import pytest
@@ -61,7 +64,7 @@ def test_six_updates_equal_the_original_code(kernel):
             parameter.data.copy_(torch.from_numpy(GOLDEN[f"{network}/init/{name}"]))
 
     def traces_before_the_reset(clear: bool) -> None:
-        """Gives the probe the agent's state, with its traces or none, and lets it learn without an episode's end."""
+        """Lets the probe learn from the agent's state, without an episode's end."""
         for network in NAMES:
             ours, theirs = getattr(agent, network), getattr(probe, network)
             theirs.weights[:], theirs.traces[:] = ours.weights, 0 if clear else ours.traces

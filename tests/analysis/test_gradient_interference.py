@@ -1,4 +1,4 @@
-"""Cosines of per-transition gradients against one explicit gradient at a time, and the tool's files and errors."""
+"""Cosines of gradients against one explicit gradient at a time; the tool's files and errors."""
 
 from pathlib import Path
 
@@ -91,8 +91,8 @@ def test_equals_one_explicit_gradient_at_a_time(name, sparsity, network):
 
 
 def test_inner_products_by_hand():
-    # Loss sum(w . x + b), gradient (x, 1): <(1, 2, 1), (3, -1, 1)> = 2, norms^2 6 and 11. With the weight of the
-    # second input pruned: (1, 1) and (3, 1), inner product 4, norms^2 2 and 10.
+    # Loss sum(w . x + b), gradient (x, 1): <(1, 2, 1), (3, -1, 1)> = 2, norms^2 6 and 11. With the
+    # weight of the second input pruned: (1, 1) and (3, 1), inner product 4, norms^2 2 and 10.
     linear, x = nn.Linear(2, 1), torch.tensor([[1.0, 2.0], [3.0, -1.0]])
     sparse = sac.SparseLinear(linear, torch.tensor([0]), "dense")
     for layer, expected in (
@@ -132,7 +132,8 @@ class LargestTensor(TorchDispatchMode):
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.8])
 def test_memory_does_not_grow_as_transitions_times_parameters(sparsity):
-    # Critic of width scale 0.5: 256 hidden, 1024 in the bottleneck, weights 1024 x 256; 64 transitions.
+    # Critic of width scale 0.5: 256 hidden, 1024 in the bottleneck, weights 1024 x 256; 64
+    # transitions.
     flags = {"width_scale": 0.5, "clipped_double_q": False, "sparsity": sparsity}
     agent, (batch, *_) = make_agent(sac, **flags), make_batch(64)
     active = sum(row["active"] for row in agent.layers["critic"])
@@ -212,7 +213,8 @@ def test_draws_and_tabulates_runs(run, tmp_path):
     assert table["run"].tolist() == ["a"] * 4 + ["b"] * 4
     assert table["network"].tolist() == ["actor", "actor", "critic", "critic"] * 2
     assert table["env_step"].tolist() == [0, 2000] * 4
-    # The untrained checkpoint of run a is the network that its seed builds again: nothing changes from before to after.
+    # The untrained checkpoint of run a is the network that its seed builds again: nothing changes
+    # from before to after.
     for network, rows in table[table["run"] == "a"].groupby("network"):
         assert rows["mean_abs"].nunique() == rows["negative"].nunique() == 1, network
     for network, rows in table[table["run"] == "b"].groupby("network"):
@@ -225,7 +227,8 @@ def test_draws_and_tabulates_runs(run, tmp_path):
 
 
 def test_takes_distinct_transitions_oldest_first(monkeypatch, tmp_path):
-    # 55 transitions went through a ring of 40: all that are left are numbers 15 to 54, and their rewards tell them.
+    # 55 transitions went through a ring of 40: all that are left are numbers 15 to 54, and their
+    # rewards tell them.
     write_run(tmp_path / "a", ddpg)
     seen = []
     monkeypatch.setattr(

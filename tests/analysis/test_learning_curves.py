@@ -1,4 +1,4 @@
-"""learning_curves.py on runs made by hand: nothing is lost, the published curve is the right one."""
+"""learning_curves.py on runs made by hand: nothing is lost, the right curve is published."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""plan.py: a command leads to its run's folder, the state of a run, the links for the figures, the estimate of time."""
+"""plan.py: a command's run folder, the state of a run, links for the figures, estimated time."""
 
 import sys
 from pathlib import Path
@@ -11,7 +11,8 @@ import stream_ac_sparse as stream
 from analysis import plan
 from conftest import write_metrics
 
-COMMAND = "python sparse_zoo/{}.py --env-id {} --width-scale 0.5 --sparsity 0.9 --seed {} --runs-dir {} --threads 1"
+COMMAND = "python sparse_zoo/{}.py --env-id {} --width-scale 0.5 --sparsity 0.9 --seed {}"
+COMMAND += " --runs-dir {} --threads 1"
 
 
 @pytest.fixture
@@ -119,7 +120,7 @@ def test_a_package_that_does_not_work(run_plan, monkeypatch):
 
 
 def test_core_hours():
-    """Costs that follow the law exactly: 10 + 150 width^2 dense, 10 + 400 active packed, and 2 ms a frame."""
+    """Costs that follow the law: 10 + 150 width^2 dense, 10 + 400 active packed, 2 ms a frame."""
     rows = [
         ("update", 1, 0, 160),
         ("update", 2, 0, 610),

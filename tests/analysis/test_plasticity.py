@@ -1,4 +1,4 @@
-"""Figures of plasticity: means, bands, grouping and ends of training from hand-made runs of known numbers."""
+"""plasticity.py on hand-made runs of known numbers: means, bands, groups, ends of training."""
 
 import math
 import re
@@ -60,8 +60,8 @@ def test_interval_of_a_known_sample():
     assert plasticity.bootstrap_interval(values) == pytest.approx(
         np.quantile(drawn, [0.025, 0.975]), abs=0.07
     )
-    # Of the 27 equally likely means of three values, the least and the greatest have a chance of 3.7 % each, and the
-    # two at each end one of 14.8 %
+    # Of the 27 equally likely means of three values, the least and the greatest have a chance of
+    # 3.7 % each, and the two at each end one of 14.8 %
     values = np.array([0.0, 3.0, 9.0])
     means = sorted({sum(drawn) / 3 for drawn in product(values, repeat=3)})
     assert plasticity.bootstrap_interval(values) == pytest.approx((means[0], means[-1]))
@@ -185,7 +185,8 @@ def test_runs_left_out_are_named(tmp_path):
         "e_lost": "metrics.csv: No such file or directory",
         "f_empty": "args.json or metrics.csv is damaged or empty (EmptyDataError)",
         "g_damaged": "args.json or metrics.csv is damaged or empty (JSONDecodeError)",
-        "h_foreign": "args.json has no env_id, exp_name, total_timesteps, width_scale, depth_scale, sparsity",
+        "h_foreign": "args.json has no env_id, exp_name, total_timesteps, width_scale, "
+        "depth_scale, sparsity",
         "i_twice": "metrics.csv has some measurements twice",
         "j_nothing": "args.json: No such file or directory",
         "k_header": "unfinished, at env step 0 of 1,000",
@@ -224,7 +225,7 @@ def test_only_networks_trained_with_and_without_reset_are_compared(tmp_path):
 
 
 def write_study(runs_dir: Path) -> None:
-    """Two widths, dense and sparse, two seeds, with and without resets; one seed of DDPG on another task."""
+    """Two widths, dense and sparse, two seeds, with and without resets; and a run of DDPG."""
     for width, sparsity, seed, reset in product((1.0, 4.0), (0.0, 0.9), (1, 2), (None, 400)):
         level = 10 * width * (1 - sparsity) + seed
         values = {
@@ -303,7 +304,7 @@ def test_pictures_and_tables(figure, main, tmp_path):
 
 
 def test_runs_of_earlier_calls(main, tmp_path):
-    """Half of the runs from the table that an earlier call left: the same as all of them from their folders."""
+    """Half of the runs from the table of an earlier call: the same as all from their folders."""
     write_study(tmp_path / "runs")
     assert main("plasticity.py", "--output", "whole")[0] == 0
     everything = pd.read_csv(tmp_path / "whole" / "over-training_runs.csv.gz")

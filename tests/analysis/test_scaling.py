@@ -1,4 +1,4 @@
-"""scaling.py on hand-made runs of known returns: statistics, gaps, the families of networks, every picture."""
+"""scaling.py on hand-made runs of known returns: statistics, gaps, families, every picture."""
 
 import shutil
 from pathlib import Path
@@ -196,7 +196,7 @@ def test_pictures_of_single_tasks(tmp_path, main, figure):
 
 
 def test_runs_of_earlier_calls(tmp_path, main):
-    """Half of the runs from the table that an earlier call left: the same as all of them from their folders."""
+    """Half of the runs from the table of an earlier call: the same as all from their folders."""
     runs, first = tmp_path / "runs", tmp_path / "first.csv"
     for seed in (1, 2, 3):
         for sparsity in (0, 0.5):
@@ -274,7 +274,8 @@ def test_bars(tmp_path, main):
     write_run(tmp_path / "runs", 100.0)
     code, _, err, _ = main("bars")
     assert code == 2 and err == (
-        "error: bars are for one algorithm and depth, and there are 2 of them; keep such runs apart\n"
+        "error: bars are for one algorithm and depth, and there are 2 of them; "
+        "keep such runs apart\n"
     )
 
 

@@ -42,7 +42,8 @@ def test_white_noise_has_the_mean_frequency_of_the_grid():
 
 
 def test_score_of_a_linear_encoder_is_that_of_its_plane():
-    # Heads behind x -> x are planes a x + b y of random direction: the score lies between those of x and of noise.
+    # Heads behind x -> x are planes a x + b y of random direction: the score lies between those of
+    # x and of noise.
     torch.manual_seed(0)
     axis = torch.linspace(-1, 1, N)
     plane = 1 / bias.complexity(axis[:, None].expand(N, N)[:, :, None].contiguous()).item()
@@ -50,7 +51,8 @@ def test_score_of_a_linear_encoder_is_that_of_its_plane():
 
 
 def test_simba_is_simpler_than_an_mlp_and_sparse_simba_than_dense():
-    # [-16, 16]^2 with 64 units is to first order [-100, 100]^2 with 2,560: the first layer's variance is |x|^2 / width.
+    # [-16, 16]^2 with 64 units is to first order [-100, 100]^2 with 2,560: the first layer's
+    # variance is |x|^2 / width.
     mlp, dense, sparse = [], [], []
     for seed in range(6):
         torch.manual_seed(seed)
@@ -66,7 +68,8 @@ def test_simba_is_simpler_than_an_mlp_and_sparse_simba_than_dense():
 
 
 def test_command_line_draws_and_writes(tmp_path, main):
-    flags = "--width-scale 0.0625 --grid 20 --inits 2 --heads 4 --sparsities 0 0.5 --threads 1 --output out"
+    flags = "--width-scale 0.0625 --grid 20 --inits 2 --heads 4 --sparsities 0 0.5"
+    flags += " --threads 1 --output out"
     code, _, err = main(bias.__file__, *flags.split())
     assert code == 0, err
     table = pd.read_csv(tmp_path / "out" / "scores.csv")

@@ -1,4 +1,4 @@
-"""streaming.py on hand-made runs: which figures it draws, exact numbers in its table, what is missing is named."""
+"""streaming.py on hand-made runs: its figures, exact numbers, what is missing is named."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""tables.py: the values come from the code and the environments; what differs from the paper is marked."""
+"""tables.py: values come from code and environments; what differs from the paper is marked."""
 
 import sys
 from dataclasses import fields
@@ -7,7 +7,8 @@ import pytest
 from analysis import tables
 
 COMMANDS = "".join(
-    f"python sparse_zoo/{agent}_simba_sparse.py --width-scale {width} --depth-scale {depth} --sparsity 0 --seed 1\n"
+    f"python sparse_zoo/{agent}_simba_sparse.py --width-scale {width} --depth-scale {depth}"
+    " --sparsity 0 --seed 1\n"
     for agent in ("sac", "ddpg")
     for width, depth in ((0.5, 1), (1, 1), (2, 1), (3, 1), (4, 1), (5, 1), (2, 2), (2, 3), (2, 4))
 )

@@ -1,4 +1,7 @@
-"""The other bench_*.py: each runs on small networks and prints what its page quotes; bench_stream.py needs a clone."""
+"""The other bench_*.py: each runs on small networks and prints what its page quotes.
+
+bench_stream.py needs a clone of the original code.
+"""
 
 import re
 from subprocess import CompletedProcess

@@ -1,4 +1,4 @@
-"""benchmark.sh: every target's commands against the paper, bad input, and what happens to runs that fail."""
+"""benchmark.sh: every target's commands against the paper, bad input, runs that fail."""
 
 import os
 import re
@@ -217,7 +217,7 @@ def test_nonsense(arguments, words):
 
 
 def test_slurm_gets_the_runs_that_are_not_finished(tmp_path):
-    """A stand-in for sbatch, which runs each task's commands with echo; the real one: test_benchmark_runs.py."""
+    """A stand-in for sbatch echoes each task's commands; the real one: test_benchmark_runs.py."""
     where = {"RUNS": str(tmp_path / "runs"), "RESULTS": str(tmp_path / "results"), "MAX_ARRAY": "4"}
     (tmp_path / "sbatch").write_text("""#!/bin/sh
 grep '^#SBATCH' "$1"

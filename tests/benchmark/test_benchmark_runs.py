@@ -1,4 +1,4 @@
-"""benchmark.sh with real runs (slow): an interrupted sweep goes on as if nothing had been; smoke reaches the end."""
+"""benchmark.sh with real runs (slow): an interrupted sweep goes on; smoke reaches the end."""
 
 import fcntl
 import os
