@@ -48,9 +48,8 @@ def assert_equal(saved: dict, expected: dict) -> None:
 @pytest.mark.parametrize("agent", [sac, ddpg], ids=["sac", "ddpg"])
 def test_simba_agents(agent, intervals, run):
     flags = "--env-id Corridor-v0 --action-repeat 1 --total-timesteps 24 --learning-starts 9"
-    flags += (
-        " --updates-per-step 2 --batch-size 4 --width-scale 0.0625 --reset-interval 17 --gamma 0.9"
-    )
+    flags += " --updates-per-step 2 --batch-size 4 --width-scale 0.0625 --reset-interval 17"
+    flags += " --gamma 0.9"
     args, saved, metrics = run(agent, f"{TINY} {flags} {intervals}")
     lengths = [5, 3, 5, 3, 5]  # and three steps of a sixth episode, which terminates with the last
     assert saved["counters"][:3] == (24, 2 * (24 - 9 + 1), 6)
