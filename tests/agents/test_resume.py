@@ -30,9 +30,9 @@ TINY = "--width-scale 0.125 --sparsity 0.8 --threads 1 --device cpu"
 TINY += " --eval-episodes 1 --final-eval-episodes 2"
 REPLAY = "--batch-size 32 --updates-per-step 1"
 # Episodes that terminate, a replay that wraps, and resets before, between and after the kills
-HOPPER = f"{REPLAY} --env-id Hopper-v5 --action-repeat 1 --total-timesteps 1200"
-HOPPER += " --learning-starts 200 --eval-interval 200 --checkpoint-interval 200"
-HOPPER += " --diagnostics-interval 400 --buffer-size 500 --reset-interval 300"
+HOPPER = f"{REPLAY} --env-id Hopper-v5 --action-repeat 1 --total-timesteps 600"
+HOPPER += " --learning-starts 100 --eval-interval 100 --checkpoint-interval 100"
+HOPPER += " --diagnostics-interval 200 --buffer-size 250 --reset-interval 150"
 CASES = {
     "cartpole": f"{REPLAY} --env-id dm_control/cartpole-swingup-v0 --action-repeat 20"
     " --total-timesteps 6000 --learning-starts 1000 --eval-interval 1000"
@@ -175,9 +175,9 @@ def test_reset_leaves_the_trained_agent_at_the_end(reference):
     _, runs, _ = reference
     state = torch.load(only_run(runs) / "checkpoint.pt", weights_only=True)
     step, updates = state["counters"][0], state["counters"][1]
-    # Resets at 300, 600 and 900 of 1,200 steps: the optimiser counts the updates since the last
-    assert step == 1200 and updates == 1001
-    assert state["critic_optimizer"]["state"][0]["step"] == 300
+    # Resets at 150, 300 and 450 of 600 steps: the optimiser counts the updates since the last
+    assert step == 600 and updates == 501
+    assert state["critic_optimizer"]["state"][0]["step"] == 150
 
 
 @cartpole
