@@ -68,8 +68,7 @@ FORK.set_forkserver_preload(
         "pandas",
         "pytest",
         "scipy.stats",
-        "torch._inductor.config",
-        "torch.optim",
+        "torch._dynamo",  # which the first optimiser would load
         "torch.utils.tensorboard",
         "tyro",
     ]
