@@ -1,15 +1,14 @@
-"""Docs do not drift from the code: their flags exist, their links lead somewhere, the patch of "Fork it" applies."""
+"""Docs do not drift from the code: flags exist, links lead somewhere, "Fork it" applies."""
 
 import ast
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from conftest import AGENTS, ROOT, only_run
 
-ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BY_NAME = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 OTHER_PROGRAMS = {
@@ -74,28 +73,20 @@ def test_links_lead_somewhere(page):
         assert not anchor or anchor in anchors(file), target
 
 
-def test_the_patch_of_fork_it_applies_and_runs(tmp_path):
+def test_the_patch_of_fork_it_applies_and_runs(tmp_path, main):
     (patch,) = re.findall(r"```diff\n(.+?)```", (ROOT / "docs" / "fork_it.md").read_text(), re.S)
     copy = tmp_path / "my_sac.py"
-    copy.write_text((ROOT / "sparse_zoo" / "sac_simba_sparse.py").read_text())
+    copy.write_text((AGENTS / "sac_simba_sparse.py").read_text())
     done = subprocess.run(
         ["git", "apply", "-"], cwd=tmp_path, input=patch, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    tiny = "--env-id dm_control/cartpole-swingup-v0 --total-timesteps 20 --learning-starts 10 --eval-episodes 1"
-    tiny += " --final-eval-episodes 1 --width-scale 0.25 --batch-size 8 --threads 1 --device cpu"
-    command = [
-        sys.executable,
-        copy.name,
-        *tiny.split(),
-        "--sparsity",
-        "0.9",
-        "--sparsity-distribution",
-        "dense_input",
-    ]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    (record,) = (tmp_path / "runs").glob("*/args.json")
+    flags = "--env-id dm_control/cartpole-swingup-v0 --action-repeat 20 --total-timesteps 200"
+    flags += " --learning-starts 100 --eval-episodes 1 --final-eval-episodes 1 --width-scale 0.25"
+    flags += " --batch-size 8 --threads 1 --device cpu --sparsity 0.9 --sparse-kernel dense"
+    code, _, err = main(copy, *flags.split(), "--sparsity-distribution", "dense_input")
+    assert code == 0, err
+    record = only_run(tmp_path / "runs") / "args.json"
     first, *others = json.loads(record.read_text())["layers"]["critic"][:-1]
     assert first["active"] == first["total"]
     assert all(row["active"] == max(1, round(0.1 * row["total"])) for row in others)

@@ -1,0 +1,79 @@
+"""Agents on another device: every tensor is where it belongs, and the numbers are the CPU's."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import AGENTS, Process, read_metrics
+from torch.utils._pytree import tree_flatten
+
+HERE = Path(__file__).parent
+COMMON = "--threads 1 --sparsity 0.8 --eval-episodes 1 --final-eval-episodes 1"
+PENDULUM = "--env-id Pendulum-v1 --total-timesteps 820 --learning-starts 780 --batch-size 8"
+PENDULUM += " --width-scale 0.125 --updates-per-step 1 --eval-interval 820"
+PENDULUM += " --diagnostics-interval 400 --checkpoint-interval 800"
+CASES = {  # each has one checkpoint on the way, with updates before and after
+    "sac_simba_sparse": f"{PENDULUM} --clipped-double-q --reset-interval 790",
+    "ddpg_simba_sparse": PENDULUM,
+    "drqv2_sparse": "--env-id dm_control/cartpole-balance-v0 --action-repeat 50"
+    " --total-timesteps 1300 --learning-starts 800 --batch-size 2 --width-scale 0.0625"
+    " --eval-interval 1300 --diagnostics-interval 1300"
+    " --checkpoint-interval 1000",
+    "der_impala_sparse": "--env-id ALE/Pong-v5 --action-repeat 32 --total-timesteps 5120"
+    " --learning-starts 4160 --batch-size 2 --width-scale 0.125 --target-interval 5"
+    " --eval-interval 5120 --diagnostics-interval 5120 --checkpoint-interval 3200",
+}
+
+
+@pytest.mark.parametrize("agent", CASES)
+def test_a_run_on_a_device_equals_that_on_the_cpu(agent, tmp_path):
+    """Training, evaluation, diagnostics, checkpoints, and going on from one, bit for bit."""
+    file = AGENTS / f"{agent}.py"
+    flags = f"{COMMON} {CASES[agent]}".split()
+    done = Process(HERE / "simulated_device.py", file, tmp_path, *flags).finish()
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "new run" in done.stdout and "going on from env step" in done.stdout
+    metrics, checkpoints = [], []
+    for device in ("cpu", "sim"):
+        (path,) = tmp_path.glob(f"{device}/*/checkpoint.pt")
+        checkpoint = torch.load(path, weights_only=True)
+        assert checkpoint.pop("args")["device"] == device
+        checkpoint["counters"] = checkpoint["counters"][
+            :-1
+        ]  # the last is the length of metrics.csv
+        checkpoints.append(tree_flatten(checkpoint))
+        metrics.append(read_metrics(path.parent))
+    assert metrics[0] == metrics[1]
+    (expected, structure), (ours, same_structure) = checkpoints
+    assert structure == same_structure
+    for a, b in zip(expected, ours):
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def test_the_simulated_device_notices_what_cuda_would():
+    program = """
+import torch
+import simulated_device
+
+MISTAKES = [
+    lambda x: x + torch.ones(3),
+    lambda x: torch.stack([x.sum(), torch.tensor(1.0)]),
+    lambda x: torch.nn.functional.linear(x, torch.ones(2, 3)),
+    lambda x: torch.ones(3)[x.long()],
+    lambda x: x.numpy(),
+]
+with simulated_device.SimDevice():
+    x = torch.ones(3).to("sim")
+    assert (x + torch.tensor(1.0)).device == x[torch.tensor([0, 2])].device == x.device
+    assert x.cpu().numpy().sum() == 3
+    for mistake in MISTAKES:
+        try:
+            mistake(x)
+        except (RuntimeError, TypeError):
+            continue
+        raise AssertionError(f"mistake {MISTAKES.index(mistake)} went through")
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,355 @@
+"""Bad input: exit code 2, one line that names what was wrong, and nothing created or lost."""
+
+import gc
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import AGENTS, Process, check_error, contents, read_metrics
+
+SAC = AGENTS / "sac_simba_sparse.py"
+STREAM = AGENTS / "stream_ac_sparse.py"
+DER = AGENTS / "der_impala_sparse.py"
+TINY = [
+    "--env-id",
+    "dm_control/cartpole-swingup-v0",
+    "--width-scale",
+    "0.125",
+    "--sparsity",
+    "0.8",
+    "--device",
+    "cpu",
+    "--threads",
+    "1",
+    "--action-repeat",
+    "20",
+    "--total-timesteps",
+    "400",
+    "--learning-starts",
+    "200",
+    "--batch-size",
+    "8",
+    "--eval-episodes",
+    "1",
+    "--final-eval-episodes",
+    "1",
+]
+
+
+@pytest.fixture
+def main(main):
+    """An agent's exit code and what it says to stderr."""
+
+    def run(*arguments: str, agent: Path = SAC) -> tuple[int, str]:
+        code, _, error = main(agent, *arguments)
+        return code, error
+
+    return run
+
+
+def check(result: tuple[int, str], words: str) -> None:
+    check_error(*result, words)
+
+
+@pytest.mark.parametrize(
+    "flags,words",
+    [
+        ("--sparsity 1.0", "--sparsity 1.0 below 1"),
+        ("--sparsity -0.1", "--sparsity -0.1 at least 0"),
+        ("--sparsity nan", "--sparsity nan at least 0"),
+        ("--critic-sparsity 1.5", "--critic-sparsity 1.5 below 1"),
+        ("--width-scale 0", "--width-scale 0.0 at least 1/128"),
+        ("--width-scale nan", "--width-scale nan at least 1/128"),
+        ("--width-scale inf", "--width-scale inf"),
+        ("--seed -1", "--seed -1 at least 0"),
+        ("--mask-seed -1", "--mask-seed -1 at least 0"),
+        ("--threads -1", "--threads -1 at least 1"),
+        ("--reset-interval -1", "--reset-interval -1 at least 1"),
+        ("--initial-temperature 0", "--initial-temperature 0.0"),
+        ("--seed 4294967296", "--seed 4294967296 below 2^32"),
+        ("--gamma 2", "--gamma 2.0 between 0 and 1"),
+        ("--tau nan", "--tau nan between 0 and 1"),
+        ("--weight-decay inf", "--weight-decay inf finite"),
+        ("--batch-size 0", "--batch-size 0 at least 1"),
+        ("--env-id Nope-v0", "--env-id Nope-v0"),
+        ("--env-id dm_control/nope-v0", "--env-id dm_control/nope-v0"),
+        ("--env-id nope:Nope-v0", "--env-id nope:Nope-v0"),
+        ("--env-id a:b:c", "--env-id a:b:c"),
+        (
+            "--capture-video",
+            "--env-id dm_control/cartpole-swingup-v0 rendering",
+        ),  # MUJOCO_GL=disabled
+        ("--env-id CartPole-v1", "--env-id CartPole-v1 Discrete(2) Box"),
+        ("--runs-dir file", "file --runs-dir"),
+        ("--runs-dir file/below", "file/below --runs-dir"),
+        (
+            "--width-scale 0.01 --sparsity 0.99 --sparsity-distribution erdos_renyi",
+            "sparsity 0.99 out of reach",
+        ),
+        ("--eval-only", "nothing to evaluate train"),
+        (f"--eval-only --runs-dir . --exp-name {'x' * 300}", "cannot use too long --runs-dir"),
+    ],
+)
+def test_bad_flag(main, tmp_path, flags, words):
+    (tmp_path / "file").write_text("not a folder")
+    before = contents(tmp_path)
+    check(main(*TINY, *flags.split()), words)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "flags,words",
+    [
+        ("--sparsity 1.0", "--sparsity 1.0 below 1"),
+        ("--actor-sparsity nan", "--actor-sparsity nan at least 0"),
+        ("--width-scale 0", "--width-scale 0.0 at least 1/128"),
+        ("--trace-lambda 2", "--trace-lambda 2.0 between 0 and 1"),
+        ("--gamma -0.5", "--gamma -0.5 between 0 and 1"),
+        ("--actor-kappa 0", "--actor-kappa 0.0 above 0"),
+        ("--critic-kappa inf", "--critic-kappa inf finite"),
+        ("--learning-rate nan", "--learning-rate nan above 0"),
+        ("--entropy-coefficient -1", "--entropy-coefficient -1.0 at least 0"),
+        ("--learning-starts -1", "--learning-starts -1 at least 0"),
+        ("--total-timesteps 0", "--total-timesteps 0 at least 1"),
+        ("--seed 4294967296", "--seed 4294967296 below 2^32"),
+        ("--exp-name a/b", "--exp-name a/b /"),
+        ("--env-id CartPole-v1", "--env-id CartPole-v1 Discrete(2) Box"),
+        ("--env-id Nope-v0", "--env-id Nope-v0"),
+        ("--runs-dir file", "file --runs-dir"),
+        ("--width-scale 0.0625 --sparsity 0.99", "sparsity 0.99 out of reach"),
+        ("--eval-only", "nothing to evaluate train"),
+    ],
+)
+def test_bad_flag_of_the_streaming_agent(main, tmp_path, flags, words):
+    (tmp_path / "file").write_text("not a folder")
+    before = contents(tmp_path)
+    check(main("--env-id", "Hopper-v5", *flags.split(), agent=STREAM), words)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "flags,words",
+    [
+        ("--sparsity 1.0", "--sparsity 1.0 below 1"),
+        ("--width-scale 0.01", "--width-scale 0.01 at least 1/16"),
+        ("--atoms 1", "--atoms 1 at least 2"),
+        ("--v-max 0", "--v-max 0.0 above 0"),
+        ("--noisy-sigma -1", "--noisy-sigma -1.0 at least 0"),
+        ("--sticky-actions 1", "--sticky-actions 1.0 below 1"),
+        ("--eval-epsilon 2", "--eval-epsilon 2.0 between 0 and 1"),
+        ("--priority-exponent nan", "--priority-exponent nan between 0 and 1"),
+        ("--n-step 0", "--n-step 0 at least 1"),
+        ("--buffer-size 10", "--buffer-size 10 above --n-step"),
+        ("--env-id Hopper-v5", "--env-id Hopper-v5 Atari ALE/Pong-v5"),
+        ("--env-id ALE/Nope-v5", "--env-id ALE/Nope-v5"),
+        ("--env-id ALE/Backgammon-v5", "--env-id ALE/Backgammon-v5 NOOP"),
+        ("--runs-dir file", "file --runs-dir"),
+        ("--width-scale 0.0625 --sparsity 0.9999", "sparsity 0.9999 out of reach"),
+        ("--eval-only", "nothing to evaluate train"),
+    ],
+)
+def test_bad_flag_of_the_atari_agent(main, tmp_path, flags, words):
+    (tmp_path / "file").write_text("not a folder")
+    before = contents(tmp_path)
+    check(main("--width-scale", "0.125", "--threads", "1", *flags.split(), agent=DER), words)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "agent,flags,words",
+    [
+        ("ddpg_simba", "--exploration-noise -1", "--exploration-noise -1.0 at least 0"),
+        ("ddpg_simba", "--actor-sparsity 1", "--actor-sparsity 1.0 below 1"),
+        ("ddpg_simba", "--updates-per-step 0", "--updates-per-step 0 at least 1"),
+        ("ddpg_simba", "--env-id CartPole-v1", "--env-id CartPole-v1 Discrete(2) Box"),
+        ("ddpg_simba", "--eval-only", "nothing to evaluate train"),
+        ("drqv2", "--width-scale 0", "--width-scale 0.0 at least 1/1024"),
+        ("drqv2", "--std-end nan", "--std-end nan at least 0"),
+        ("drqv2", "--std-decay 0", "--std-decay 0 at least 1"),
+        ("drqv2", "--buffer-size 3", "--buffer-size 3 above --n-step"),
+        ("drqv2", "--camera -1", "--camera -1 at least 0"),
+        ("drqv2", "--env-id CartPole-v1", "--env-id CartPole-v1 width"),
+        ("drqv2", "--env-id Reacher-v5 --camera 0", "--env-id Reacher-v5 camera 0 has 0 cameras"),
+        ("drqv2", "--env-id nope:Nope-v0", "--env-id nope:Nope-v0"),
+    ],
+)
+def test_bad_flag_of_ddpg_and_drqv2(main, tmp_path, agent, flags, words):
+    check(main("--threads", "1", *flags.split(), agent=AGENTS / f"{agent}_sparse.py"), words)
+    assert contents(tmp_path) == {}
+
+
+def test_tracking_without_a_key(tmp_path):
+    """Through the real package, which finds no key in an empty home."""
+    flags = (
+        "--env-id InvertedPendulum-v5 --total-timesteps 50 --eval-episodes 1 --track --threads 1"
+    )
+    env = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    env |= {"HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc"), "MUJOCO_GL": "disabled"}
+    command = [sys.executable, str(STREAM), *flags.split()]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, env=env, stdin=subprocess.DEVNULL
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert "error: --track: No API key" in done.stderr and not list(tmp_path.rglob("checkpoint*"))
+
+
+def test_streaming_agent_knows_no_cuda(main, tmp_path):
+    code, err = main("--device", "cuda", agent=STREAM)
+    assert (
+        code == 2
+        and "--device" in err
+        and "auto" in err
+        and "cpu" in err
+        and "Traceback" not in err
+    )
+    assert contents(tmp_path) == {}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here")
+def test_cuda_where_there_is_none(main, tmp_path):
+    check(main("--device", "cuda"), "--device cuda cpu")
+    assert contents(tmp_path) == {}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    for seed in (1, 2):
+        flags = (*TINY, "--seed", seed)
+        done = Process(SAC, *flags, folder=folder, MUJOCO_GL="disabled").finish()
+        assert done.returncode == 0, done.stderr
+    return folder / "runs"
+
+
+@pytest.fixture
+def runs(trained, main) -> list[Path]:
+    """The folders of finished runs, seeds 1 and 2."""
+    shutil.copytree(trained, "runs")
+    return [next(Path("runs").glob(f"*__s{seed}")) for seed in (1, 2)]
+
+
+def test_bad_flag_keeps_the_run_that_no_resume_would_move(main, runs, tmp_path):
+    before = contents(tmp_path)
+    check(main(*TINY, "--no-resume", "--sparsity", "1.0"), "--sparsity 1.0")
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("mode", ["--resume", "--eval-only"])
+def test_truncated_checkpoint_stays(main, runs, tmp_path, mode):
+    path = runs[0] / "checkpoint.pt"
+    path.write_bytes(path.read_bytes()[:-1000])
+    before = contents(tmp_path)
+    check(main(*TINY, mode), f"{path} damaged")
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "agent", [SAC, AGENTS / "ddpg_simba_sparse.py"], ids=lambda path: path.stem
+)
+def test_weights_that_diverge_stop_the_run(main, tmp_path, agent):
+    code, err = main(*TINY, "--updates-per-step", "1", "--learning-rate", "1e30", agent=agent)
+    assert (
+        code == 3
+        and "error: a value is not finite at agent_step=10; the last checkpoint is kept" in err
+    )
+    assert not list(tmp_path.rglob("checkpoint*"))
+
+
+def test_weights_that_diverge_in_the_last_update_are_not_saved(main, tmp_path):
+    flags = "--width-scale 0.0625 --threads 1 --learning-rate 1e300"
+    flags += " --learning-starts 640 --total-timesteps 640"
+    flags += (
+        " --action-repeat 32 --batch-size 4 --n-step 1 --eval-episodes 1 --final-eval-episodes 1"
+    )
+    code, err = main(*flags.split(), agent=DER)
+    assert (
+        code == 3
+        and "error: values not finite at agent_step=20; the last checkpoint is kept" in err
+    )
+    assert not list(tmp_path.rglob("checkpoint*"))
+
+
+def test_no_resume_that_is_interrupted_loses_nothing(main, runs, monkeypatch):
+    """Whichever file it stops at, the same command then starts nothing anew over what is left."""
+    with open(runs[0] / "metrics.csv", "a") as file:
+        file.write("400,20,0,not/deterministic,1.0\n")  # which no other run writes
+    before = contents(runs[0])
+    for n in range(len(list(runs[0].glob("[!.]*")))):
+        moved, rename = [], Path.rename
+
+        def stop(path, target, n=n, moved=moved, rename=rename):
+            if len(moved) == n:
+                raise KeyboardInterrupt
+            moved.append(rename(path, target))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "rename", stop)
+            with pytest.raises(KeyboardInterrupt):
+                main(*TINY, "--no-resume")
+        gc.collect()
+        code, err = main(*TINY)
+        assert code == 0 or (code == 2 and "--no-resume" in err), err
+        for path in moved:
+            path.rename(runs[0] / path.name)
+        assert {name: runs[0].joinpath(name).read_bytes() for name in before} == before
+
+
+def test_a_package_without_metadata_is_no_obstacle(main, tmp_path, monkeypatch):
+    """An interrupted pip leaves such folders."""
+    (tmp_path / "site" / "foo-1.0.dist-info").mkdir(parents=True)
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    assert main(*TINY)[0] == 0
+
+
+def test_evaluations_come_with_the_first_decision_at_or_after_a_multiple(main):
+    flags = "--action-repeat 30 --total-timesteps 400 --learning-starts 1000 --eval-interval 100"
+    assert main(*TINY, *flags.split())[0] == 0
+    (run_dir,) = Path("runs").iterdir()
+    rows = [row for row in read_metrics(run_dir) if row["metric"] == "eval/return_mean"]
+    assert [int(row["env_step"]) for row in rows] == [0, 120, 210, 300, 420]
+
+
+def test_metrics_lost_since_the_checkpoint(main, runs, tmp_path):
+    """Instead of a file padded with zero bytes."""
+    path, metrics = runs[0] / "checkpoint.pt", runs[0] / "metrics.csv"
+    torch.save(torch.load(path, weights_only=True) | {"finished": False}, path)
+    metrics.write_bytes(metrics.read_bytes()[:-1])
+    before = contents(tmp_path)
+    check(main(*TINY), f"{metrics} --no-resume")
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("mode", ["--resume", "--eval-only"])
+def test_checkpoint_of_other_flags_stays(main, runs, tmp_path, mode):
+    path = runs[0] / "checkpoint.pt"
+    shutil.copy(runs[1] / "checkpoint.pt", path)
+    before = contents(tmp_path)
+    check(main(*TINY, mode), f"{path} --seed 2 not 1")
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "flags,words",
+    [
+        ("--env-id dm_control/nope-v0", "--env-id dm_control/nope-v0"),
+        # Environments that may print warnings
+        ("--env-id dm_control/cartpole-swingup-v0 --eval-only", "nothing to evaluate"),
+        ("--env-id Hopper-v5 --eval-only", "nothing to evaluate"),
+        ("--capture-video", "--env-id dm_control/humanoid-run-v0 MUJOCO_GL renderer"),
+    ],
+)
+def test_real_command_line(tmp_path, flags, words):
+    """With a renderer that does not exist, which matters to films alone."""
+    done = Process(SAC, *flags.split(), folder=tmp_path, MUJOCO_GL="none").finish()
+    check_error(done.returncode, done.stderr, words)
+    assert done.stdout == "" and contents(tmp_path) == {}
+
+
+def test_unknown_flag(main, tmp_path):
+    code, err = main("--no-such-flag", "3")
+    assert code == 2 and "--no-such-flag" in err and "Traceback" not in err
+    assert contents(tmp_path) == {}

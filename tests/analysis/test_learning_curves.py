@@ -1,0 +1,120 @@
+"""learning_curves.py on runs made by hand: nothing is lost, the right curve is published."""
+
+from pathlib import Path
+
+import conftest
+import imageio
+import pandas as pd
+import pytest
+from analysis import learning_curves
+from conftest import check_error
+
+SCRIPT = learning_curves.__file__
+
+
+def write_run(runs: Path, name: str, seed: int, sparsity: float, returns: dict[int, float]) -> None:
+    flags = {
+        "exp_name": "sac_simba_sparse",
+        "env_id": "dm_control/walker-walk-v0",
+        "width_scale": 1.0,
+        "depth_scale": 1,
+        "sparsity": sparsity,
+        "actor_sparsity": None,
+        "critic_sparsity": None,
+        "seed": seed,
+    }
+    rows = []
+    for step, value in returns.items():
+        rows += [(step, "eval/return_mean", value), (step, "losses/alpha", 0.1)]
+    conftest.write_run(runs / name, flags, rows)
+
+
+def test_every_run_is_kept_as_it_is(tmp_path, main):
+    write_run(tmp_path / "runs", "a", 1, 0.0, {0: 30.5, 10_000: 1 / 3})
+    write_run(tmp_path / "runs", "b", 2, 0.8, {0: 20.0})
+    write_run(tmp_path / "runs", "just_begun", 3, 0.8, {})
+    code, out, err = main(SCRIPT, "--runs-dir", "runs", "--output", "out")
+    assert code == 0, err
+    assert "left out: just_begun has no returns yet" in out
+    table = pd.read_csv(tmp_path / "out" / "returns.csv.gz")
+    assert list(zip(table.seed, table.sparsity, table.env_step, table.value)) == [
+        (1, 0.0, 0, 30.5),
+        (1, 0.0, 10_000, 1 / 3),
+        (2, 0.8, 0, 20.0),
+    ]
+    assert imageio.imread(tmp_path / "out" / "learning_curves.png").std() > 1
+
+    write_run(tmp_path / "more", "c", 3, 0.9, {0: 25.0})
+    write_run(tmp_path / "more", "a", 1, 0.0, {0: 30.5, 10_000: 1 / 3})  # is among the earlier ones
+    earlier = ("--earlier", "out/returns.csv.gz")
+    code, _, err = main(SCRIPT, "--runs-dir", "more", *earlier, "--output", "both")
+    assert code == 0, err
+    both = pd.read_csv(tmp_path / "both" / "returns.csv.gz")
+    pd.testing.assert_frame_equal(both[:3], table)
+    assert len(both) == 4
+    assert list(both.loc[3, ["seed", "sparsity", "env_step", "value"]]) == [3, 0.9, 0, 25.0]
+
+
+def test_published_curve_of_a_task():
+    curve = learning_curves.published("sac_simba_sparse", "dm_control/walker-walk-v0").set_index(
+        "env_step"
+    )
+    assert curve.loc[50_000, "mean"] == pytest.approx(900.1) and curve.loc[
+        50_000, "std"
+    ] == pytest.approx(84.5)
+    assert curve.loc[50_000, "seeds"] == 10
+    assert len(learning_curves.published("ddpg_simba_sparse", "dm_control/humanoid-run-v0")) == 21
+    assert len(learning_curves.published("ddpg_simba_sparse", "Walker2d-v5")) == 0
+    pixels = learning_curves.published("drqv2_sparse", "dm_control/cartpole-balance-v0").set_index(
+        "env_step"
+    )
+    assert pixels.loc[60_000, "mean"] == pytest.approx(984.6)
+
+
+def test_networks_of_two_widths_are_two_lines():
+    rows = [(0.5, 0.0, 1), (0.5, 0.8, 1), (1.0, 0.8, 1), (1.0, 0.8, 2)]
+    columns = {
+        "depth_scale": 1,
+        "actor_sparsity": None,
+        "critic_sparsity": None,
+        "metric": "eval/return_mean",
+    }
+    columns |= {"exp_name": "sac_simba_sparse", "env_id": "dm_control/walker-walk-v0"}
+    table = pd.DataFrame(rows, columns=["width_scale", "sparsity", "seed"]).assign(**columns)
+    table["run"] = [f"run{index}" for index in table.index]
+    table = pd.concat([table.assign(env_step=step, value=step / 100) for step in (0, 10_000)])
+    axes = learning_curves.draw(table).axes[0]
+    lines = [line for line in axes.lines if len(line.get_xdata()) == 2]
+    assert len(lines) == 4 and len({line.get_color() for line in lines}) == 3
+    assert [text.get_text() for text in axes.get_legend().get_texts()][:3] == [
+        "dense, width scale 0.5, seed 1",
+        "sparsity 0.8, width scale 0.5, seed 1",
+        "sparsity 0.8, width scale 1, 2 seeds",
+    ]
+
+
+def test_runs_that_differ_in_other_flags_are_two_lines(tmp_path):
+    """Such as --reset-interval; and what --no-resume has moved aside is not drawn."""
+    for name, value in (("a", 10.0), ("b", 20.0), ("b.old1", 30.0)):
+        write_run(tmp_path, name, 1, 0.0, {0: value, 10_000: 2 * value})
+    write_run(tmp_path, "starting", 2, 0.0, {})
+    (tmp_path / "starting" / "metrics.csv").write_text("")
+    axes = learning_curves.draw(learning_curves.load(tmp_path)).axes[0]
+    lines = [list(line.get_ydata()) for line in axes.lines if len(line.get_xdata()) == 2]
+    assert lines == [[10, 20], [20, 40]]
+    assert axes.get_legend().get_texts()[0].get_text() == "dense, 2 runs"
+
+
+def test_scores_of_atari_games():
+    assert learning_curves.atari_scores("ALE/Pong-v5") == {"random": -20.7, "human": 14.6}
+    assert learning_curves.atari_scores("ALE/Tetris-v5") == {}
+
+
+def test_no_runs(tmp_path, main):
+    code, _, err = main(SCRIPT)
+    assert (code, err) == (2, "error: no run in runs\n")
+    code, _, err = main(SCRIPT, "--earlier", "no.gz")
+    check_error(code, err, "--earlier no.gz: [Errno 2] No such file")
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    code, _, err = main(SCRIPT, "--earlier", "other.csv")
+    check_error(code, err, "--earlier other.csv:")

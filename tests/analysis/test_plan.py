@@ -1,0 +1,166 @@
+"""plan.py: a command's run folder, the state of a run, links for the figures, estimated time."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import sac_simba_sparse as sac
+import stream_ac_sparse as stream
+from analysis import plan
+from conftest import write_metrics
+
+COMMAND = "python sparse_zoo/{}.py --env-id {} --width-scale 0.5 --sparsity 0.9 --seed {}"
+COMMAND += " --runs-dir {} --threads 1"
+
+
+@pytest.fixture
+def run_plan(main):
+    return lambda commands, *arguments: main(
+        plan.__file__, *arguments, stdin="".join(f"{command}\n" for command in commands)
+    )
+
+
+@pytest.mark.parametrize("module,env_id", [(sac, "dm_control/humanoid-run-v0"), (stream, "Ant-v4")])
+def test_the_folder_is_the_one_that_the_agent_opens(tmp_path, module, env_id):
+    for seed in (1, 12):
+        command = COMMAND.format(module.__name__, env_id, seed, tmp_path)
+        run = plan.parse_command(command)
+        args = module.Args(
+            env_id=env_id,
+            width_scale=0.5,
+            sparsity=0.9,
+            seed=seed,
+            runs_dir=str(tmp_path),
+            threads=1,
+        )
+        assert run.flags == args and run.command == command and run.agent == module.__name__
+        assert module.open_run(args)[0] == run.folder
+        module.open_run.lock.release()
+
+
+def test_state(tmp_path):
+    run = plan.parse_command(COMMAND.format("sac_simba_sparse", "x/y-v0", 3, tmp_path))
+    assert plan.state(run) == "absent"
+    write_metrics(run.folder)
+    assert plan.state(run) == "just started"
+    write_metrics(run.folder, (0, "eval/return_mean", 1.0), (12_000, "losses/alpha", 0.1))
+    assert plan.state(run) == "at env step 12,000 of 1,000,000"
+    write_metrics(
+        run.folder, *((1_000_000, f"final/return_{name}", 0.1) for name in ("mean", "std"))
+    )
+    assert plan.state(run) == "finished"
+    (run.folder / "checkpoint.tmp").touch()  # killed while it wrote the last checkpoint
+    assert plan.state(run) == "at env step 1,000,000 of 1,000,000"
+    (run.folder / "metrics.csv").write_bytes(b"\xff\n")
+    assert plan.state(run) == "just started"
+
+
+def test_finished_runs_are_linked_and_the_others_named(tmp_path, run_plan):
+    commands = [
+        COMMAND.format("sac_simba_sparse", "x-v0", seed, tmp_path / "runs") for seed in (1, 2, 3)
+    ]
+    runs = [plan.parse_command(command) for command in commands]
+    links = tmp_path / "links"
+    code, _, err = run_plan(commands, "link", "--output", links)
+    assert (
+        code == 2
+        and err
+        == f"error: nothing to draw: none of these 3 runs is finished in {tmp_path / 'runs'}\n"
+    )
+    assert not links.exists()
+
+    write_metrics(runs[0].folder, (5, "final/return_mean", 1.5))
+    write_metrics(runs[1].folder, (5, "eval/return_mean", 1.5))
+    links.mkdir()
+    (links / "stale").symlink_to(tmp_path)
+    code, out, _ = run_plan(commands, "link", "--output", links)
+    assert code == 0
+    assert [path.name for path in links.iterdir()] == [runs[0].folder.name]
+    assert "1.5" in (links / runs[0].folder.name / "metrics.csv").read_text()
+    assert out.splitlines() == [
+        f"missing: {runs[1].folder} is at env step 5 of 1,000,000",
+        f"missing: {runs[2].folder} is absent",
+        "1 of 3 runs are finished",
+    ]
+    code, out, err = run_plan(commands, "unfinished")
+    assert code == 0 and out.splitlines() == commands[1:]
+    assert err.startswith("3 runs, 1 of them finished; the rest takes about ")
+    code, out, _ = run_plan(commands, "status")
+    *lines, last = out.splitlines()
+    assert [line.split(":")[0] for line in lines] == [
+        "finished",
+        "at env step 5 of 1,000,000",
+        "absent",
+    ]
+    assert last == "1 of 3 runs are finished"
+
+
+@pytest.mark.parametrize(
+    "command", ["python train.py --seed 1", "python sparse_zoo/sac_simba_sparse.py --env-id x"]
+)
+def test_no_command_of_an_agent(run_plan, command):
+    code, out, err = run_plan([command], "status")
+    assert (code, out) == (
+        2,
+        "",
+    ) and err == f"error: not the command of an agent, with --seed: {command}\n"
+
+
+def test_a_package_that_does_not_work(run_plan, monkeypatch):
+    monkeypatch.setitem(sys.modules, "numba", None)  # upon which its import fails
+    monkeypatch.delitem(sys.modules, "ddpg_simba_sparse", raising=False)
+    code, out, err = run_plan([COMMAND.format("ddpg_simba_sparse", "x-v0", 1, "runs")], "status")
+    assert (code, out) == (2, "") and err.count("\n") == 1
+    assert (
+        err.startswith("error: ddpg_simba_sparse cannot be imported (import of numba")
+        and "requirements" in err
+    )
+
+
+def test_core_hours():
+    """Costs that follow the law: 10 + 150 width^2 dense, 10 + 400 active packed, 2 ms a frame."""
+    rows = [
+        ("update", 1, 0, 160),
+        ("update", 2, 0, 610),
+        ("update", 1, 0.9, 50),
+        ("update", 2, 0.9, 170),
+    ]
+    costs = pd.DataFrame(rows, columns=["what", "width_scale", "sparsity", "ms"])
+    costs = costs.assign(agent="sac_simba_sparse", depth_scale=1, batch_size=256)
+    frame = {"agent": "sac_simba_sparse", "what": "frame", "env_id": "a", "ms": 2.0}
+    costs = pd.concat(
+        [costs, pd.DataFrame([frame, {**frame, "env_id": "b", "ms": 4.0}])], ignore_index=True
+    )
+
+    def hours(**flags) -> float:
+        flags = {"env_id": "a", "total_timesteps": 110_000, "final_eval_episodes": 50, **flags}
+        return plan.core_hours(plan.Run("", "sac_simba_sparse", sac.Args(**flags), Path()), costs)
+
+    frames = 110_000 + 1000 * (50 + 12 * 10)  # 10,000 env steps are without updates
+    assert hours() == pytest.approx((100_000 * 160 + frames * 2) / 3.6e6)
+    assert hours(env_id="b") == pytest.approx((100_000 * 160 + frames * 4) / 3.6e6)
+    assert hours(env_id="c") == pytest.approx((100_000 * 160 + frames * 3) / 3.6e6)
+    assert hours(width_scale=5, sparsity=0.9) == pytest.approx(
+        (100_000 * (10 + 1000) + frames * 2) / 3.6e6
+    )
+    assert hours(width_scale=5, sparsity=0.5) == pytest.approx(
+        (100_000 * (10 + 150 * 25) + frames * 2) / 3.6e6
+    )
+    assert hours(depth_scale=2, batch_size=128) == pytest.approx(
+        (100_000 * 155 + frames * 2) / 3.6e6
+    )
+    assert hours(updates_per_step=1, action_repeat=1) == pytest.approx(hours())
+    assert hours(learning_starts=60_000) == pytest.approx((50_000 * 160 + frames * 2) / 3.6e6)
+    assert np.isnan(plan.core_hours(plan.Run("", "new_agent", sac.Args(), Path()), costs))
+
+
+def test_the_law_fits_what_was_measured():
+    costs = pd.read_csv(plan.COSTS)
+    assert costs.agent.nunique() == 5
+    for agent, rows in costs[costs.what == "update"].groupby("agent"):
+        law = plan.fit_updates(agent, rows)
+        for row in rows.itertuples():
+            predicted = law @ plan.multiplied(agent, row.width_scale, row.depth_scale, row.sparsity)
+            assert predicted == pytest.approx(row.ms, rel=0.15), (agent, row)

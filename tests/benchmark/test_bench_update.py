@@ -1,0 +1,48 @@
+"""bench_update.py: it measures, and its count of arithmetic is that of PyTorch's own counter."""
+
+import re
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+from analysis import bench_update
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def test_one_row():
+    flags = "--width-scale 0.25 --sparsity 0.9 --turns 1 --turn-seconds 0.01 --threads 1"
+    command = [sys.executable, bench_update.__file__, *flags.split()]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    ratio = dict(
+        part.split("=") for part in done.stdout.splitlines()[-1].removeprefix("ratio ").split()
+    )
+    sides = re.findall(
+        r"^(?:masked dense twin|ours) +([\d.]+) ms per update +(\d+) MiB", done.stdout, re.M
+    )
+    (twin_ms, twin_mib), (ours_ms, ours_mib) = [map(float, side) for side in sides]
+    assert float(ratio["time"]) == pytest.approx(ours_ms / twin_ms, rel=0.02)
+    assert float(ratio["memory"]) == pytest.approx(ours_mib / twin_mib, rel=0.02)
+    assert min(twin_ms, ours_ms) > 0.1 and min(twin_mib, ours_mib) > 100
+
+
+@pytest.mark.parametrize("agent", ["sac", "ddpg"])
+def test_arithmetic_of_a_dense_update(agent):
+    args = bench_update.Args(agent=agent, width_scale=1.0, sparsity=0.0, threads=1)
+    update, weights = bench_update.build(args, "ours")
+    with FlopCounterMode(display=False) as counter:
+        update()
+    assert bench_update.gflop(args, weights) == pytest.approx(
+        counter.get_total_flops() / 1e9, rel=0.02
+    )
+
+
+def test_figure():
+    row = {"twin_ms": 90.0, "ours_ms": 40.0, "twin_mib": 700.0, "ours_mib": 600.0, "gflop": 3.0}
+    table = pd.DataFrame(
+        {"width_scale": width, "sparsity": s, **row} for width in (1.0, 2.0) for s in (0.0, 0.9)
+    )
+    axes = bench_update.draw(table).axes
+    assert [len(ax.lines) for ax in axes] == [3, 3, 2]
+    assert list(axes[0].lines[-1].get_ydata()) == [90.0, 90.0]

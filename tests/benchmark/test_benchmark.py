@@ -1,0 +1,258 @@
+"""benchmark.sh: every target's commands against the paper, bad input, runs that fail."""
+
+import os
+import re
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+import sac_simba_sparse as sac
+import torch
+from analysis import plan
+from conftest import ROOT, check_error, write_metrics
+
+FIGURES = [f"fig{number}" for number in range(1, 19)]
+
+
+def benchmark(*arguments: str, **environment) -> subprocess.CompletedProcess:
+    own = ("RUNS", "RESULTS", "THREADS", "FLAGS", "SBATCH_OPTIONS")
+    inherited = {name: value for name, value in os.environ.items() if name not in own}
+    environment = {**inherited, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **environment}
+    command = [str(ROOT / "benchmark.sh"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1800)
+
+
+@cache
+def commands(target: str, scale: str = "paper", *more: str) -> tuple[str, ...]:
+    done = benchmark(target, "--scale", scale, "--runner", "dry-run", *more)
+    assert done.returncode == 0, done.stderr
+    return tuple(done.stdout.splitlines())
+
+
+def values(target: str, flag: str, scale: str = "paper") -> set[str]:
+    return {re.search(f"{flag} (\\S+)", line)[1] for line in commands(target, scale)}
+
+
+def without_seed(lines: tuple[str, ...]) -> list[str]:
+    return sorted({re.sub(r"--seed \d+ ", "", line) for line in lines})
+
+
+# By hand from the paper: algorithms x tasks x networks x seeds
+COUNTS = {
+    "fig1": 2 * 4 * (8 + 5) * 8,  # six widths and two wide and deep networks dense, five sparse
+    "fig2": 2 * 6 * (9 + 7 - 1) * 8,  # Figures 15 and 16 share width 2, depth 1
+    "fig3": 2 * 4 * 2 * 10 * 8,
+    "fig4": 1 * 1 * 2 * 10 * 8,
+    "fig5": 2 * 2 * 3 * 8,
+    "fig6": 1 * 2 * 4 * 8,
+    "fig7": 1 * 1 * 3 * 8,
+    "fig8": 2 * 4 * 10 * 8,
+    "fig9": 2,
+    "fig10": 2 * 9 * 5,
+    "fig11": 1 * 3 * 5,
+    "fig12": 2 * 4 * 4 * 5,
+    "fig13": 2 * 3 * 5,
+    "fig15": 2 * 6 * (6 + 3) * 8,
+    "fig16": 2 * 6 * (4 + 3) * 8,
+    "fig18": 26 * 4 * 5,
+}
+
+
+@pytest.mark.parametrize("target", COUNTS)
+def test_counts(target):
+    lines = commands(target)
+    assert len(lines) == len(set(lines)) == COUNTS[target]
+    assert f"{target}: {COUNTS[target]} runs\n" in listing()
+
+
+@cache
+def listing() -> str:
+    return benchmark("list", "--scale", "paper").stdout
+
+
+def test_shared_runs_are_made_once():
+    own = {figure: set(commands(figure)) for figure in FIGURES}
+    assert (
+        own["fig1"] == own["fig14"]
+        and own["fig12"] == own["fig17"]
+        and own["fig2"] == own["fig15"] | own["fig16"]
+    )
+    assert own["fig4"] | own["fig5"] | own["fig7"] | own["fig8"] | own["fig9"] <= own["fig3"]
+    assert own["fig11"] < own["fig10"]
+    every = commands("all")
+    assert len(every) == len(set(every)) and set(every) == set.union(*own.values())
+
+
+def test_the_sweeps_are_the_papers():
+    hard = {
+        f"dm_control/{task}-v0"
+        for task in [
+            "dog-run",
+            "dog-trot",
+            "dog-walk",
+            "humanoid-run",
+            "humanoid-stand",
+            "humanoid-walk",
+        ]
+    }
+    assert values("fig2", "--env-id") == hard
+    assert values("fig2", "--width-scale") == {"0.5", "1", "2", "3", "4", "5"}
+    assert values("fig2", "--depth-scale") == {"1", "2", "3", "4"}
+    assert values("fig15", "--sparsity") == {"0", "0.5556", "0.75", "0.84"}
+    assert values("fig16", "--sparsity") == {"0", "0.5", "0.6667", "0.75"} and values(
+        "fig16", "--width-scale"
+    ) == {"2"}
+    assert values("fig3", "--sparsity") == {"0"} | {f"0.{digit}" for digit in range(1, 10)}
+    assert values("fig3", "--width-scale") == {"1", "5"} and values("fig3", "--seed") == set(
+        "12345678"
+    )
+    assert values("fig12", "--env-id") == values("fig13", "--env-id") == {"Ant-v4", "Walker2d-v4"}
+    assert values("fig18", "--width-scale") == {"1", "3"} and values("fig18", "--sparsity") == {
+        "0",
+        "0.4",
+        "0.8",
+    }
+    assert (
+        values("fig7", "--env-id") == values("fig4", "--env-id") == {"dm_control/humanoid-run-v0"}
+    )
+
+
+def weights(width: float, depth: int) -> int:
+    with torch.device("meta"):
+        agent = sac.Agent(
+            sac.Args(width_scale=width, depth_scale=depth), 67, 21, torch.device("meta")
+        )
+    return sum(row["total"] for rows in agent.layers.values() for row in rows)
+
+
+def test_sparse_networks_have_as_many_active_weights_as_the_dense_one_of_width_2():
+    anchor, found = weights(2, 1), set()
+    for line in commands("fig1") + commands("fig2"):
+        width, depth, sparsity = re.search(
+            r"--width-scale (\S+) --depth-scale (\S+) --sparsity (\S+)", line
+        ).groups()
+        if float(sparsity):
+            found.add((float(width), int(depth), float(sparsity)))
+    assert len(found) == 3 + 3 + 2
+    for width, depth, sparsity in found:
+        assert weights(width, depth) * (1 - sparsity) == pytest.approx(anchor, rel=0.01)
+
+
+@pytest.mark.parametrize("scale", ["paper", "cpu", "smoke"])
+def test_every_command_is_one_that_its_agent_takes(scale):
+    lines = without_seed(commands("all", scale))
+    runs = [
+        plan.parse_command(line.replace(" --runs-dir", " --seed 1 --runs-dir")) for line in lines
+    ]
+    for run in runs:
+        sys.modules[run.agent].check_flags(run.flags)
+        assert run.flags.runs_dir == f"runs/{scale}" and run.flags.threads >= 1
+    assert len({run.folder for run in runs}) == len(runs) > 50  # no two commands share a folder
+    assert len({run.agent for run in runs}) == 5
+
+
+@pytest.mark.parametrize("scale", ["cpu", "smoke"])
+def test_small_networks_can_be_as_sparse(scale):
+    sizes = {
+        re.search(r"(--width-scale .*?--sparsity \S+)", line)[1] for line in commands("fig2", scale)
+    }
+    sizes |= {
+        re.search(r"(--width-scale .*?--sparsity \S+)", line)[1] for line in commands("fig3", scale)
+    }
+    for size in sizes:
+        _, width, _, depth, _, sparsity = size.split()
+        args = sac.Args(width_scale=float(width), depth_scale=int(depth), sparsity=float(sparsity))
+        agent = sac.Agent(args, 17, 6, torch.device("cpu"))
+        active, total = (
+            sum(row[name] for rows in agent.layers.values() for row in rows)
+            for name in ("active", "total")
+        )
+        assert active / total == pytest.approx(1 - float(sparsity), abs=0.01)
+
+
+def test_flags_of_the_command_line():
+    lines = commands("fig9", "smoke", "--seeds", "3", "--jobs", "1")
+    assert len(lines) == 2 and all(
+        "--seed 1 " in line for line in lines
+    )  # Figure 9 shows one run each
+    assert len(commands("fig7", "smoke", "--seeds", "3")) == 9
+    done = benchmark(
+        "fig9", "--runner", "dry-run", FLAGS="--device cuda", RUNS="/tmp/there", THREADS="7"
+    )
+    assert all(
+        line.endswith("--runs-dir /tmp/there --threads 7 --device cuda")
+        for line in done.stdout.splitlines()
+    )
+    done = benchmark(
+        "fig13", "--runner", "dry-run", FLAGS="--device  cuda --track"
+    )  # a stream knows no CUDA
+    assert done.stdout.count("\n") == 18 and all(
+        line.endswith("--track") for line in done.stdout.splitlines()
+    )
+    assert "cuda" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments,words",
+    [
+        (["fig19"], "no target 'fig19' list"),
+        (["fig"], "no target 'fig'"),
+        (["plot"], "no target ''"),
+        (["fig1", "--scale", "large"], "--scale large paper, cpu or smoke"),
+        (["fig1", "--runner", "ssh"], "--runner ssh local, slurm or dry-run"),
+        (["fig1", "--jobs", "0"], "--jobs 0 above 0"),
+        (["fig1", "--jobs", "two"], "--jobs two above 0"),
+        (["fig1", "--seeds", "-1"], "--seeds -1 above 0"),
+        (["fig1", "--seeds"], "--seeds"),
+        (["fig1", "--dry-run"], "--dry-run"),
+        (["fig1", "--gpus", "1"], "--gpus unknown"),
+    ],
+)
+def test_nonsense(arguments, words):
+    done = benchmark(*arguments, RUNS="/nonexistent/runs", RESULTS="/nonexistent/results")
+    assert done.stdout == ""
+    check_error(done.returncode, done.stderr, words)
+
+
+def test_slurm_gets_the_runs_that_are_not_finished(tmp_path):
+    """A stand-in for sbatch echoes each task's commands; the real one: test_benchmark_runs.py."""
+    where = {"RUNS": str(tmp_path / "runs"), "RESULTS": str(tmp_path / "results"), "MAX_ARRAY": "4"}
+    (tmp_path / "sbatch").write_text("""#!/bin/sh
+grep '^#SBATCH' "$1"
+for SLURM_ARRAY_TASK_ID in 1 2 3 4; do
+  echo "task $SLURM_ARRAY_TASK_ID"
+  export SLURM_ARRAY_TASK_ID
+  sed 's/do \\$command/do echo $command/' "$1" | bash
+done
+""")
+    (tmp_path / "sbatch").chmod(0o755)
+    where["PATH"] = f"{tmp_path}:{os.environ['PATH']}"
+    arguments = ("fig7", "--scale", "smoke", "--seeds", "3")
+    every = benchmark(*arguments, "--runner", "dry-run", THREADS="1", **where).stdout.splitlines()
+    first = plan.parse_command(every[0]).folder
+    write_metrics(first, (1000, "final/return_mean", 1.0))
+    done = benchmark(*arguments, "--runner", "slurm", **where)
+    assert done.returncode == 0 and done.stderr.startswith("9 runs, 1 of them finished; "), (
+        done.stderr
+    )
+    assert "--array=1-4 " in done.stdout
+    tasks = re.split(r"^task \d\n", done.stdout.partition("\nwhen it has ended")[0], flags=re.M)[1:]
+    dealt = [task.splitlines() for task in tasks]
+    assert dealt == [every[number::4] for number in (1, 2, 3, 4)]
+
+
+def test_python_without_the_packages():
+    done = benchmark("fig9", PYTHON="/nonexistent/python")
+    check_error(done.returncode, done.stderr, "activate the virtual environment")
+
+
+def test_failed_runs_are_named_with_their_logs(tmp_path):
+    where = {"RUNS": str(tmp_path / "runs"), "RESULTS": str(tmp_path / "results")}
+    done = benchmark("fig9", "--scale", "smoke", "--jobs", "2", FLAGS="--tau 2", **where)
+    assert done.returncode == 1
+    assert "these runs failed" in done.stderr and "nothing to draw" in done.stderr
+    logs = set(re.findall(r"(\S+\.log) \(exit code 2\)", done.stderr))
+    assert len(logs) == 2
+    assert all("error: --tau 2.0: must be between 0 and 1" in Path(log).read_text() for log in logs)
