@@ -88,9 +88,9 @@ class Args:
     exp_name: str = "der_impala_sparse"
     """part of the run's name"""
     seed: Annotated[int, "0 <= x < 2**32"] = 1
-    """seed of networks, noise, replay and games (below 2^32)"""
+    """seed of network, noise, replay and games (below 2^32)"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where the networks live; auto takes CUDA when there is one"""
+    """where the network lives; auto takes CUDA when there is one"""
     threads: Annotated[int | None, "x >= 1"] = None
     """CPU threads (default: all cores); a resumed run is bit-equal only with the same number"""
     bf16: bool = False
@@ -154,8 +154,7 @@ class Args:
     depth_scale: Annotated[int, "x >= 1"] = 1
     """residual blocks in each of the CNN's three stages: 2 x scale"""
     sparsity: Annotated[float, "0 <= x < 1"] = 0.0
-    """fraction of parameters removed from the network, convolutions included; 0: the dense
-    baseline"""
+    """fraction of parameters removed, also from convolutions; 0: the dense baseline"""
     sparsity_distribution: Literal["erdos_renyi", "uniform"] = "erdos_renyi"
     """how the network's sparsity is spread over its layers"""
     mask_seed: Annotated[int | None, "0 <= x < 2**32"] = None
@@ -527,10 +526,10 @@ class Agent:
         sparsify(
             self.network,
             args.sparsity,
-            args.sparsity_distribution,
-            derive_seed(mask_seed, 0),
-            args.sparse_kernel,
-            device,
+            distribution=args.sparsity_distribution,
+            mask_seed=derive_seed(mask_seed, 0),
+            kernel=args.sparse_kernel,
+            device=device,
             packed=PackedProduct,
             convolution=SparseConv2d,
         )
@@ -692,7 +691,7 @@ def train(args: Args) -> None:
         return evaluate(args, agent, eval_env, games, seed_key, video)
 
     run = Run(args, args.action_repeat)
-    parts = {  # what a checkpoint holds, in this order, and the replay
+    parts = {  # what a checkpoint holds, in this order; behind them, the replay
         "network": agent.network,
         "target_network": agent.target_network,
         "optimizer": agent.optimizer,

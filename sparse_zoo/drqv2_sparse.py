@@ -433,19 +433,18 @@ class Agent:
 
         # Prune each network once; the actor stays dense
         mask_seed = args.seed if args.mask_seed is None else args.mask_seed
+        prune = partial(
+            sparsify,
+            distribution=args.sparsity_distribution,
+            kernel=args.sparse_kernel,
+            device=device,
+            packed=PackedProduct,
+            convolution=SparseConv2d,
+        )
         encoder_sparsity = args.sparsity if args.sparsify_encoder else 0.0
-        sparsities = {"encoder": encoder_sparsity, "actor": 0.0, "critic": args.sparsity}
-        for index, (name, sparsity) in enumerate(sparsities.items()):
-            sparsify(
-                getattr(self, name),
-                sparsity,
-                args.sparsity_distribution,
-                derive_seed(mask_seed, index),
-                args.sparse_kernel,
-                device,
-                packed=PackedProduct,
-                convolution=SparseConv2d,
-            )
+        prune(self.encoder, encoder_sparsity, mask_seed=derive_seed(mask_seed, 0))
+        prune(self.actor, 0.0, mask_seed=derive_seed(mask_seed, 1))
+        prune(self.critic, args.sparsity, mask_seed=derive_seed(mask_seed, 2))
         self.encoder.to(memory_format=torch.channels_last)
 
         # What losses and diagnostics rely on; of another network, it is said here and not later
@@ -718,9 +717,6 @@ EXECUTION_FLAGS = {
 }
 
 
-# Appendix: first of this file alone, then the same in every file that has it
-
-
 def open_camera_env(args: Args) -> gym.Env:
     """An environment of --env-id with frames (84, 84, 3) and a bounded Box of actions."""
     os.environ.setdefault("MUJOCO_GL", "egl")
@@ -783,6 +779,9 @@ def gather_stacks(frames, newest, oldest, shift, out):
                     pixel = row[min(max(x + shift[b, 1] - PAD, 0), SIZE - 1)]
                     for c in range(3):
                         out[b, y, x, 3 * s + c] = pixel[c]
+
+
+# Appendix: the same in every file that has it
 
 
 # === CONTINUOUS ACTIONS (identical in every file that has it) ===

@@ -269,7 +269,9 @@ class ObservationNorm:
 
     def state_dict(self) -> dict:
         statistics = vars(self.statistics)  # mean, var, count
-        return {name: torch.as_tensor(value).double() for name, value in statistics.items()}
+        return {
+            name: torch.as_tensor(value, dtype=torch.float64) for name, value in statistics.items()
+        }
 
     def load_state_dict(self, state: dict) -> None:
         for name, value in state.items():

@@ -54,6 +54,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import distributions
 from itertools import pairwise
 from pathlib import Path
@@ -382,17 +383,17 @@ class Agent:
         critic = MLP(inputs, hidden, layers, [1], args.init)
 
         # Prune each network once
+        actor_sparsity = args.sparsity if args.actor_sparsity is None else args.actor_sparsity
+        critic_sparsity = args.sparsity if args.critic_sparsity is None else args.critic_sparsity
         mask_seed = args.seed if args.mask_seed is None else args.mask_seed
-        own_sparsity = [(actor, args.actor_sparsity), (critic, args.critic_sparsity)]
-        for index, (mlp, sparsity) in enumerate(own_sparsity):
-            sparsify(
-                mlp,
-                args.sparsity if sparsity is None else sparsity,
-                args.sparsity_distribution,
-                derive_seed(mask_seed, index),
-                args.sparse_kernel,
-                torch.device("cpu"),
-            )
+        prune = partial(
+            sparsify,
+            distribution=args.sparsity_distribution,
+            kernel=args.sparse_kernel,
+            device=torch.device(args.device.replace("auto", "cpu")),
+        )
+        prune(actor, actor_sparsity, mask_seed=derive_seed(mask_seed, 0))
+        prune(critic, critic_sparsity, mask_seed=derive_seed(mask_seed, 1))
         self.actor = StreamingNetwork(actor, args.actor_kappa, args)
         self.critic = StreamingNetwork(critic, args.critic_kappa, args)
 

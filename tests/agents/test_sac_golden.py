@@ -51,9 +51,9 @@ def install(case: str, network_name: str, network: nn.Module, kernel: str) -> No
         if case == "pert_sp80":
             mask = golden(f"{case}/mask/{source}/{path}/kernel").T.flatten()
             if not mask.all():
-                network.set_submodule(
-                    name, sac.SparseLinear(module, mask.nonzero().squeeze(1), kernel)
-                )
+                active = mask.nonzero().squeeze(1)
+                packed = sac.PackedProduct if kernel == "packed" else None
+                network.set_submodule(name, sac.SparseLinear(module, active, packed))
 
 
 def tensors(network_name: str, network: nn.Module, gradients: bool):

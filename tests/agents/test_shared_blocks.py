@@ -109,7 +109,6 @@ PAPER_DEFAULTS = {
 # What SAC and DDPG do not have in common; everything else of one name is one text.
 ALGORITHM = {
     "Args",
-    "check_flags",
     "Actor",
     "Agent",
     "actor_loss",
@@ -304,12 +303,18 @@ def test_every_flag_is_typed_and_described(agent):
             and isinstance(text.value, ast.Constant)
             and len(text.value.value) > 5
         ), f"{field.target.id} has no docstring"
-        default, kind = ast.literal_eval(field.value), ast.unparse(field.annotation)
-        if kind.startswith("Literal"):
-            assert default in ast.literal_eval(field.annotation.slice)
+        default = ast.literal_eval(field.value)
+        kind = field.annotation
+        if ast.unparse(kind).startswith("Annotated"):
+            kind, *rules = kind.slice.elts
+            for rule in rules:
+                assert "x" in uses(ast.parse(rule.value, mode="eval")), field.target.id
+        if ast.unparse(kind).startswith("Literal"):
+            assert default in ast.literal_eval(kind.slice)
         else:
-            assert type(default).__name__.replace("NoneType", "None") in kind.split(" | "), (
-                f"{field.target.id}: {kind} = {default!r}"
+            names = ast.unparse(kind).split(" | ")
+            assert type(default).__name__.replace("NoneType", "None") in names, (
+                f"{field.target.id}: {ast.unparse(kind)} = {default!r}"
             )
 
 
@@ -326,11 +331,7 @@ def test_every_flag_is_read(agent):
         ):
             continue
         for node in ast.walk(statement):
-            if (
-                isinstance(node, ast.Attribute)
-                and isinstance(node.value, ast.Name)
-                and node.value.id == "args"
-            ):
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("args", "self.args"):
                 read.add(node.attr)
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 named.add(node.value)

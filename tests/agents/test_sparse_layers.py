@@ -36,6 +36,11 @@ def sparse_layers(network: nn.Module) -> dict[str, sac.SparseLinear]:
     }
 
 
+def sparse_linear(linear: nn.Linear, mask: torch.Tensor, kernel: str) -> sac.SparseLinear:
+    active = mask.flatten().nonzero().squeeze(1)
+    return sac.SparseLinear(linear, active, sac.PackedProduct if kernel == "packed" else None)
+
+
 def active_total(rows: list[dict]) -> tuple[int, int]:
     return sum(row["active"] for row in rows), sum(row["total"] for row in rows)
 
@@ -125,7 +130,8 @@ def test_every_layer_keeps_an_exact_number_of_weights(distribution, sparsity):
     shapes = {name: tuple(parameter.shape) for name, parameter in dense.named_parameters()}
     request = getattr(sac, distribution)(shapes, sparsity)
     pruned = copy.deepcopy(dense)
-    table = sac.sparsify(pruned, sparsity, distribution, 3, "auto", CPU)
+    sac.sparsify(pruned, sparsity, distribution, 3, "auto", CPU, packed=sac.PackedProduct)
+    table = sac.layer_table(pruned)
     weights, others = table[:-1], table[-1]
 
     assert [row["layer"] + ".weight" for row in weights] == [
@@ -164,8 +170,8 @@ def test_every_layer_keeps_an_exact_number_of_weights(distribution, sparsity):
 
 def test_a_layer_keeps_at_least_one_weight():
     network = nn.Sequential(nn.Linear(3, 2))
-    table = sac.sparsify(network, 0.95, "uniform", 1, "packed", CPU)
-    assert table[0]["active"] == 1 and network[0].values.shape == (1,)
+    sac.sparsify(network, 0.95, "uniform", 1, "packed", CPU, packed=sac.PackedProduct)
+    assert sac.layer_table(network)[0]["active"] == 1 and network[0].values.shape == (1,)
 
 
 def test_the_mask_depends_on_its_seed_alone_and_survivors_keep_their_values():
@@ -174,7 +180,7 @@ def test_the_mask_depends_on_its_seed_alone_and_survivors_keep_their_values():
         dense = sac.Actor(10, 3, 32, 1)
         network = copy.deepcopy(dense)
         state = torch.get_rng_state()
-        sac.sparsify(network, 0.8, "erdos_renyi", mask_seed, "auto", CPU)
+        sac.sparsify(network, 0.8, "erdos_renyi", mask_seed, "auto", CPU, packed=sac.PackedProduct)
         assert torch.equal(torch.get_rng_state(), state)
         for name, layer in sparse_layers(network).items():
             before = dense.get_submodule(name)
@@ -198,7 +204,12 @@ def test_the_mask_depends_on_its_seed_alone_and_survivors_keep_their_values():
 def test_masks_of_actor_and_critic_are_independent(monkeypatch):
     seeds = []
     real = sac.sparsify
-    monkeypatch.setattr(sac, "sparsify", lambda *how: seeds.append(how[3]) or real(*how))
+
+    def spy(*networks, mask_seed, **how):
+        seeds.append(mask_seed)
+        real(*networks, mask_seed=mask_seed, **how)
+
+    monkeypatch.setattr(sac, "sparsify", spy)
     flags = {"seed": 1, "sparsity": 0.5}
     (
         tiny_agent(**flags),
@@ -232,7 +243,7 @@ def test_the_critic_sparsity_does_not_move_the_actors_mask():
 def test_sparsity_of_one_network_overrides_that_of_both(flags, actor, critic):
     agent = tiny_agent(**flags)
     for name, sparsity in (("actor", actor), ("critic", critic)):
-        rows = agent.layers[name]
+        rows = sac.layer_table(getattr(agent, name))
         active, total = active_total(rows)
         # Each parameter tensor rounds what it loses, by less than one; and each layer its count, by
         # at most a half.
@@ -244,13 +255,11 @@ def test_sparsity_of_one_network_overrides_that_of_both(flags, actor, critic):
 def test_layer_table_of_humanoid():
     torch.manual_seed(1)
     agent = sac.Agent(sac.Args(sparsity=0.9), 67, 21, CPU)
-    assert [active_total(agent.layers[name])[1] for name in ("actor", "critic")] == [
-        146_346,
-        4_248_577,
-    ]  # 4.4 M
+    tables = [sac.layer_table(agent.actor), sac.layer_table(agent.critic)]
+    assert [active_total(rows)[1] for rows in tables] == [146_346, 4_248_577]  # 4.4 M
     for name in ("actor", "critic"):
         official = OFFICIAL[f"sac/{name}/default_x1"]["by_sparsity"]["0.9"]
-        rows = agent.layers[name]
+        rows = sac.layer_table(getattr(agent, name))
         active, _ = active_total(rows)
         assert active == pytest.approx(official["expected_active_total"], abs=len(rows) / 2)
         expected = sorted(
@@ -262,7 +271,7 @@ def test_layer_table_of_humanoid():
     stored = sum(
         parameter.numel() for parameter in (*agent.actor.parameters(), *agent.critic.parameters())
     )
-    assert stored == sum(row["active"] for rows in agent.layers.values() for row in rows)
+    assert stored == sum(row["active"] for rows in tables for row in rows)
 
 
 def test_humanoid_at_width_4_has_70_million_parameters_and_7_million_active():
@@ -314,7 +323,7 @@ def layer_and_dense(mask: torch.Tensor, kernel: str):
     linear = nn.Linear(*reversed(mask.shape))
     weight = (linear.weight.detach().double() * mask).requires_grad_()
     bias = linear.bias.detach().double().requires_grad_()
-    return sac.SparseLinear(linear, mask.flatten().nonzero().squeeze(1), kernel), weight, bias
+    return sparse_linear(linear, mask, kernel), weight, bias
 
 
 def compare(mask: torch.Tensor, kernel: str, x: torch.Tensor, grad: torch.Tensor) -> None:
@@ -372,7 +381,7 @@ def test_layer_computes_only_the_gradients_asked_for(kernel):
 def test_auto_takes_packed_up_to_a_quarter_on_cpu():
     def chosen(sparsity, kernel="auto"):
         network = nn.Sequential(nn.Linear(10, 40))
-        sac.sparsify(network, sparsity, "uniform", 1, kernel, CPU)
+        sac.sparsify(network, sparsity, "uniform", 1, kernel, CPU, packed=sac.PackedProduct)
         return network[0].kernel
 
     assert [chosen(0.74), chosen(0.75), chosen(0.95)] == ["dense", "packed", "packed"]
@@ -400,7 +409,8 @@ def test_twenty_adamw_steps_equal_masked_dense_training():
         "masked": copy.deepcopy(dense)
     }
     for kernel in KERNELS:
-        sac.sparsify(networks[kernel], 0.85, "erdos_renyi", 5, kernel, CPU)
+        how = (0.85, "erdos_renyi", 5, kernel, CPU)
+        sac.sparsify(networks[kernel], *how, packed=sac.PackedProduct)
     masks = {}
     for name, layer in sparse_layers(networks["packed"]).items():
         masks[name] = dense_weight(layer, torch.ones(len(layer.active)))
@@ -461,7 +471,7 @@ def test_sparsity_zero_is_the_plain_dense_network():
         )
         assert list(ours.state_dict()) == list(network.state_dict())
         assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), network.parameters()))
-        active, total = active_total(agent.layers[name])
+        active, total = active_total(sac.layer_table(getattr(agent, name)))
         assert active == total == sum(parameter.numel() for parameter in network.parameters())
 
 
@@ -484,7 +494,7 @@ def test_state_dict_rebuilds_the_pruned_matrix(kernel):
     torch.manual_seed(0)
     mask = random_mask(16, 24, 0.3)
     linear = nn.Linear(24, 16)
-    layer = sac.SparseLinear(copy.deepcopy(linear), mask.flatten().nonzero().squeeze(1), kernel)
+    layer = sparse_linear(copy.deepcopy(linear), mask, kernel)
     state = layer.state_dict()
     assert set(state) == {"values", "bias", "active"}
     assert len(state["values"]) == len(state["active"]) == int(mask.sum())
