@@ -2,34 +2,44 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "torch==2.13.0", "numpy==2.4.6", "numba==0.68.1", "scipy==1.17.1", "tyro==1.0.17", "tqdm==4.70.1",
-#     "gymnasium==1.4.0", "shimmy==2.0.1", "dm-control==1.0.50", "mujoco==3.17.0", "filelock==4.2.11",
-#     "matplotlib==3.11.2", "pandas==3.1.1", "imageio==2.38.1", "imageio-ffmpeg==0.8.1", "tensorboard==2.21.0",
-#     "wandb==0.31.0",
+#     "torch==2.13.0", "numpy==2.4.6", "numba==0.68.1", "scipy==1.17.1", "tyro==1.0.17",
+#     "gymnasium==1.4.0", "shimmy==2.0.1", "dm-control==1.0.50", "mujoco==3.17.0",
+#     "filelock==4.2.11", "matplotlib==3.11.2", "pandas==3.1.1", "tqdm==4.70.1",
+#     "imageio==2.38.1", "imageio-ffmpeg==0.8.1", "tensorboard==2.21.0", "wandb==0.31.0",
 # ]
 # ///
 """Deep Deterministic Policy Gradient with SimBa networks and static sparsity.
 
-Before training, a random set of weights is removed once; the survivors are trained as usual. DDPG learns a Q-function
-from replayed transitions and a deterministic policy that climbs it, and explores with Gaussian noise on its actions.
-Actor and critic are SimBa networks: pre-LayerNorm residual blocks with a 4x inverted bottleneck, a last LayerNorm, and
-running observation statistics in front.
+Before training, a random set of weights is removed once; the survivors are trained as usual. DDPG
+learns a Q-function from replayed transitions, and a deterministic policy that climbs it, and
+explores with Gaussian noise on its actions. Actor and critic are SimBa networks: pre-LayerNorm
+residual blocks with a 4x inverted bottleneck, a last LayerNorm, and running observation statistics
+in front.
 
-Papers: Network Sparsity Unlocks the Scaling Potential of Deep RL (Ma, Li et al., ICML 2025); SimBa (Lee et al., 2024),
-arXiv:2410.09754; Continuous Control with Deep RL (Lillicrap et al., 2015), arXiv:1509.02971.
+Papers: Network Sparsity Unlocks the Scaling Potential of Deep RL (Ma, Li et al., ICML 2025); SimBa
+(Lee et al., 2024), arXiv:2410.09754; Continuous Control with Deep RL (Lillicrap et al., 2015),
+arXiv:1509.02971.
 
-Differences from the official (JAX) code (which differs itself from Lillicrap et al.: no target actor, white noise, and
-noise in the actor loss and in the TD target too):
- 1. A pruned weight is not stored: values, gradients, AdamW moments and the target network are vectors over the active
-    weights, elementwise equal to training a masked dense network.
- 2. Every layer keeps an exact number of weights (a random permutation); there, one Bernoulli draw a weight.
+Differences from the official (JAX) code (which differs itself from Lillicrap et al.: no target
+actor, white noise, and noise in the actor loss and in the TD target too):
+ 1. A pruned weight is not stored: values, gradients, AdamW moments and the target network are
+    vectors over the active weights, elementwise equal to training a masked dense network.
+ 2. Every layer keeps an exact number of weights (a random permutation); there, one Bernoulli draw
+    a weight.
  3. Biases and LayerNorm parameters are always dense; there, very small networks lose some.
- 4. --actor-sparsity and --critic-sparsity are independent; there, a dense actor makes the critic dense.
- 5. The masks of actor and critic come from independent generators; there, both start from the run seed.
- 6. The training environment is seeded anew at every reset from (seed, episode), so that a resumed run repeats the
-    uninterrupted one in any environment; there, one generator runs on.
- 7. Evaluations draw their initial states from (seed, decision), so that they leave training untouched.
- 8. Exploration noise is drawn step by step; there, white noise for a whole episode at once, of the same law.
+ 4. --actor-sparsity and --critic-sparsity are independent; there, a dense actor makes the critic
+    dense.
+ 5. The masks of actor and critic come from independent generators; there, both start from the run
+    seed.
+ 6. The training environment is seeded anew at every reset from (seed, episode), so that a resumed
+    run repeats the uninterrupted one in any environment; there, one generator runs on.
+ 7. Evaluations draw their initial states from (seed, decision), so that they leave training
+    untouched.
+ 8. Exploration noise is drawn step by step; there, white noise for a whole episode at once, of the
+    same law.
+
+In this file: flags, networks, replay, losses, agent, update; then `train`, the whole of training;
+then an appendix that this file shares with the others: sparse layers, diagnostics, runs.
 """
 
 import copy
@@ -39,16 +49,17 @@ import math
 import os
 import platform
 import random
+import re
 import signal
 import subprocess
 import sys
-import time
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import distributions
 from pathlib import Path
-from typing import Literal, NamedTuple, NoReturn
+from typing import Annotated, Literal, NamedTuple, NoReturn, get_type_hints
 
 import gymnasium as gym
 import numba
@@ -69,14 +80,16 @@ from tqdm import tqdm
 
 @dataclass
 class Args:
+    # A condition beside a type is checked at the start; x is the flag's value.
+
     # Experiment
     exp_name: str = "ddpg_simba_sparse"
     """part of the run's name"""
-    seed: int = 1
+    seed: Annotated[int, "0 <= x < 2**32"] = 1
     """seed of networks, exploration, replay and environments (below 2^32)"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where the networks live; auto takes CUDA when there is one"""
-    threads: int | None = None
+    threads: Annotated[int | None, "x >= 1"] = None
     """CPU threads (default: all cores); a resumed run is bit-equal only with the same number"""
     runs_dir: str = "runs"
     """folder that holds one folder per run"""
@@ -89,84 +102,87 @@ class Args:
 
     # Environment
     env_id: str = "dm_control/humanoid-run-v0"
-    """any Gymnasium id with Box (or Dict of Box) observations and Box actions; dm_control/* through Shimmy"""
-    action_repeat: int = 2
+    """any Gymnasium id with Box (or Dict of Box) observations and Box actions;
+    dm_control/* through Shimmy"""
+    action_repeat: Annotated[int, "x >= 1"] = 2
     """simulator frames per decision, rewards summed"""
-    total_timesteps: int = 1_000_000
+    total_timesteps: Annotated[int, "x >= 1"] = 1_000_000
     """env steps of training (simulator frames, action repeat included)"""
 
     # Algorithm (Table 3 of the paper)
-    learning_starts: int = 10_000
+    learning_starts: Annotated[int, "x >= 0"] = 10_000
     """env steps of uniformly random actions before the first update"""
-    updates_per_step: int = 2
+    updates_per_step: Annotated[int, "x >= 1"] = 2
     """gradient updates per decision (the replay ratio)"""
-    batch_size: int = 256
+    batch_size: Annotated[int, "x >= 1"] = 256
     """transitions per update"""
-    buffer_size: int = 1_000_000
+    buffer_size: Annotated[int, "x >= 1"] = 1_000_000
     """largest number of transitions kept for replay"""
-    gamma: float | None = None
-    """discount (default: the TD-MPC2 heuristic from the episode length, 0.99 for 500 decisions)"""
-    tau: float = 0.005
+    gamma: Annotated[float | None, "0 <= x <= 1"] = None
+    """discount (default: TD-MPC2's heuristic from the episode length, 0.99 for 500 decisions)"""
+    tau: Annotated[float, "0 <= x <= 1"] = 0.005
     """target <- tau * critic + (1 - tau) * target after every update"""
-    learning_rate: float = 1e-4
+    learning_rate: Annotated[float, "0 < x < inf"] = 1e-4
     """of actor and critic (AdamW)"""
-    weight_decay: float = 1e-2
+    weight_decay: Annotated[float, "0 <= x < inf"] = 1e-2
     """decoupled, on every active weight, bias and LayerNorm parameter"""
-    exploration_noise: float = 0.1
-    """std of the Gaussian noise on actions in [-1, 1]: when acting, in the actor loss and in the TD target"""
+    exploration_noise: Annotated[float, "0 <= x < inf"] = 0.1
+    """std of the Gaussian noise on actions in [-1, 1]: when acting, in the actor loss
+    and in the TD target"""
     clipped_double_q: bool = False
     """train two critics and use the smaller value"""
-    reset_interval: int | None = None
-    """env steps between resets: fresh parameters and optimisers, replay kept (Figure 6; default: never)"""
+    reset_interval: Annotated[int | None, "x >= 1"] = None
+    """env steps between resets: fresh parameters and optimisers, replay kept
+    (Figure 6; default: never)"""
 
     # Size and sparsity
-    width_scale: float = 1.0
+    width_scale: Annotated[float, "1/128 <= x < inf"] = 1.0
     """hidden units: actor 128 x scale, critic 512 x scale"""
-    depth_scale: int = 1
+    depth_scale: Annotated[int, "x >= 1"] = 1
     """residual blocks: actor 1 x scale, critic 2 x scale"""
-    sparsity: float = 0.0
-    """fraction of parameters removed from the actor and from the critic; 0 is the dense SimBa baseline"""
-    actor_sparsity: float | None = None
-    """of the actor alone (default: --sparsity)"""
-    critic_sparsity: float | None = None
-    """of the critic alone (default: --sparsity)"""
+    sparsity: Annotated[float, "0 <= x < 1"] = 0.0
+    """fraction of parameters removed from the actor and from the critic; 0: the dense baseline"""
+    actor_sparsity: Annotated[float | None, "0 <= x < 1"] = None
+    """sparsity of the actor alone (default: --sparsity)"""
+    critic_sparsity: Annotated[float | None, "0 <= x < 1"] = None
+    """sparsity of the critic alone (default: --sparsity)"""
     sparsity_distribution: Literal["erdos_renyi", "uniform"] = "erdos_renyi"
     """how a network's sparsity is spread over its layers"""
-    mask_seed: int | None = None
+    mask_seed: Annotated[int | None, "0 <= x < 2**32"] = None
     """seed of the random pruning (default: --seed)"""
     sparse_kernel: Literal["auto", "packed", "dense"] = "auto"
-    """how sparse layers multiply (auto: packed on CPU up to density 0.25, else dense); bit-equal only with the same"""
+    """how sparse layers multiply (auto: packed on CPU up to density 0.25, else dense);
+    a resumed run is bit-equal only with the same kernel"""
 
     # Logging
-    eval_interval: int = 10_000
+    eval_interval: Annotated[int, "x >= 1"] = 10_000
     """env steps between evaluations, the first at step 0"""
-    eval_episodes: int = 10
+    eval_episodes: Annotated[int, "x >= 1"] = 10
     """episodes of each evaluation (deterministic policy)"""
-    final_eval_episodes: int = 100
+    final_eval_episodes: Annotated[int, "x >= 1"] = 100
     """episodes of the last evaluation and of --eval-only"""
-    diagnostics_interval: int = 10_000
+    diagnostics_interval: Annotated[int, "x >= 0"] = 10_000
     """env steps between measurements of rank, dormancy and norms (0: never)"""
     track: bool = False
     """log to Weights & Biases as well (WANDB_MODE=offline needs no account)"""
     wandb_project: str = "sparse_zoo"
-    """project of --track"""
+    """Weights & Biases project of --track"""
     wandb_entity: str | None = None
-    """team of --track"""
+    """Weights & Biases team of --track"""
 
     # Checkpoints
-    checkpoint_interval: int = 10_000
+    checkpoint_interval: Annotated[int, "x >= 1"] = 10_000
     """env steps between checkpoints, each written at the next end of an episode"""
 
 
 def init_linear(in_features: int, out_features: int, he_normal: bool = False) -> nn.Linear:
-    """Orthogonal weights, or He's normal cut at 2 sigma, its variance corrected for the cut (JAX's he_normal)."""
+    """Orthogonal weights, or JAX's he_normal: cut at 2 sigma, variance corrected for the cut."""
     layer = nn.Linear(in_features, out_features)
     nn.init.zeros_(layer.bias)
     if he_normal:
-        std = math.sqrt(2 / in_features) / 0.87962566103423978
-        for rows in layer.weight.detach().split(
-            math.ceil(2**22 / in_features)
-        ):  # it needs three times their memory
+        std = math.sqrt(2 / in_features) / 0.87962566103423978  # std of a normal cut at 2 sigma
+        rows_at_once = math.ceil(2**22 / in_features)  # trunc_normal_ needs three times the memory
+        for rows in layer.weight.detach().split(rows_at_once):
             nn.init.trunc_normal_(rows, std=std, a=-2 * std, b=2 * std)
     else:
         nn.init.orthogonal_(layer.weight)
@@ -174,22 +190,26 @@ def init_linear(in_features: int, out_features: int, he_normal: bool = False) ->
 
 
 class ResidualBlock(nn.Module):
+    """x + MLP(LayerNorm(x)), with four times as many units inside."""
+
     def __init__(self, hidden: int):
         super().__init__()
-        self.norm = nn.LayerNorm(hidden, eps=1e-6)
+        self.norm = nn.LayerNorm(hidden, eps=1e-6)  # flax's epsilon
         self.up = init_linear(hidden, 4 * hidden, he_normal=True)
         self.relu = nn.ReLU()
         self.down = init_linear(4 * hidden, hidden, he_normal=True)
 
     def forward(self, x):
+        """(batch, hidden) -> (batch, hidden)"""
         return x + self.down(self.relu(self.up(self.norm(x))))
 
 
 def simba(in_features: int, hidden: int, blocks: int) -> nn.Sequential:
     """The SimBa encoder: (batch, in_features) -> (batch, hidden)."""
-    residual = (ResidualBlock(hidden) for _ in range(blocks))
     return nn.Sequential(
-        init_linear(in_features, hidden), *residual, nn.LayerNorm(hidden, eps=1e-6)
+        init_linear(in_features, hidden),
+        *(ResidualBlock(hidden) for _ in range(blocks)),
+        nn.LayerNorm(hidden, eps=1e-6),
     )
 
 
@@ -202,33 +222,33 @@ class Actor(nn.Module):
         self.head = init_linear(hidden, action_dim)
 
     def forward(self, obs, noise=0.0):
-        """obs (batch, obs_dim) -> action (batch, action_dim) with `noise` added, cut off at -1 and 1."""
-        return (torch.tanh(self.head(self.encoder(obs))) + noise).clamp(-1, 1)
+        """obs (batch, obs_dim) -> action (batch, action_dim) plus `noise`, cut off at -1 and 1."""
+        features = self.encoder(obs)  # (batch, hidden)
+        return (torch.tanh(self.head(features)) + noise).clamp(-1, 1)
 
 
 class Critic(nn.Module):
     """One Q-function, or two with --clipped-double-q."""
 
-    def __init__(self, obs_dim: int, action_dim: int, hidden: int, blocks: int, count: int):
+    def __init__(self, obs_dim: int, action_dim: int, hidden: int, blocks: int, critics: int):
         super().__init__()
-        self.encoders = nn.ModuleList(
-            simba(obs_dim + action_dim, hidden, blocks) for _ in range(count)
-        )
-        self.heads = nn.ModuleList(init_linear(hidden, 1) for _ in range(count))
+        inputs = obs_dim + action_dim
+        self.encoders = nn.ModuleList(simba(inputs, hidden, blocks) for _ in range(critics))
+        self.heads = nn.ModuleList(init_linear(hidden, 1) for _ in range(critics))
 
     def forward(self, obs, action):
-        """(batch, obs_dim), (batch, action_dim) -> Q-values (count, batch)"""
+        """(batch, obs_dim), (batch, action_dim) -> Q-values (critics, batch)"""
         x = torch.cat([obs, action], -1)
-        return torch.stack(
-            [head(encoder(x)).squeeze(-1) for encoder, head in zip(self.encoders, self.heads)]
-        )
+        values = [head(encoder(x)) for encoder, head in zip(self.encoders, self.heads)]
+        return torch.stack(values).squeeze(-1)
 
 
 class ObservationNorm:
-    """Running mean and variance of the observations seen in training, applied without clipping, as in SimBa."""
+    """Running mean and variance of the observations of training, as in SimBa; no clipping."""
 
     def __init__(self, obs_dim: int, device: torch.device):
-        self.statistics, self.device = RunningMeanStd(shape=(obs_dim,)), device
+        self.statistics = RunningMeanStd(shape=(obs_dim,))
+        self.device = device
 
     def update(self, obs: np.ndarray) -> None:
         """Takes one observation (obs_dim,) into the statistics."""
@@ -236,17 +256,14 @@ class ObservationNorm:
 
     def __call__(self, obs: torch.Tensor) -> torch.Tensor:
         """Raw observations (batch, obs_dim) -> normalised ones on the agent's device."""
-        mean, std = self.statistics.mean, np.sqrt(self.statistics.var + 1e-8)
-        mean, std = (
-            torch.as_tensor(value, dtype=torch.float32, device=self.device) for value in (mean, std)
-        )
+        std = np.sqrt(self.statistics.var + 1e-8)
+        mean = torch.as_tensor(self.statistics.mean, dtype=torch.float32, device=self.device)
+        std = torch.as_tensor(std, dtype=torch.float32, device=self.device)
         return (obs.to(self.device) - mean) / std
 
     def state_dict(self) -> dict:
-        return {
-            name: torch.as_tensor(value, dtype=torch.float64)
-            for name, value in vars(self.statistics).items()
-        }
+        statistics = vars(self.statistics)  # mean, var, count
+        return {name: torch.as_tensor(value).double() for name, value in statistics.items()}
 
     def load_state_dict(self, state: dict) -> None:
         for name, value in state.items():
@@ -254,40 +271,51 @@ class ObservationNorm:
 
 
 class Batch(NamedTuple):
-    """Transitions, float32, batch first; terminated is 1 where the episode ended by itself, not by its time limit."""
+    """Transitions, float32, batch first."""
 
     obs: torch.Tensor
     action: torch.Tensor
     reward: torch.Tensor
     next_obs: torch.Tensor
-    terminated: torch.Tensor
+    terminated: torch.Tensor  # 1 where the episode ended by itself, not by its time limit
 
 
 class ReplayBuffer:
     """A ring of raw transitions on the CPU, sampled uniformly with replacement."""
 
     def __init__(self, capacity: int, obs_dim: int, action_dim: int):
-        self.capacity, self.added = capacity, 0
-        shapes = ((obs_dim,), (action_dim,), (), (obs_dim,), ())
-        self.columns = [torch.empty(capacity, *shape) for shape in shapes]
+        self.capacity = capacity
+        self.added = 0
+        self.columns = Batch(
+            obs=torch.empty(capacity, obs_dim),
+            action=torch.empty(capacity, action_dim),
+            reward=torch.empty(capacity),
+            next_obs=torch.empty(capacity, obs_dim),
+            terminated=torch.empty(capacity),
+        )
 
-    def add(self, *transition) -> None:
+    def add(self, obs, action, reward, next_obs, terminated) -> None:
+        """Takes one transition, over the oldest one when the ring is full."""
+        transition = (obs, action, reward, next_obs, terminated)
         for column, value in zip(self.columns, transition):
             column[self.added % self.capacity] = torch.as_tensor(value)
         self.added += 1
 
     def sample(
-        self, batch_size: int, norm: ObservationNorm, generator: torch.Generator | None = None
+        self,
+        batch_size: int,
+        norm: ObservationNorm,
+        generator: torch.Generator | None = None,
     ) -> Batch:
-        """A batch on the device of `norm`, old observations normalised by the newest statistics."""
-        index = torch.randint(min(self.added, self.capacity), (batch_size,), generator=generator)
+        """A batch on the device of `norm`; old observations get the newest statistics."""
+        filled = min(self.added, self.capacity)
+        index = torch.randint(filled, (batch_size,), generator=generator)
         batch = Batch(*(column[index].to(norm.device) for column in self.columns))
         return batch._replace(obs=norm(batch.obs), next_obs=norm(batch.next_obs))
 
     def state_dict(self) -> dict:
-        filled = [
-            column[: self.added].clone() for column in self.columns
-        ]  # of a view, all its memory would be saved
+        # Clones: of a view, all of its memory would be saved
+        filled = [column[: self.added].clone() for column in self.columns]
         return {"added": self.added, "columns": filled}
 
     def load_state_dict(self, state: dict) -> None:
@@ -298,60 +326,77 @@ class ReplayBuffer:
 
 def actor_loss(actor, critic, obs, noise):
     """-mean(Q(s, clip(pi(s) + noise)))"""
-    return -critic(obs, actor(obs, noise)).amin(0).mean()
+    value = critic(obs, actor(obs, noise)).amin(0)  # (critics, batch) -> (batch,)
+    return -value.mean()
 
 
 @torch.no_grad()
 def td_target(actor, target_critic, batch, gamma, noise):
     """r + gamma * (1 - terminated) * Q_target(s', clip(pi(s') + noise)), (batch,)"""
-    value = target_critic(batch.next_obs, actor(batch.next_obs, noise)).amin(0)
+    action = actor(batch.next_obs, noise)
+    value = target_critic(batch.next_obs, action).amin(0)  # (critics, batch) -> (batch,)
     return batch.reward + gamma * (1 - batch.terminated) * value
 
 
 def critic_loss(critic, batch, target):
     """Mean squared TD error, summed over the critics."""
-    return (critic(batch.obs, batch.action) - target).square().mean(1).sum()
+    error = critic(batch.obs, batch.action) - target  # (critics, batch)
+    return error.square().mean(1).sum()
 
 
 class Agent:
-    """Networks drawn from torch's generator and pruned with masks from --mask-seed, and their optimisers."""
+    """Actor, critic and target critic, with their optimisers.
+
+    The networks are drawn from torch's generator and pruned with masks from --mask-seed.
+    """
 
     def __init__(self, args: Args, obs_dim: int, action_dim: int, device: torch.device):
-        hidden, blocks, critics = (
-            round(128 * args.width_scale),
-            args.depth_scale,
-            1 + args.clipped_double_q,
-        )
+        hidden = round(128 * args.width_scale)
+        blocks = args.depth_scale
+        critics = 2 if args.clipped_double_q else 1
         self.actor = Actor(obs_dim, action_dim, hidden, blocks)
         self.critic = Critic(obs_dim, action_dim, 4 * hidden, 2 * blocks, critics)
-        self.layers = {}
+
+        # Prune each network once
+        actor_sparsity = args.sparsity if args.actor_sparsity is None else args.actor_sparsity
+        critic_sparsity = args.sparsity if args.critic_sparsity is None else args.critic_sparsity
         mask_seed = args.seed if args.mask_seed is None else args.mask_seed
-        own = {"actor": args.actor_sparsity, "critic": args.critic_sparsity}
-        for index, (name, own_sparsity) in enumerate(own.items()):
-            sparsity = args.sparsity if own_sparsity is None else own_sparsity
-            how = (
-                args.sparsity_distribution,
-                derive_seed(mask_seed, index),
-                args.sparse_kernel,
-                device,
-            )
-            self.layers[name] = sparsify(getattr(self, name), sparsity, *how)
-        # The memo lets the target critic share the critic's index buffers: the pattern is stored once.
-        self.target_critic = copy.deepcopy(
-            self.critic, {id(buffer): buffer for buffer in self.critic.buffers()}
+        prune = partial(
+            sparsify,
+            distribution=args.sparsity_distribution,
+            kernel=args.sparse_kernel,
+            device=device,
+            packed=PackedProduct,
         )
+        prune(self.actor, actor_sparsity, mask_seed=derive_seed(mask_seed, 0))
+        prune(self.critic, critic_sparsity, mask_seed=derive_seed(mask_seed, 1))
+
+        # What losses and diagnostics rely on; of another network, it is said here and not later
+        obs = torch.zeros(3, obs_dim, device=device)
+        action = torch.zeros(3, action_dim, device=device)
+        with torch.no_grad():
+            chosen = self.actor(obs, noise=action)
+            value = self.critic(obs, action)
+        check_shape("actor", chosen, batch=3, action_dim=action_dim)
+        check_shape("critic", value, critics=critics, batch=3)
+        check_encoder(self.actor, "encoder", obs)
+        check_encoder(self.critic, "encoders.0", torch.cat([obs, action], -1))
+
+        # The memo lets the target critic share the critic's index buffers: masks are stored once
+        shared = {id(buffer): buffer for buffer in self.critic.buffers()}
+        self.target_critic = copy.deepcopy(self.critic, shared)
         self.target_critic.requires_grad_(False)
-        adamw = partial(
-            torch.optim.AdamW, lr=args.learning_rate, weight_decay=args.weight_decay, fused=True
-        )
-        self.actor_optimizer = adamw(self.actor.parameters())
-        self.critic_optimizer = adamw(self.critic.parameters())
+
+        adamw = partial(torch.optim.AdamW, lr=args.learning_rate, fused=True)
+        decay = args.weight_decay
+        self.actor_optimizer = adamw(self.actor.parameters(), weight_decay=decay)
+        self.critic_optimizer = adamw(self.critic.parameters(), weight_decay=decay)
 
 
 def update(
     agent: Agent, batch: Batch, noise, next_noise, gamma: float, tau: float
 ) -> dict[str, torch.Tensor]:
-    """One gradient update of everything on a normalised batch; noise (batch, action_dim) has the exploration std."""
+    """One gradient update of everything; noise (batch, action_dim) has the exploration std."""
     # Actor, against the critic of the last update, whose weights need no gradient here
     agent.critic.requires_grad_(False)
     loss_actor = actor_loss(agent.actor, agent.critic, batch.obs, noise)
@@ -360,16 +405,18 @@ def update(
     agent.actor_optimizer.step()
     agent.critic.requires_grad_(True)
 
-    # Critic, with the new actor
+    # Critic, with the new actor, as in the official code
     target = td_target(agent.actor, agent.target_critic, batch, gamma, next_noise)
     loss_critic = critic_loss(agent.critic, batch, target)
     agent.critic_optimizer.zero_grad()
     loss_critic.backward()
     agent.critic_optimizer.step()
 
+    # Target critic, slowly behind the critic
     with torch.no_grad():
         for slow, fast in zip(agent.target_critic.parameters(), agent.critic.parameters()):
             slow.lerp_(fast, tau)
+
     return {
         "actor_loss": loss_actor.detach(),
         "critic_loss": loss_critic.detach(),
@@ -382,15 +429,26 @@ def act(
     agent: Agent, norm: ObservationNorm, obs: np.ndarray, noise: torch.Tensor | None = None
 ) -> np.ndarray:
     """The action (action_dim,) for a raw observation, with `noise` (action_dim,) or without."""
-    obs = norm(torch.as_tensor(obs, dtype=torch.float32)[None])
-    return agent.actor(obs, 0.0 if noise is None else noise.to(obs.device))[0].cpu().numpy()
+    obs = norm(torch.as_tensor(obs, dtype=torch.float32)[None])  # (1, obs_dim)
+    action = agent.actor(obs, 0.0 if noise is None else noise.to(obs.device))
+    return action[0].cpu().numpy()
 
 
 def evaluate(
-    agent, norm, env: gym.Env, episodes: int, seed_key: tuple, video: Path | None = None
+    agent: Agent,
+    norm: ObservationNorm,
+    env: gym.Env,
+    episodes: int,
+    seed_key: tuple,
+    video: Path | None = None,
 ) -> dict[str, float]:
-    """Mean, std and interquartile mean of the deterministic policy's returns; films the first episode on request."""
-    returns, frames = np.zeros(episodes), []
+    """Returns of the deterministic policy, mean, std and interquartile mean.
+
+    seed_key: what the episodes' seeds are derived from
+    video: where to put a film of the first episode, one frame a decision
+    """
+    returns = np.zeros(episodes)
+    frames = []
     for episode in range(episodes):
         obs, _ = env.reset(seed=derive_seed(*seed_key, episode))
         done = False
@@ -401,19 +459,12 @@ def evaluate(
             returns[episode] += reward
             done = terminated or truncated
     if video:
-        import imageio
-
-        video.parent.mkdir(exist_ok=True)
-        imageio.mimwrite(video, frames, fps=30, macro_block_size=None)  # decisions, not real time
-    return {
-        "return_mean": returns.mean(),
-        "return_std": returns.std(),
-        "return_iqm": trim_mean(returns, 0.25),
-    }
+        write_video(video, frames)
+    return summary(returns)
 
 
 def diagnose(agent: Agent, batch: Batch, noise, next_noise, gamma: float) -> dict[str, float]:
-    """Plasticity measurements of actor and critic on a normalised batch."""
+    """Plasticity measurements of actor and critic on a batch (section 4 of the paper)."""
     target = td_target(agent.actor, agent.target_critic, batch, gamma, next_noise)
     loss_actor = actor_loss(agent.actor, agent.critic, batch.obs, noise)
     loss_critic = critic_loss(agent.critic, batch, target)
@@ -424,189 +475,128 @@ def diagnose(agent: Agent, batch: Batch, noise, next_noise, gamma: float) -> dic
         ("critic", loss_critic, agent.critic.encoders[0], obs_action),
     ):
         parameters = list(getattr(agent, name).parameters())
-        plasticity = measure_plasticity(
-            encoder, inputs, parameters, torch.autograd.grad(loss, parameters)
-        )
+        gradients = torch.autograd.grad(loss, parameters)
+        plasticity = measure_plasticity(encoder, inputs, parameters, gradients)
         measured |= {f"{name}_{metric}": value for metric, value in plasticity.items()}
     return measured
 
 
-def train(args: Args) -> None:
-    check_flags(args)
-    device = torch.device(
-        args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
-    )
-    threads = args.threads or torch.get_num_threads()
-    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
-    torch.set_num_threads(threads)  # after numba, whose start sets the number for both
-    warnings.filterwarnings(
-        "ignore", category=UserWarning, module="gymnasium"
-    )  # of the precision of Box bounds
-    os.environ["MUJOCO_GL"] = (
-        os.environ.get("MUJOCO_GL", "egl") if args.capture_video else "disabled"
-    )
-    signal.signal(
-        signal.SIGINT, lambda *_: sys.exit("interrupted; --resume goes on from the last checkpoint")
-    )
+def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
+    """Flat observations, actions in [-1, 1], each repeated; counts returns and lengths."""
+    env = open_env(args, render_mode)
+    env = gym.wrappers.RescaleAction(env, -1.0, 1.0)
+    env = gym.wrappers.RepeatAction(env, args.action_repeat)  # rewards summed
+    return gym.wrappers.RecordEpisodeStatistics(env)
 
-    env, eval_env = make_env(args), make_env(args, "rgb_array" if args.capture_video else None)
-    obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
+
+def default_gamma(env: gym.Env, action_repeat: int) -> float:
+    """TD-MPC2's heuristic: (T/5 - 1) / (T/5) within [0.95, 0.995] for T decisions an episode."""
+    gamma = 1 - 5 * action_repeat / episode_limit(env)
+    return min(max(gamma, 0.95), 0.995)
+
+
+def train(args: Args) -> None:
+    """A whole run: trains, evaluates, measures and saves, or goes on where it was stopped."""
+    set_up_process(args)
+    device = choose_device(args)
+    env = make_env(args)
+    eval_env = make_env(args, "rgb_array" if args.capture_video else None)
+    (obs_dim,) = env.observation_space.shape
+    (action_dim,) = env.action_space.shape
     gamma = default_gamma(env, args.action_repeat) if args.gamma is None else args.gamma
-    random.seed(args.seed)
-    np.random.seed(args.seed)
-    torch.manual_seed(args.seed)
+    total_steps = math.ceil(args.total_timesteps / args.action_repeat)  # in decisions
+    learning_starts = math.ceil(args.learning_starts / args.action_repeat)
+
     try:
         agent = Agent(args, obs_dim, action_dim, device)
-    except ValueError as error:
+    except ValueError as error:  # a sparsity out of reach, or a network of another shape
         fail(str(error))
-    run_dir, checkpoint = open_run(args)
-    if checkpoint and checkpoint["finished"] and not args.eval_only:
-        print(f"this run is finished: its results are in {run_dir} (--no-resume runs it again)")
-        sys.exit(0)
     norm = ObservationNorm(obs_dim, device)
-    total_steps = math.ceil(args.total_timesteps / args.action_repeat)
-    learning_starts = math.ceil(args.learning_starts / args.action_repeat)
     replay = ReplayBuffer(min(args.buffer_size, total_steps), obs_dim, action_dim)
-    noise_shape = (2, args.batch_size, action_dim)
-    agent_step = update_step = episode = csv_bytes = 0
 
-    def parts_to_save() -> dict:
-        """Everything with a state_dict, by name; the current agent's, which a reset replaces."""
-        return {name: part for name, part in vars(agent).items() if name != "layers"} | {
+    def parts() -> dict:
+        """What a checkpoint holds, in this order; a reset replaces the agent."""
+        return {
+            "actor": agent.actor,
+            "critic": agent.critic,
+            "target_critic": agent.target_critic,
+            "actor_optimizer": agent.actor_optimizer,
+            "critic_optimizer": agent.critic_optimizer,
             "norm": norm,
             "replay": replay,
         }
 
-    if checkpoint:
-        try:
-            for name, part in parts_to_save().items():
-                part.load_state_dict(checkpoint.pop(name))
-        except ValueError as error:
-            fail(f"{run_dir}: {error}")
-        restore_generators(checkpoint["generators"])
-        agent_step, update_step, episode, csv_bytes = checkpoint["counters"]
+    def evaluation(episodes: int, purpose: int, video: Path | None = None) -> dict[str, float]:
+        seed_key = (args.seed, purpose, run.agent_step)
+        return evaluate(agent, norm, eval_env, episodes, seed_key, video)
+
+    run = Run(args, args.action_repeat)
+    run.restore(parts())
     if args.eval_only:
-        video = run_dir / "videos" / f"eval_{agent_step}.mp4" if args.capture_video else None
-        result = evaluate(
-            agent, norm, eval_env, args.final_eval_episodes, (args.seed, FINAL, agent_step), video
-        )
-        print("  ".join(f"{name} {value:.1f}" for name, value in result.items()))
-        sys.exit(0)
+        run.print_result(evaluation(args.final_eval_episodes, FINAL, run.video()))
+        return
 
-    describe_run(run_dir, args, agent.layers)
-    print(
-        f"{run_dir}: "
-        + (f"going on from env step {agent_step * args.action_repeat}" if checkpoint else "new run")
-    )
-    metrics = Metrics(run_dir, args, csv_bytes, agent_step * args.action_repeat)
-    bar = tqdm(
-        total=args.total_timesteps, initial=agent_step * args.action_repeat, unit=" env steps"
-    )
-    bar.mininterval = 0.5 if sys.stderr.isatty() else 30
-    saved_step, losses, episode_over = agent_step, {}, True
+    run.begin({"actor": layer_table(agent.actor), "critic": layer_table(agent.critic)})
+    losses = {}
+    episode_over = True
+    if run.agent_step == 0:
+        run.log("eval", evaluation(args.eval_episodes, EVAL))
 
-    def log(values: dict, prefix: str) -> None:
-        values = {f"{prefix}/{name}": value for name, value in values.items()}
-        metrics.log(agent_step * args.action_repeat, agent_step, update_step, values)
-
-    def due(interval: int | None) -> bool:
-        """Whether a multiple of some env steps has just been reached."""
-        return bool(interval) and agent_step * args.action_repeat % interval < args.action_repeat
-
-    def save(finished: bool) -> None:
-        state = {name: part.state_dict() for name, part in parts_to_save().items()}
-        counters = (agent_step, update_step, episode, metrics.sync())
-        save_checkpoint(run_dir, args, {**state, "counters": counters, "finished": finished})
-
-    if agent_step == 0:
-        log(evaluate(agent, norm, eval_env, args.eval_episodes, (args.seed, EVAL, 0)), "eval")
-    while agent_step < total_steps:
+    while run.agent_step < total_steps:
         if episode_over:
-            if (agent_step - saved_step) * args.action_repeat >= args.checkpoint_interval:
-                save(finished=False)
-                saved_step = agent_step
-            obs, _ = env.reset(seed=derive_seed(args.seed, TRAIN, episode))
-            episode, episode_start, episode_return = episode + 1, agent_step, 0.0
-            started = time.time()
+            if run.checkpoint_due():
+                run.save(parts())
+            obs, _ = env.reset(seed=derive_seed(args.seed, TRAIN, run.episode))
+            run.episode += 1
 
-        # Act
+        # Act: at random at first, then by the policy
         norm.update(obs)
-        if agent_step < learning_starts:
+        if run.agent_step < learning_starts:
             action = (2 * torch.rand(action_dim) - 1).numpy()
         else:
             action = act(agent, norm, obs, args.exploration_noise * torch.randn(action_dim))
-        next_obs, reward, terminated, truncated, _ = env.step(action)
-        replay.add(obs, action, reward, next_obs, terminated)
-        obs, episode_over = next_obs, terminated or truncated
-        episode_return += reward
-        agent_step += 1
+        next_obs, reward, terminated, truncated, info = env.step(action)
+        replay.add(obs, action, reward, next_obs, terminated)  # a time limit is no termination
+        obs = next_obs
+        episode_over = terminated or truncated
+        run.count_decision()
 
         # Learn
-        if agent_step >= learning_starts:
+        if run.agent_step >= learning_starts:
             for _ in range(args.updates_per_step):
                 batch = replay.sample(args.batch_size, norm)
-                noise, next_noise = args.exploration_noise * torch.randn(noise_shape).to(device)
+                noises = args.exploration_noise * torch.randn(2, args.batch_size, action_dim)
+                noise, next_noise = noises.to(device)
                 losses = update(agent, batch, noise, next_noise, gamma, args.tau)
-                update_step += 1
-            weights = get_total_norm(
-                p for part in (agent.actor, agent.critic) for p in part.parameters()
-            )
-            if not torch.stack([*losses.values(), weights]).isfinite().all():
-                print(
-                    f"error: a value is not finite at {agent_step=}; the last checkpoint is kept",
-                    file=sys.stderr,
-                )
-                sys.exit(3)
+                run.update_step += 1
+            weights = [*agent.actor.parameters(), *agent.critic.parameters()]
+            stop_unless_finite(run.agent_step, *losses.values(), get_total_norm(weights))
 
         # Measure
-        if due(args.eval_interval):
-            result = evaluate(
-                agent, norm, eval_env, args.eval_episodes, (args.seed, EVAL, agent_step)
-            )
-            log(result, "eval")
-            draw_learning_curve(run_dir, args.env_id)
-            bar.set_postfix_str(f"return {result['return_mean']:.0f}")
-        if due(args.diagnostics_interval):
-            generator = torch.Generator().manual_seed(derive_seed(args.seed, DIAGNOSE, agent_step))
+        if run.due(args.eval_interval):
+            run.log_evaluation(evaluation(args.eval_episodes, EVAL))
+        if run.due(args.diagnostics_interval):
+            # A generator of its own: measuring leaves training untouched
+            seed = derive_seed(args.seed, DIAGNOSE, run.agent_step)
+            generator = torch.Generator().manual_seed(seed)
             batch = replay.sample(args.batch_size, norm, generator)
-            noise, next_noise = args.exploration_noise * torch.randn(
-                noise_shape, generator=generator
-            ).to(device)
-            log(diagnose(agent, batch, noise, next_noise, gamma), "diagnostics")
+            noises = torch.randn(2, args.batch_size, action_dim, generator=generator)
+            noises = args.exploration_noise * noises.to(device)
+            run.log("diagnostics", diagnose(agent, batch, *noises, gamma))
 
-        # Reset, after the measurements; at the very end it would throw the trained agent away
-        if due(args.reset_interval) and learning_starts <= agent_step < total_steps:
+        # Reset, after measuring; not at the very end, where it would lose the trained agent
+        if run.due(args.reset_interval) and learning_starts <= run.agent_step < total_steps:
             agent = Agent(args, obs_dim, action_dim, device)
 
-        bar.update(args.action_repeat)
         if episode_over:
-            length = agent_step - episode_start
-            log({"return": episode_return, "length": length}, "episode")
-            log({name: float(loss) for name, loss in losses.items()}, "losses")
-            log(
-                {"env_steps_per_second": length * args.action_repeat / (time.time() - started)},
-                "time",
-            )
+            run.log_episode(info["episode"], losses)
 
-    save(finished=False)  # a kill in the last evaluation costs no training
-    video = run_dir / "videos" / "final.mp4" if args.capture_video else None
-    result = evaluate(
-        agent, norm, eval_env, args.final_eval_episodes, (args.seed, FINAL, agent_step), video
-    )
-    log(result, "final")
-    save(finished=True)
-    metrics.close()
-    bar.close()
-    draw_learning_curve(run_dir, args.env_id)
-    print(
-        f"return {result['return_mean']:.1f}; checkpoint, metrics.csv and learning_curve.png are in {run_dir}"
-    )
+    run.save(parts())  # a kill in the last evaluation costs no training
+    run.finish(parts(), evaluation(args.final_eval_episodes, FINAL, run.video()))
 
 
-# Appendix: the same in every file that has it
-
-
-# Flags that change results by rounding at most: a run may go on with others. The rest are in its folder's name.
+# Flags that change results by rounding at most: a run may go on with others.
+# All other flags are in the name of the run's folder, as a hash.
 EXECUTION_FLAGS = {
     "device",
     "threads",
@@ -622,38 +612,15 @@ EXECUTION_FLAGS = {
 }
 
 
-def check_flags(args: Args) -> None:
-    """Ends the program if a flag makes no sense."""
-    counts = "depth_scale action_repeat total_timesteps updates_per_step batch_size buffer_size reset_interval threads"
-    counts += " eval_interval eval_episodes final_eval_episodes checkpoint_interval"
-    rules = [
-        ("at least 0 and below 1", lambda x: 0 <= x < 1, "sparsity actor_sparsity critic_sparsity"),
-        ("between 0 and 1", lambda x: 0 <= x <= 1, "gamma tau"),
-        ("above 0 and finite", lambda x: 0 < x < math.inf, "learning_rate"),
-        ("at least 0 and finite", lambda x: 0 <= x < math.inf, "weight_decay exploration_noise"),
-        (
-            "at least 1/128 (one hidden unit in the actor) and finite",
-            lambda x: 1 / 128 <= x < math.inf,
-            "width_scale",
-        ),
-        ("at least 1", lambda x: x >= 1, counts),
-        ("at least 0", lambda x: x >= 0, "learning_starts diagnostics_interval"),
-        ("at least 0 and below 2^32", lambda x: 0 <= x < 2**32, "seed mask_seed"),
-    ]
-    for rule, holds, names in rules:
-        for name in names.split():
-            if (value := getattr(args, name)) is not None and not holds(value):
-                fail(f"--{name.replace('_', '-')} {value}: must be {rule}")
-    if "/" in args.exp_name:
-        fail(f"--exp-name {args.exp_name}: is part of a folder's name and cannot contain /")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        fail("--device cuda: there is no CUDA here; use --device cpu")
-    if args.sparse_kernel == "packed" and args.device != "cpu" and torch.cuda.is_available():
-        fail("--sparse-kernel packed: runs on the CPU only; add --device cpu")
+# Appendix: the same in every file that has it
 
 
-def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
-    """An environment with flat observations and actions in [-1, 1] that repeats each action."""
+# === ENVIRONMENT (identical in every file that has it) ===
+def open_env(args, render_mode: str | None = None) -> gym.Env:
+    """An environment of --env-id with flat observations and a bounded Box of actions."""
+    renderer = os.environ.get("MUJOCO_GL", "egl")
+    # MuJoCo looks for a renderer as soon as it is loaded: only films need one
+    os.environ["MUJOCO_GL"] = renderer if args.capture_video else "disabled"
     try:
         if args.env_id.startswith("dm_control/"):
             import shimmy
@@ -664,64 +631,61 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
             env.reset(seed=0)
             env.render()
     except (gym.error.Error, ImportError, RuntimeError, ValueError, AttributeError) as error:
-        filming = (
-            " (--capture-video needs a renderer: MUJOCO_GL=egl or osmesa)"
-            if args.capture_video
-            else ""
-        )
-        fail(f"--env-id {args.env_id}: {error}{filming}")
-    action_space, space = env.action_space, env.observation_space
-    if (
-        not isinstance(action_space, gym.spaces.Box)
-        or len(action_space.shape) != 1
-        or not action_space.is_bounded()
-    ):
-        fail(
-            f"--env-id {args.env_id} has actions {action_space}; this agent needs a bounded Box of one dimension"
-        )
+        hint = ""
+        if args.capture_video:
+            hint = " (--capture-video needs a renderer: MUJOCO_GL=egl or osmesa)"
+        fail(f"--env-id {args.env_id}: {error}{hint}")
+    check_action_space(args, env.action_space)
+    space = env.observation_space
     for part in space.values() if isinstance(space, gym.spaces.Dict) else [space]:
         if not isinstance(part, gym.spaces.Box):
             fail(
-                f"--env-id {args.env_id} has observations {part}; this agent needs Box or a Dict of Box"
+                f"--env-id {args.env_id} has observations {part}; "
+                "this agent needs Box or a Dict of Box"
             )
-    env = gym.wrappers.RescaleAction(gym.wrappers.FlattenObservation(env), -1.0, 1.0)
-    return gym.wrappers.RepeatAction(env, args.action_repeat)
+    return gym.wrappers.FlattenObservation(env)
 
 
-def default_gamma(env: gym.Env, action_repeat: int) -> float:
-    """TD-MPC2's heuristic: (T/5 - 1) / (T/5) within [0.95, 0.995] for episodes of T decisions."""
-    frames = env.spec.max_episode_steps or (
-        1000 if env.spec.id.startswith("dm_control/") else math.inf
-    )
-    return min(max(1 - 5 * action_repeat / frames, 0.95), 0.995)
+def episode_limit(env: gym.Env) -> float:
+    """Env steps until an episode is cut off; infinity where there is no limit."""
+    if env.spec.max_episode_steps:
+        return env.spec.max_episode_steps
+    return 1000 if env.spec.id.startswith("dm_control/") else math.inf
 
 
-def derive_seed(*key: int) -> int:
-    """A seed for each key; keys that differ only in zeros at their ends share one."""
-    return int(np.random.SeedSequence(key).generate_state(1)[0])
+# === END ENVIRONMENT ===
 
 
-# What a seed derived from (--seed, purpose, ...) is for
-TRAIN, EVAL, FINAL, DIAGNOSE = range(4)
+# === CONTINUOUS ACTIONS (identical in every file that has it) ===
+def check_action_space(args, space: gym.Space) -> None:
+    """Ends the program unless actions are a bounded vector."""
+    if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1 or not space.is_bounded():
+        fail(
+            f"--env-id {args.env_id} has actions {space}; "
+            "this agent needs a bounded Box of one dimension"
+        )
 
 
-# === SPARSE LAYERS (identical in every file) ===
+# === END CONTINUOUS ACTIONS ===
+
+
+# === SPARSE LAYERS (identical in every file that has it) ===
 def erdos_renyi(shapes: dict[str, tuple[int, ...]], sparsity: float) -> dict[str, float]:
-    """Sparsity of each layer under the Erdos-Renyi rule: density proportional to sum(shape) / prod(shape).
+    """Sparsity of each layer by the Erdos-Renyi rule: density ~ sum(shape) / prod(shape).
 
-    Shapes are (out, in) or (out, in, k_h, k_w). The budget counts all parameters (what each would lose is rounded
-    down, as in the official code); those with one dimension (biases, norms) and layers whose density would pass 1 are
-    dense, and the others pay for them. Raises ValueError if the dense ones alone exceed the budget.
+    Shapes are (out, in) or (out, in, k_h, k_w). The budget counts all parameters; what each would
+    lose is rounded down, as in the official code. Biases and norms (one dimension) stay dense, and
+    so do layers whose density would pass 1; the other layers lose that much more.
     Mocanu et al. 2018; Evci et al. 2020, arXiv:1911.11134; section 2.2 of the paper.
+    Raises ValueError if the dense parameters alone exceed the budget.
     """
     size = {name: math.prod(shape) for name, shape in shapes.items()}
     budget = sum(count - math.floor(sparsity * count) for count in size.values())
     dense = {name for name, shape in shapes.items() if len(shape) == 1}
     while len(dense) < len(shapes):
         rest = [name for name in shapes if name not in dense]
-        epsilon = (budget - sum(size[name] for name in dense)) / sum(
-            sum(shapes[name]) for name in rest
-        )
+        free = budget - sum(size[name] for name in dense)
+        epsilon = free / sum(sum(shapes[name]) for name in rest)
         if epsilon <= 0:
             raise ValueError(
                 f"sparsity {sparsity} is out of reach: biases and norms alone hold more parameters"
@@ -735,31 +699,161 @@ def erdos_renyi(shapes: dict[str, tuple[int, ...]], sparsity: float) -> dict[str
 
 
 def uniform(shapes: dict[str, tuple[int, ...]], sparsity: float) -> dict[str, float]:
-    """The same sparsity in every weight matrix; parameters with one dimension stay dense."""
+    """The same sparsity in every weight matrix; biases and norms stay dense."""
     return {name: 0.0 if len(shape) == 1 else sparsity for name, shape in shapes.items()}
 
 
-# The active weights of a packed layer are sorted by block of 128 columns, then by row: while a block is worked on, its
-# 128 rows of x^T stay in the cache. Group g = block * rows + row holds the weights pointers[g] <= k < pointers[g + 1].
+def random_places(
+    shape: tuple[int, ...], density: float, generator: torch.Generator
+) -> torch.Tensor:
+    """Places in the flattened weight that stay active: an exact number, at random, ascending."""
+    total = math.prod(shape)
+    count = max(1, round(density * total))
+    permutation = torch.randperm(total, generator=generator, dtype=torch.int32)  # half of int64
+    return permutation[:count].long().sort().values
+
+
+# The active weights of a layer are sorted by block of 128 columns, then by row: while a compiled
+# loop works on a block, its 128 inputs stay in the cache. Group g = block * rows + row holds the
+# weights pointers[g] <= k < pointers[g + 1].
 BLOCK = 128
-
-
-REORDER = {
-    "reassoc",
-    "contract",
-    "nsz",
-}  # sums may be vectorised; NaN and infinity still pass through
 
 
 def sort_into_blocks(
     row: torch.Tensor, col: torch.Tensor, shape: tuple[int, int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The order that sorts entries (row, col) of a matrix of some shape into blocks, and the pointers to its groups."""
-    group = col // BLOCK * shape[0] + row
-    groups = math.ceil(shape[1] / BLOCK) * shape[0]
-    return torch.argsort(group, stable=True), F.pad(
-        torch.bincount(group, minlength=groups).cumsum(0), (1, 0)
-    )
+    """The order that sorts entries (row, col) of a matrix into blocks; pointers to the groups."""
+    rows, columns = shape
+    group = col // BLOCK * rows + row
+    groups = math.ceil(columns / BLOCK) * rows
+    sizes = torch.bincount(group, minlength=groups)
+    pointers = F.pad(sizes.cumsum(0), (1, 0))
+    return torch.argsort(group, stable=True), pointers
+
+
+class SparseLinear(nn.Module):
+    """A linear layer that stores its active weights only: `values` (nnz,), and `bias` (out,).
+
+    `active` (nnz,) lists their places row * in_features + column, in the order of
+    sort_into_blocks: the dense matrix is zeros(out * in) with `values` written at `active`.
+    `packed` is the class that multiplies without the dense matrix, or None.
+    """
+
+    def __init__(self, linear: nn.Linear, active: torch.Tensor, packed: type | None = None):
+        super().__init__()
+        self.shape = tuple(linear.weight.shape)
+        row = active // self.shape[1]
+        col = active % self.shape[1]
+        order, _ = sort_into_blocks(row, col, self.shape)
+        active = active[order]
+        self.values = nn.Parameter(linear.weight.detach().flatten()[active])
+        self.bias = linear.bias
+        self.register_buffer("active", active.int())
+        if packed:
+            self.kernel = "packed"
+            self.product = packed(row[order], col[order], self.shape)
+        else:
+            self.kernel = "dense"
+            self.register_buffer("index", active, persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(batch, in) -> (batch, out)"""
+        if self.kernel == "packed":
+            return self.product(x, self.values, self.bias)
+        return F.linear(x, dense_weight(self), self.bias)
+
+    def _load_from_state_dict(self, state: dict, prefix: str, *rest) -> None:
+        check_mask(self, state[prefix + "active"])
+        super()._load_from_state_dict(state, prefix, *rest)
+
+
+def dense_weight(layer: nn.Module) -> torch.Tensor:
+    """The values of a sparse layer in their places among zeros, in the dense weight's shape."""
+    zeros = layer.values.new_zeros(math.prod(layer.shape))
+    return zeros.index_copy_(0, layer.index, layer.values).view(layer.shape)
+
+
+def check_mask(layer: nn.Module, saved: torch.Tensor) -> None:
+    """Raises ValueError if a checkpoint was made with another mask."""
+    if not torch.equal(saved.cpu(), layer.active.cpu()):
+        raise ValueError(
+            "the saved mask is not the one drawn here: another version of PyTorch or of this file?"
+        )
+
+
+def sparsify(
+    network: nn.Module,
+    sparsity: float,
+    distribution: str,
+    mask_seed: int,
+    kernel: str,
+    device: torch.device,
+    rule: Callable = random_places,
+    packed: type | None = None,
+    convolution: type | None = None,
+) -> None:
+    """Prunes a network once, before training, and moves it to its device.
+
+    Each layer that loses weights is replaced by one that stores the survivors only, with their
+    initial values (no rescaling).
+
+    distribution: erdos_renyi or uniform, how the sparsity is spread over the layers
+    kernel: packed, dense, or auto: packed on a CPU up to a density of 0.25
+    rule(shape, density, generator): which places of a pruned weight stay active
+    packed, convolution: the classes of packed products and sparse convolutions this file has
+
+    Raises ValueError if the sparsity is out of reach.
+    """
+    shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
+    spread = {"erdos_renyi": erdos_renyi, "uniform": uniform}[distribution]
+    layer_sparsity = spread(shapes, sparsity)
+    generator = torch.Generator().manual_seed(mask_seed)
+    prunable = nn.Linear | nn.Conv2d
+    names = [name for name, layer in network.named_modules() if isinstance(layer, prunable)]
+    for name in names:
+        layer = network.get_submodule(name)  # one at a time, so that dense weights are freed early
+        total = layer.weight.numel()
+        density = 1 - layer_sparsity[name + ".weight"]
+        if round(density * total) == total:
+            continue  # dense
+        active = rule(tuple(layer.weight.shape), density, generator)
+        if isinstance(layer, nn.Conv2d):
+            sparse = convolution(layer, active)
+        else:
+            cheaper = device.type == "cpu" and len(active) <= 0.25 * total
+            use_packed = kernel == "packed" or (kernel == "auto" and cheaper)
+            sparse = SparseLinear(layer, active, packed if use_packed else None)
+        network.set_submodule(name, sparse)
+    network.to(device)
+
+
+def layer_table(network: nn.Module) -> list[dict]:
+    """What a finished network stores: a row for each layer, and one for its other parameters."""
+    table = []
+    for name, layer in network.named_modules():
+        if hasattr(layer, "active"):
+            active = layer.values.numel()
+            shape = layer.shape
+            kernel = layer.kernel
+        elif isinstance(layer, nn.Linear | nn.Conv2d):
+            active = layer.weight.numel()
+            shape = layer.weight.shape
+            kernel = "torch"
+        else:
+            continue
+        row = {"layer": name, "shape": list(shape), "active": active, "total": math.prod(shape)}
+        table.append({**row, "kernel": kernel})
+    stored = sum(parameter.numel() for parameter in network.parameters())
+    other = stored - sum(row["active"] for row in table)
+    row = {"layer": "biases, norms", "shape": [other], "active": other, "total": other}
+    return [*table, {**row, "kernel": ""}]
+
+
+# === END SPARSE LAYERS ===
+
+
+# === PACKED KERNELS (identical in every file that has it) ===
+REORDER = {"reassoc", "contract", "nsz"}  # sums may be vectorised; NaN and infinity pass through
 
 
 @numba.njit(parallel=True, fastmath=REORDER, cache=True)
@@ -768,14 +862,14 @@ def packed_product(pointers, col, values, x_t, y_t):
     rows = len(y_t)
     for block in range((len(pointers) - 1) // rows):
         for row in numba.prange(rows):
-            y, end = y_t[row], pointers[block * rows + row + 1]
+            y = y_t[row]
+            end = pointers[block * rows + row + 1]
             for k in range(pointers[block * rows + row], end, 2):
                 last = min(k + 1, end - 1)
-                x0, x1 = x_t[col[k]], x_t[col[last]]
+                x0 = x_t[col[k]]
+                x1 = x_t[col[last]]
                 w0 = values[k]
-                w1 = (
-                    values[last] if last > k else np.float32(0)
-                )  # the last of an odd row stands alone
+                w1 = values[last] if last > k else np.float32(0)  # an odd row's last stands alone
                 for b in range(len(y)):
                     y[b] += w0 * x0[b] + w1 * x1[b]
 
@@ -786,11 +880,14 @@ def packed_gradient(pointers, col, grad_t, x_t, out):
     rows = len(grad_t)
     for block in range((len(pointers) - 1) // rows):
         for row in numba.prange(rows):
-            grad, end = grad_t[row], pointers[block * rows + row + 1]
+            grad = grad_t[row]
+            end = pointers[block * rows + row + 1]
             for k in range(pointers[block * rows + row], end, 2):
                 last = min(k + 1, end - 1)
-                x0, x1 = x_t[col[k]], x_t[col[last]]
-                dot0, dot1 = np.float32(0), np.float32(0)
+                x0 = x_t[col[k]]
+                x1 = x_t[col[last]]
+                dot0 = np.float32(0)
+                dot1 = np.float32(0)
                 for b in range(len(grad)):
                     dot0 += grad[b] * x0[b]
                     dot1 += grad[b] * x1[b]
@@ -805,172 +902,100 @@ def call_numba(kernel, *tensors: torch.Tensor) -> torch.Tensor:
 
 
 class PackedLinear(torch.autograd.Function):
-    """y = x W^T + b for a W of which only the active entries exist, in time proportional to their number.
+    """y = x W^T + b in time proportional to the number of active weights of W.
 
-    Works on x^T (in, batch), of which one contiguous row is read for each active weight. The results are transposed
-    views, so that ReLU and a packed layer that follow go on in this layout without a copy.
+    Works on x^T (in, batch), of which one contiguous row is read for each active weight. The
+    results are transposed views, so that a ReLU and a packed layer that follow go on in this
+    layout without a copy.
     """
 
     @staticmethod
-    def forward(ctx, x, values, bias, layer):
-        x_t, y_t = x.t().contiguous(), bias[:, None].repeat(1, len(x))
+    def forward(ctx, x, values, bias, places):
+        x_t = x.t().contiguous()  # (in, batch)
+        y_t = bias[:, None].repeat(1, len(x))  # (out, batch)
         ctx.save_for_backward(x_t, values)
-        ctx.layer = layer
-        return call_numba(packed_product, layer.pointers, layer.col, values, x_t, y_t).t()
+        ctx.places = places
+        return call_numba(packed_product, places.pointers, places.col, values, x_t, y_t).t()
 
     @staticmethod
     def backward(ctx, grad):
         x_t, values = ctx.saved_tensors
-        layer, grad_t = ctx.layer, grad.t().contiguous()
+        places = ctx.places
+        grad_t = grad.t().contiguous()  # (out, batch)
         grad_x = grad_values = grad_bias = None
         if ctx.needs_input_grad[0]:
-            by_column, zeros = values.index_select(0, layer.by_column), torch.zeros_like(x_t)
-            grad_x = call_numba(
-                packed_product, layer.pointers_t, layer.row, by_column, grad_t, zeros
-            ).t()
+            by_column = values.index_select(0, places.by_column)
+            zeros = torch.zeros_like(x_t)
+            transposed = (places.pointers_t, places.row, by_column)
+            grad_x = call_numba(packed_product, *transposed, grad_t, zeros).t()
         if ctx.needs_input_grad[1]:
             empty = torch.empty_like(values)
-            grad_values = call_numba(packed_gradient, layer.pointers, layer.col, grad_t, x_t, empty)
+            grad_values = call_numba(
+                packed_gradient, places.pointers, places.col, grad_t, x_t, empty
+            )
         if ctx.needs_input_grad[2]:
             grad_bias = grad_t.sum(1)
         return grad_x, grad_values, grad_bias, None
 
 
-class SparseLinear(nn.Module):
-    """A linear layer that stores its active weights only: `values` (nnz,), with a dense `bias` (out,).
+class PackedProduct(nn.Module):
+    """Where the active weights of a layer are, by row and by column, and the product with them."""
 
-    `active` (nnz,) lists their places row * in_features + column, in the order of sort_into_blocks: the dense matrix
-    would be zeros(out * in) with `values` written at `active`.
-    """
-
-    def __init__(self, linear: nn.Linear, active: torch.Tensor, kernel: str):
+    def __init__(self, row: torch.Tensor, col: torch.Tensor, shape: tuple[int, int]):
         super().__init__()
-        self.shape, self.kernel = tuple(linear.weight.shape), kernel
-        row, col = active // self.shape[1], active % self.shape[1]
-        order, pointers = sort_into_blocks(row, col, self.shape)
-        row, col, active = row[order], col[order], active[order]
-        self.values = nn.Parameter(linear.weight.detach().flatten()[active])
-        self.bias = linear.bias
-        self.register_buffer("active", active.int())
-        if kernel == "dense":
-            self.register_buffer("index", active, persistent=False)
-        else:
-            by_column, pointers_t = sort_into_blocks(col, row, self.shape[::-1])  # the same for W^T
-            index = (pointers, col, pointers_t, row[by_column], by_column)
-            for name, tensor in zip(("pointers", "col", "pointers_t", "row", "by_column"), index):
-                self.register_buffer(name, tensor.int(), persistent=False)
+        _, pointers = sort_into_blocks(row, col, shape)
+        by_column, pointers_t = sort_into_blocks(col, row, shape[::-1])  # the same for W^T
+        places = {
+            "pointers": pointers,
+            "col": col,
+            "pointers_t": pointers_t,
+            "row": row[by_column],
+            "by_column": by_column,
+        }
+        for name, tensor in places.items():
+            self.register_buffer(name, tensor.int(), persistent=False)
 
-    def _load_from_state_dict(self, state: dict, prefix: str, *rest) -> None:
-        if not torch.equal(state[prefix + "active"].cpu(), self.active.cpu()):
-            raise ValueError(
-                "the saved mask is not the one drawn here: another version of PyTorch or of this file?"
-            )
-        nn.Module._load_from_state_dict(self, state, prefix, *rest)
-
-    def dense_weight(self) -> torch.Tensor:
-        """The values in their places among zeros, with the shape of the dense weight."""
-        return (
-            self.values.new_zeros(math.prod(self.shape))
-            .index_copy_(0, self.index, self.values)
-            .view(self.shape)
-        )
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, values: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         """(batch, in) -> (batch, out)"""
-        if self.kernel == "packed":
-            return PackedLinear.apply(x, self.values, self.bias, self)
-        return F.linear(x, self.dense_weight(), self.bias)
+        return PackedLinear.apply(x, values, bias, self)
 
 
-class SparseConv2d(nn.Module):
-    """A convolution that stores its active weights only, as SparseLinear does with the dense kernel.
-
-    `active` (nnz,) lists their places in the flattened weight (out, in, k_h, k_w).
-    """
-
-    _load_from_state_dict, dense_weight = (
-        SparseLinear._load_from_state_dict,
-        SparseLinear.dense_weight,
-    )
-
-    def __init__(self, conv: nn.Conv2d, active: torch.Tensor):
-        super().__init__()
-        self.shape, self.stride, self.padding = tuple(conv.weight.shape), conv.stride, conv.padding
-        self.values = nn.Parameter(conv.weight.detach().flatten()[active])
-        self.bias = conv.bias
-        self.register_buffer("active", active.int())
-        self.register_buffer("index", active, persistent=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(batch, in, height, width) -> (batch, out, height, width)"""
-        return F.conv2d(x, self.dense_weight(), self.bias, self.stride, self.padding)
+# === END PACKED KERNELS ===
 
 
-def sparsify(
-    network: nn.Module,
-    sparsity: float,
-    distribution: str,
-    mask_seed: int,
-    kernel: str,
-    device: torch.device,
-) -> list[dict]:
-    """Prunes a network once, at random, and moves it: each linear layer and convolution that loses weights is replaced.
-
-    The survivors keep their initial values (no rescaling). `kernel` is auto, packed or dense. Returns the layer
-    table: name, shape, active and total weights of each layer. Raises ValueError if the sparsity is out of reach.
-    """
-    shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
-    layer_sparsity = {"erdos_renyi": erdos_renyi, "uniform": uniform}[distribution](
-        shapes, sparsity
-    )
-    generator = torch.Generator().manual_seed(mask_seed)
-    table = []
-    for name in [
-        name for name, layer in network.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)
-    ]:
-        layer = network.get_submodule(
-            name
-        )  # one at a time, so that dense weights are freed on the way
-        total = layer.weight.numel()
-        count = max(1, round((1 - layer_sparsity[name + ".weight"]) * total))
-        table.append(
-            {"layer": name, "shape": list(layer.weight.shape), "active": count, "total": total}
-        )
-        if count < total:
-            permutation = torch.randperm(
-                total, generator=generator, dtype=torch.int32
-            )  # half the memory of int64
-            active = permutation[:count].long().sort().values
-            packed = device.type == "cpu" and count <= 0.25 * total
-            chosen = kernel if kernel != "auto" else "packed" if packed else "dense"
-            linear = isinstance(layer, nn.Linear)
-            network.set_submodule(
-                name, SparseLinear(layer, active, chosen) if linear else SparseConv2d(layer, active)
-            )
-    other = sum(math.prod(shape) for shape in shapes.values()) - sum(row["total"] for row in table)
-    table.append({"layer": "biases and norms", "shape": [other], "active": other, "total": other})
-    network.to(device)
-    return table
+# === DEVICE (identical in every file that has it) ===
+def choose_device(args) -> torch.device:
+    """The device of --device; sets the number of CPU threads of PyTorch and numba."""
+    cuda = torch.cuda.is_available()
+    if args.device == "cuda" and not cuda:
+        fail("--device cuda: there is no CUDA here; use --device cpu")
+    device = torch.device(args.device.replace("auto", "cuda" if cuda else "cpu"))
+    if args.sparse_kernel == "packed" and device.type == "cuda":
+        fail("--sparse-kernel packed: runs on the CPU only; add --device cpu")
+    threads = args.threads or torch.get_num_threads()
+    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+    torch.set_num_threads(threads)  # after numba, whose start sets the number for both
+    return device
 
 
-# === END SPARSE LAYERS ===
+# === END DEVICE ===
 
 
-# === DIAGNOSTICS (identical in every file) ===
+# === DIAGNOSTICS (identical in every file that has it) ===
 def run_and_record(encoder: nn.Module, inputs: torch.Tensor) -> tuple[torch.Tensor, list, list]:
-    """The features of an encoder (batch, hidden), and the outputs of its linear and of its ReLU layers."""
-    linear_outputs, relu_outputs, handles = [], [], []
+    """The features of an encoder (batch, hidden); the outputs of its linear and ReLU layers."""
+    linear_outputs = []
+    relu_outputs = []
+    handles = []
     for module in encoder.modules():
-        for kinds, outputs in (
-            ((nn.Linear, SparseLinear), linear_outputs),
-            ((nn.ReLU, nn.LeakyReLU), relu_outputs),
-        ):
-            if isinstance(module, kinds):
-                handles.append(
-                    module.register_forward_hook(
-                        lambda _, __, y, outputs=outputs: outputs.append(y)
-                    )
-                )
+        if isinstance(module, nn.Linear | SparseLinear):
+            outputs = linear_outputs
+        elif isinstance(module, nn.ReLU | nn.LeakyReLU):
+            outputs = relu_outputs
+        else:
+            continue
+        hook = lambda _, __, output, outputs=outputs: outputs.append(output)  # noqa: E731
+        handles.append(module.register_forward_hook(hook))
     with torch.no_grad():
         features = encoder(inputs)
     for handle in handles:
@@ -978,28 +1003,62 @@ def run_and_record(encoder: nn.Module, inputs: torch.Tensor) -> tuple[torch.Tens
     return features, linear_outputs, relu_outputs
 
 
+def check_shape(what: str, output: torch.Tensor, **expected: int) -> None:
+    """Raises ValueError, in one sentence, if a network's output has not the shape of a contract.
+
+    check_shape("critic(obs, action)", q, critics=1, batch=3)
+    """
+    shape = tuple(getattr(output, "shape", [type(output).__name__]))
+    needed = tuple(expected.values())
+    if shape != needed:
+        names = ", ".join(expected)
+        raise ValueError(
+            f"{what} must return a tensor of shape ({names}); "
+            f"for a test batch it returned {shape} instead of {needed}"
+        )
+
+
+def check_encoder(network: nn.Module, part: str, inputs: torch.Tensor) -> None:
+    """Raises ValueError, in one sentence, if diagnostics cannot measure a part of a network."""
+    needs = (
+        f"diagnostics measure {type(network).__name__}.{part}: a module with nn.Linear and "
+        "nn.ReLU (or nn.LeakyReLU) layers that returns (batch, features)"
+    )
+    try:
+        encoder = network.get_submodule(part)
+    except AttributeError:
+        raise ValueError(f"{needs}; there is no such part") from None
+    features, linear_outputs, relu_outputs = run_and_record(encoder, inputs)
+    if not linear_outputs or not relu_outputs:
+        raise ValueError(f"{needs}; it lacks one of these layers")
+    if features.ndim != 2 or len(features) != len(inputs):
+        raise ValueError(f"{needs}; it returned {tuple(features.shape)}")
+
+
 def stable_rank(
     features: torch.Tensor, mass: float = 0.99, threshold: float = 0.01
 ) -> tuple[int, int]:
     """Two effective ranks of features (batch, hidden).
 
-    First: how many leading singular values hold `mass` of their sum (Kumar et al. 2021; the official code). Second:
-    how many singular values of features / sqrt(batch) exceed `threshold` (section 4.1, which gives no threshold; this
-    one and the scaling are those of Lyle et al. 2022, arXiv:2204.09560).
+    First: how many leading singular values hold `mass` of their sum (Kumar et al. 2021; the
+    official code). Second: how many singular values of features / sqrt(batch) exceed `threshold`
+    (section 4.1, which gives no threshold; this one and the scaling are those of Lyle et al. 2022,
+    arXiv:2204.09560).
     """
     singular = torch.linalg.svdvals(features.float())
     cumulative = singular.cumsum(0) / singular.sum()
-    return int((cumulative < mass).sum()) + 1, int(
-        (singular / math.sqrt(len(features)) > threshold).sum()
-    )
+    rank_by_mass = int((cumulative < mass).sum()) + 1
+    rank_by_threshold = int((singular / math.sqrt(len(features)) > threshold).sum())
+    return rank_by_mass, rank_by_threshold
 
 
 def dormant_ratio(outputs: list[torch.Tensor], tau: float = 0.1) -> float:
-    """Percentage of units in some layers' outputs (batch, units) whose mean |output| is at most tau of their layer's.
+    """Percentage of units whose mean |output| is at most tau times that of their layer.
 
+    outputs: one tensor (batch, units) for each layer.
     Equation 1 of the paper; Sokar et al. 2023, arXiv:2302.12902.
     """
-    scores = [y.abs().mean(0) for y in outputs]
+    scores = [output.abs().mean(0) for output in outputs]  # (units,) each
     dormant = sum(int((score / (score.mean() + 1e-9) <= tau).sum()) for score in scores)
     return 100 * dormant / sum(len(score) for score in scores)
 
@@ -1010,12 +1069,13 @@ def measure_plasticity(
     """The measurements of section 4 for one network, on a batch of inputs to its encoder."""
     features, linear_outputs, relu_outputs = run_and_record(encoder, inputs)
     rank_99, rank_threshold = stable_rank(features)
+    active_units = torch.cat([(output > 0).float().mean(0) for output in relu_outputs])
     return {
         "srank_99": rank_99,
         "srank_threshold": rank_threshold,
         "dormant_ratio": dormant_ratio(linear_outputs),
         "dormant_ratio_relu": dormant_ratio(relu_outputs),
-        "active_units": float(torch.cat([(y > 0).float().mean(0) for y in relu_outputs]).mean()),
+        "active_units": float(active_units.mean()),
         "grad_norm": float(get_total_norm(gradients)),
         "param_norm": float(get_total_norm(parameters)),
         "feature_norm": float(features.norm(dim=1).mean()),
@@ -1025,87 +1085,301 @@ def measure_plasticity(
 # === END DIAGNOSTICS ===
 
 
-# === RUNS (identical in every file) ===
+# === RUNS (identical in every file that has it) ===
+# What a seed derived from (--seed, purpose, ...) is for
+TRAIN, EVAL, FINAL, DIAGNOSE = range(4)
+
+
+def derive_seed(*key: int) -> int:
+    """A seed below 2^32 for a key; zeros at the end of a key do not count."""
+    return int(np.random.SeedSequence(key).generate_state(1)[0])
+
+
 def fail(message: str) -> NoReturn:
     """Ends the program with one line for a person and exit code 2."""
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
 
-def open_run(args) -> tuple[Path, dict | None]:
-    """Finds or creates the run of these flags, locks it, and returns its folder and its checkpoint (or None).
+def stop_unless_finite(agent_step: int, *values: torch.Tensor) -> None:
+    """Ends the program with exit code 3 if a value is infinite or not a number."""
+    if not all(value.isfinite().all() for value in values):
+        print(
+            f"error: a value is not finite at {agent_step=}; the last checkpoint is kept",
+            file=sys.stderr,
+        )
+        sys.exit(3)
 
-    The folder is runs/<env>__<exp_name>__<hash>__s<seed>; the hash covers the other flags that change results. With
-    --eval-only it is only read. A run with final returns is finished even if its checkpoints were deleted. Exits with
-    code 2 if the folder cannot be used, another process works in it, or the checkpoint is damaged or of other flags.
-    """
-    flags = {name: value for name, value in asdict(args).items() if name not in EXECUTION_FLAGS}
-    digest = hashlib.sha256(
-        json.dumps({**flags, "seed": None}, sort_keys=True).encode()
-    ).hexdigest()[:8]
+
+def check_flags(args) -> None:
+    """Ends the program if a flag breaks the rule that stands beside it in Args."""
+    for name, hint in get_type_hints(type(args), include_extras=True).items():
+        value = getattr(args, name)
+        if value is None:
+            continue
+        for rule in getattr(hint, "__metadata__", ()):
+            if not eval(rule, {**vars(args), "x": value, "inf": math.inf}):
+                needed = re.sub(r"\bx\b", name, rule)
+                fail(f"--{name.replace('_', '-')} {value} is not allowed: {needed}")
+    if "/" in args.exp_name:
+        fail(f"--exp-name {args.exp_name}: is part of a folder's name and cannot contain /")
+
+
+def set_up_process(args) -> None:
+    """Checks the flags; seeds the global generators; makes Ctrl-C end with one line."""
+    check_flags(args)
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    warnings.filterwarnings("ignore", module="gymnasium")  # precision of Box bounds, age of tasks
+    interrupted = "interrupted; --resume goes on from the last checkpoint"
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(interrupted))
+
+
+def run_folder(args) -> Path:
+    """runs/<env>__<exp_name>__<hash>__s<seed>; the hash covers the other flags of the results."""
+    flags = result_flags(args)
+    digest = hashlib.sha256(json.dumps({**flags, "seed": None}, sort_keys=True).encode())
     env = args.env_id.replace("/", "-").replace(":", "-")
-    run_dir = Path(args.runs_dir) / f"{env}__{args.exp_name}__{digest}__s{args.seed}"
-    try:
-        if not args.eval_only:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            open_run.lock = FileLock(run_dir / ".lock")  # held until the process ends
-            open_run.lock.acquire(timeout=0)
-        if not args.resume and not args.eval_only and any(run_dir.glob("[!.]*")):
-            old = next(
-                path for n in range(1, 10**6) if not (path := Path(f"{run_dir}.old{n}")).exists()
+    name = f"{env}__{args.exp_name}__{digest.hexdigest()[:8]}__s{args.seed}"
+    return Path(args.runs_dir) / name
+
+
+def result_flags(args) -> dict:
+    """The flags that change results."""
+    return {name: value for name, value in asdict(args).items() if name not in EXECUTION_FLAGS}
+
+
+class Run:
+    """One run: its folder, its counters, and all that is written there.
+
+    agent_step counts decisions, update_step gradient updates, episode the training episodes that
+    have begun, env_step simulator frames (decisions times the action repeat).
+    """
+
+    def __init__(self, args, action_repeat: int = 1):
+        """Finds or creates the run of these flags. Ends the program if it is finished already."""
+        self.args = args
+        self.action_repeat = action_repeat
+        self.folder = run_folder(args)
+        self.agent_step = 0
+        self.update_step = 0
+        self.episode = 0
+        self.csv_bytes = 0
+        self.lock = None
+        self.checkpoint = self.open_folder()
+        if self.checkpoint and self.checkpoint["finished"] and not args.eval_only:
+            for leftover in self.folder.glob("replay.*"):  # by a kill after the last checkpoint
+                leftover.unlink()
+            print(
+                f"this run is finished: its results are in {self.folder} "
+                "(--no-resume runs it again)"
             )
-            old.mkdir()
-            for path in sorted(
-                run_dir.glob("[!.]*"), reverse=True
-            ):  # checkpoints after what they count on
-                path.rename(old / path.name)
-            print(f"the previous run of these flags is now in {old}")
-        path, metrics = run_dir / "checkpoint.pt", run_dir / "metrics.csv"
-        if not path.exists():  # killed between the two renames of save_checkpoint
-            path = run_dir / "checkpoint.previous.pt"
-        if not path.exists():
-            if args.eval_only:
-                fail(
-                    f"nothing to evaluate: no checkpoint in {run_dir}; train first, with the same flags"
-                )
-            finished = metrics.exists() and ",final/return_mean," in metrics.read_text()
-            return run_dir, {"finished": True} if finished else None
-    except Timeout:
-        fail(
-            f"another process is working in {run_dir}; wait for it, or change --seed or --exp-name"
-        )
-    except OSError as error:
-        fail(f"cannot use {run_dir} ({error.strerror}); choose another folder with --runs-dir")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        made_with = checkpoint["args"]
-    except Exception as error:
-        fail(
-            f"cannot read {path} ({type(error).__name__}); if it is damaged, delete it to go on from the one before"
-        )
-    for name, value in flags.items():
-        if made_with.get(name) != value:
+            sys.exit(0)
+
+    @property
+    def env_step(self) -> int:
+        return self.agent_step * self.action_repeat
+
+    def open_folder(self) -> dict | None:
+        """Locks the run's folder, and returns its checkpoint, or None where there is none.
+
+        With --eval-only it is only read. A run with final returns is finished even if its
+        checkpoints were deleted. Ends the program if the folder cannot be used, if another process
+        works in it, or if the checkpoint is damaged or of other flags.
+        """
+        args = self.args
+        path = self.folder / "checkpoint.pt"
+        try:
+            if not args.eval_only:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self.lock = FileLock(self.folder / ".lock")  # held until the process ends
+                self.lock.acquire(timeout=0)
+            if not args.resume and not args.eval_only:
+                self.move_aside()
+            if not path.exists():  # killed between the two renames of save_checkpoint
+                path = self.folder / "checkpoint.previous.pt"
+            if not path.exists():
+                if args.eval_only:
+                    fail(
+                        f"nothing to evaluate: no checkpoint in {self.folder}; "
+                        "train first, with the same flags"
+                    )
+                metrics = self.folder / "metrics.csv"
+                finished = metrics.exists() and ",final/return_mean," in metrics.read_text()
+                return {"finished": True} if finished else None
+        except Timeout:
             fail(
-                f"{path} was made with --{name.replace('_', '-')} {made_with.get(name)}, not {value}; move it away"
+                f"another process is working in {self.folder}; "
+                "wait for it, or change --seed or --exp-name"
             )
-    return run_dir, checkpoint
+        except OSError as error:
+            fail(
+                f"cannot use {self.folder} ({error.strerror}); "
+                "choose another folder with --runs-dir"
+            )
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            made_with = checkpoint["args"]
+        except Exception as error:
+            fail(
+                f"cannot read {path} ({type(error).__name__}); "
+                "if it is damaged, delete it to go on from the one before"
+            )
+        for name, value in result_flags(args).items():
+            if made_with.get(name) != value:
+                flag = name.replace("_", "-")
+                fail(
+                    f"{path} was made with --{flag} {made_with.get(name)}, not {value}; "
+                    "move it away"
+                )
+        return checkpoint
+
+    def move_aside(self) -> None:
+        """Moves everything in the folder to <folder>.old1, .old2, ..., the first that is free."""
+        files = sorted(self.folder.glob("[!.]*"), reverse=True)
+        if not files:
+            return
+        number = 1
+        while (old := Path(f"{self.folder}.old{number}")).exists():
+            number += 1
+        old.mkdir()
+        for path in files:  # checkpoint.pt is moved after metrics.csv, which it counts on
+            path.rename(old / path.name)
+        print(f"the previous run of these flags is now in {old}")
+
+    def restore(self, parts: dict) -> None:
+        """Gives the parts, the counters and the generators what the checkpoint holds, if any."""
+        if self.checkpoint is None:
+            return
+        for name, part in parts.items():
+            try:
+                part.load_state_dict(self.checkpoint.pop(name))
+            except (ValueError, KeyError, RuntimeError) as error:
+                reason = " ".join(str(error).split())
+                fail(
+                    f"{self.folder}: {name} in the checkpoint does not fit ({reason}); "
+                    "a changed file needs another --exp-name"
+                )
+        restore_generators(self.checkpoint["generators"])
+        counters = self.checkpoint["counters"]
+        self.agent_step, self.update_step, self.episode, self.csv_bytes = counters
+
+    def begin(self, layers: dict[str, list[dict]]) -> None:
+        """Prints the layer tables, writes args.json, and opens metrics.csv and the progress bar."""
+        for network, rows in layers.items():
+            print_layer_table(network, rows)
+        write_args(self.folder, self.args, layers)
+        resumed = self.checkpoint is not None
+        start = f"going on from env step {self.env_step}" if resumed else "new run"
+        print(f"{self.folder}: {start}")
+
+        self.csv = open(self.folder / "metrics.csv", "a")  # noqa: SIM115
+        if os.fstat(self.csv.fileno()).st_size < self.csv_bytes:
+            fail(
+                f"{self.csv.name} lacks what came before the checkpoint; "
+                "bring it back, or start with --no-resume"
+            )
+        self.csv.truncate(self.csv_bytes)  # what came after the checkpoint will be written again
+        if not resumed:
+            self.csv.write("env_step,agent_step,update_step,metric,value\n")
+        self.tensorboard = SummaryWriter(self.folder, purge_step=self.env_step + resumed)
+        self.wandb = start_wandb(self.folder, self.args, resumed) if self.args.track else None
+        self.saved_step = self.env_step
+        total = self.args.total_timesteps
+        self.bar = tqdm(total=total, initial=self.env_step, unit=" env steps")
+        self.bar.mininterval = 0.5 if sys.stderr.isatty() else 30
+
+    def due(self, interval: int | None) -> bool:
+        """Whether a multiple of some env steps has just been reached (0, None: never)."""
+        return bool(interval) and self.env_step % interval < self.action_repeat
+
+    def count_decision(self) -> None:
+        self.agent_step += 1
+        self.bar.update(self.action_repeat)
+
+    def log(self, prefix: str, values: dict[str, float]) -> None:
+        """Writes values as metrics <prefix>/<name>: one row each in metrics.csv, and elsewhere."""
+        named = {f"{prefix}/{name}": float(value) for name, value in values.items()}
+        steps = f"{self.env_step},{self.agent_step},{self.update_step}"
+        for metric, value in named.items():
+            self.csv.write(f"{steps},{metric},{value!r}\n")
+            self.tensorboard.add_scalar(metric, value, self.env_step)
+        self.csv.flush()
+        if self.wandb:
+            self.wandb.log({**named, "env_step": self.env_step})
+
+    def log_evaluation(self, result: dict[str, float]) -> None:
+        self.log("eval", result)
+        draw_learning_curve(self.folder, self.args.env_id)
+        self.bar.set_postfix_str(f"return {result['return_mean']:.0f}")
+
+    def log_episode(self, episode: dict, losses: dict[str, torch.Tensor]) -> None:
+        """Of a finished episode: what RecordEpisodeStatistics says, and the last losses."""
+        self.log("episode", {"return": episode["r"], "length": episode["l"]})
+        self.log("losses", losses)
+        frames = episode["l"] * self.action_repeat
+        self.log("time", {"env_steps_per_second": frames / max(episode["t"], 1e-6)})
+
+    def checkpoint_due(self) -> bool:
+        return self.env_step - self.saved_step >= self.args.checkpoint_interval
+
+    def save(self, parts: dict, finished: bool = False) -> None:
+        """Writes the state of the parts, by name, the counters and the generators."""
+        state = {name: part.state_dict() for name, part in parts.items()}
+        self.tensorboard.flush()
+        os.fsync(self.csv.fileno())  # what the checkpoint counts on is on the disk before it
+        csv_bytes = os.fstat(self.csv.fileno()).st_size
+        counters = (self.agent_step, self.update_step, self.episode, csv_bytes)
+        state = {**state, "counters": counters, "finished": finished}
+        save_checkpoint(self.folder, self.args, state)
+        self.saved_step = self.env_step
+
+    def video(self) -> Path | None:
+        """Where --capture-video puts the film of the last evaluation, or of --eval-only."""
+        if not self.args.capture_video:
+            return None
+        name = f"eval_{self.agent_step}" if self.args.eval_only else "final"
+        return self.folder / "videos" / f"{name}.mp4"
+
+    def print_result(self, result: dict[str, float]) -> None:
+        print("  ".join(f"{name} {value:.1f}" for name, value in result.items()))
+
+    def finish(self, parts: dict, result: dict[str, float]) -> None:
+        """Logs the last evaluation, saves the finished run and says where its results are."""
+        self.log("final", result)
+        self.save(parts, finished=True)
+        self.csv.close()
+        self.tensorboard.close()
+        if self.wandb:
+            self.wandb.finish()
+        self.bar.close()
+        draw_learning_curve(self.folder, self.args.env_id)
+        print(
+            f"return {result['return_mean']:.1f}; "
+            f"checkpoint, metrics.csv and learning_curve.png are in {self.folder}"
+        )
 
 
-def save_checkpoint(run_dir: Path, args, state: dict) -> None:
-    """Writes checkpoint.pt so that a kill at any moment leaves a whole one, and keeps the one before it.
+def save_checkpoint(folder: Path, args, state: dict) -> None:
+    """Writes checkpoint.pt so that a kill leaves a whole one, and keeps the one before it.
 
     Every random number is drawn on the CPU, so there are three generators.
     """
     kind, keys, *position = np.random.get_state()
-    numpy_state = [kind, keys.tolist(), *position]
-    generators = {"python": random.getstate(), "numpy": numpy_state, "torch": torch.get_rng_state()}
-    path, temporary = run_dir / "checkpoint.pt", run_dir / "checkpoint.tmp"
+    generators = {
+        "python": random.getstate(),
+        "numpy": [kind, keys.tolist(), *position],
+        "torch": torch.get_rng_state(),
+    }
+    path = folder / "checkpoint.pt"
+    temporary = folder / "checkpoint.tmp"
     with open(temporary, "wb") as file:
         torch.save({**state, "args": asdict(args), "generators": generators}, file)
         file.flush()
         os.fsync(file.fileno())
     if path.exists():
-        os.replace(path, run_dir / "checkpoint.previous.pt")
+        os.replace(path, folder / "checkpoint.previous.pt")
     os.replace(temporary, path)
 
 
@@ -1116,112 +1390,84 @@ def restore_generators(generators: dict) -> None:
     torch.set_rng_state(generators["torch"])
 
 
-def describe_run(run_dir: Path, args, layers: dict[str, list[dict]]) -> None:
-    """Prints the layer table of each network; writes args.json: flags, versions, git revision, layer tables."""
-    for network, rows in layers.items():
-        active, total = sum(row["active"] for row in rows), sum(row["total"] for row in rows)
-        print(f"{network:<26}{'shape':>14}{'density':>9}{'active':>13} /{'total':>12}")
-        for row in [*rows, {"layer": "all", "shape": [], "active": active, "total": total}]:
-            shape, density = " x ".join(map(str, row["shape"])), row["active"] / row["total"]
-            print(
-                f"  {row['layer']:<24}{shape:>14}{density:>9.4f}{row['active']:>13,} /{row['total']:>12,}"
-            )
-    how = {
-        "shell": True,
-        "cwd": Path(__file__).resolve().parent,
-        "capture_output": True,
-        "text": True,
-    }
-    revision = (
-        subprocess.run("git describe --always --dirty", **how).stdout.strip() or None
-    )  # None without git
-    packages = ("torch", "numpy", "numba", "gymnasium", "shimmy", "dm-control", "mujoco", "ale-py")
-    installed = {
-        str(package.name).lower().replace("_", "-"): package.version for package in distributions()
-    }
-    versions = {
-        "python": platform.python_version(),
-        **{name: installed.get(name) for name in packages},
-    }
+def print_layer_table(network: str, rows: list[dict]) -> None:
+    """Shape, active and total weights, kernel and density of each layer, and of the network."""
+    table = pd.DataFrame(rows).set_index("layer")
+    table.loc["all"] = {**table[["active", "total"]].sum(), "shape": "", "kernel": ""}
+    table["density"] = table.active / table.total
+    print(network)
+    counts = dict.fromkeys(["active", "total"], "{:,}".format)
+    print(table.to_string(index_names=False, float_format="%.4f", formatters=counts))
+
+
+def write_args(folder: Path, args, layers: dict[str, list[dict]]) -> None:
+    """args.json: flags, versions of packages, git revision (None without git), layer tables."""
+    here = Path(__file__).resolve().parent
+    git = subprocess.run(
+        "git describe --always --dirty", shell=True, cwd=here, capture_output=True, text=True
+    )
     record = {
         "args": asdict(args),
-        "versions": versions,
-        "git_revision": revision,
+        "python": platform.python_version(),
+        "packages": {str(package.name): package.version for package in distributions()},
+        "git_revision": git.stdout.strip() or None,
         "layers": layers,
     }
-    (run_dir / "args.json").write_text(json.dumps(record, indent=1))
+    (folder / "args.json").write_text(json.dumps(record, indent=1))
 
 
-class Metrics:
-    """Writes to metrics.csv (one flushed row a value), TensorBoard and, with --track, Weights & Biases."""
+def start_wandb(folder: Path, args, resume: bool):
+    """The Weights & Biases run of --track; its id is the folder's name."""
+    import wandb
 
-    def __init__(self, run_dir: Path, args, csv_bytes: int, env_step: int):
-        self.file = open(run_dir / "metrics.csv", "a")  # noqa: SIM115
-        if os.fstat(self.file.fileno()).st_size < csv_bytes:
-            fail(
-                f"{self.file.name} lacks what came before the checkpoint; bring it back, or start with --no-resume"
-            )
-        self.file.truncate(csv_bytes)  # what came after the checkpoint will be written again
-        if csv_bytes == 0:
-            self.file.write("env_step,agent_step,update_step,metric,value\n")
-        self.tensorboard = SummaryWriter(run_dir, purge_step=env_step + 1 if csv_bytes else 0)
-        self.wandb = None
-        if args.track:
-            import wandb
-
-            where = {
-                "project": args.wandb_project,
-                "entity": args.wandb_entity,
-                "id": run_dir.name,
-                "dir": run_dir,
-            }
-            try:
-                self.wandb = wandb.init(
-                    **where, config=asdict(args), resume="allow" if csv_bytes else None
-                )
-            except wandb.Error as error:
-                fail(f"--track: {error}")
-            self.wandb.define_metric("*", step_metric="env_step")
-
-    def log(
-        self, env_step: int, agent_step: int, update_step: int, values: dict[str, float]
-    ) -> None:
-        for metric, value in values.items():
-            self.file.write(f"{env_step},{agent_step},{update_step},{metric},{float(value)!r}\n")
-            self.tensorboard.add_scalar(metric, float(value), env_step)
-        self.file.flush()
-        if self.wandb:
-            self.wandb.log({**values, "env_step": env_step})
-
-    def sync(self) -> int:
-        """Brings everything logged so far to the disk; returns the length of metrics.csv."""
-        self.tensorboard.flush()
-        os.fsync(self.file.fileno())
-        return os.fstat(self.file.fileno()).st_size
-
-    def close(self) -> None:
-        self.file.close()
-        self.tensorboard.close()
-        if self.wandb:
-            self.wandb.finish()
-
-
-def draw_learning_curve(run_dir: Path, title: str) -> None:
-    """learning_curve.png from metrics.csv: returns of training episodes and of evaluations (mean and std)."""
-    metrics = pd.read_csv(run_dir / "metrics.csv").pivot(
-        index="env_step", columns="metric", values="value"
-    )
-    axes = (figure := Figure((6, 4), layout="constrained")).subplots()
-    if "episode/return" in metrics:
-        axes.plot(
-            metrics["episode/return"].dropna(), color="0.75", lw=0.8, label="training episodes"
+    try:
+        tracked = wandb.init(
+            project=args.wandb_project,
+            entity=args.wandb_entity,
+            id=folder.name,
+            dir=folder,
+            config=asdict(args),
+            resume="allow" if resume else None,
         )
-    mean, std = (metrics[f"eval/return_{name}"].dropna() for name in ("mean", "std"))
+    except wandb.Error as error:
+        fail(f"--track: {error}")
+    tracked.define_metric("*", step_metric="env_step")
+    return tracked
+
+
+def draw_learning_curve(folder: Path, title: str) -> None:
+    """learning_curve.png from metrics.csv: returns of training episodes and of evaluations."""
+    table = pd.read_csv(folder / "metrics.csv")
+    metrics = table.pivot(index="env_step", columns="metric", values="value")
+    figure = Figure((6, 4), layout="constrained")
+    axes = figure.subplots()
+    if "episode/return" in metrics:
+        episodes = metrics["episode/return"].dropna()
+        axes.plot(episodes, color="0.75", lw=0.8, label="training episodes")
+    mean = metrics["eval/return_mean"].dropna()
+    std = metrics["eval/return_std"].dropna()
     axes.plot(mean, marker="o", ms=3, label="evaluation (mean, std over episodes)")
     axes.fill_between(mean.index, mean - std, mean + std, alpha=0.2)
     axes.set(xlabel="env steps", ylabel="return", title=title)
     axes.legend(frameon=False)
-    figure.savefig(run_dir / "learning_curve.png", dpi=150)
+    figure.savefig(folder / "learning_curve.png", dpi=150)
+
+
+def write_video(path: Path, frames: list[np.ndarray], fps: float = 30) -> None:
+    """An mp4 of frames (height, width, 3) uint8, one a decision."""
+    import imageio
+
+    path.parent.mkdir(exist_ok=True)
+    imageio.mimwrite(path, frames, fps=fps, macro_block_size=None)
+
+
+def summary(returns: np.ndarray) -> dict[str, float]:
+    """Mean, standard deviation and interquartile mean of the returns of some episodes."""
+    return {
+        "return_mean": returns.mean(),
+        "return_std": returns.std(),
+        "return_iqm": trim_mean(returns, 0.25),
+    }
 
 
 # === END RUNS ===

@@ -2,34 +2,43 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "torch==2.13.0", "numpy==2.4.6", "numba==0.68.1", "scipy==1.17.1", "tyro==1.0.17", "tqdm==4.70.1",
-#     "gymnasium==1.4.0", "shimmy==2.0.1", "dm-control==1.0.50", "mujoco==3.17.0", "filelock==4.2.11",
-#     "matplotlib==3.11.2", "pandas==3.1.1", "imageio==2.38.1", "imageio-ffmpeg==0.8.1", "tensorboard==2.21.0",
-#     "wandb==0.31.0",
+#     "torch==2.13.0", "numpy==2.4.6", "numba==0.68.1", "scipy==1.17.1", "tyro==1.0.17",
+#     "gymnasium==1.4.0", "shimmy==2.0.1", "dm-control==1.0.50", "mujoco==3.17.0",
+#     "filelock==4.2.11", "matplotlib==3.11.2", "pandas==3.1.1", "tqdm==4.70.1",
+#     "imageio==2.38.1", "imageio-ffmpeg==0.8.1", "tensorboard==2.21.0", "wandb==0.31.0",
 # ]
 # ///
 """DrQ-v2 with static sparsity: continuous control from pixels with a scaled critic.
 
-Before training, a random set of the critic's weights is removed once; the survivors are trained as usual. DrQ-v2 is
-DDPG from images: a convolutional encoder that learns from the critic alone, random shifts of the images, n-step
-returns, and exploration noise that shrinks over training. Only the critic grows with --width-scale; actor and encoder
-keep their size.
+Before training, a random set of the critic's weights is removed once; the survivors are trained as
+usual. DrQ-v2 is DDPG from images: a convolutional encoder that learns from the critic alone, random
+shifts of the images, n-step returns, and exploration noise that shrinks over training. Only the
+critic grows with --width-scale; actor and encoder keep their size.
 
-Papers: Network Sparsity Unlocks the Scaling Potential of Deep RL (Ma, Li et al., ICML 2025); Mastering Visual
-Continuous Control: Improved Data-Augmented Reinforcement Learning (Yarats et al., 2021), arXiv:2107.09645.
+Papers: Network Sparsity Unlocks the Scaling Potential of Deep RL (Ma, Li et al., ICML 2025);
+Mastering Visual Continuous Control: Improved Data-Augmented Reinforcement Learning (Yarats et al.,
+2021), arXiv:2107.09645.
 
-Differences from the code of Yarats et al. (the paper has published none for its visual experiments):
- 1. A pruned weight is not stored: values, gradients, Adam moments and the target network are vectors over the active
-    weights, elementwise equal to training a masked dense network.
- 2. Random shifts are whole pixels by copying; there, by bilinear sampling at whole pixels, equal within rounding.
- 3. All stored transitions are equally likely; there, first an episode is drawn and then a transition in it, from what
-    each of four workers has loaded.
+Differences from the code of Yarats et al., https://github.com/facebookresearch/drqv2 (for the
+visual experiments of Ma, Li et al. there is no published code):
+ 1. A pruned weight is not stored: values, gradients, Adam moments and the target network are
+    vectors over the active weights, elementwise equal to training a masked dense network.
+ 2. Random shifts copy whole pixels; there, bilinear sampling at whole pixels, equal within
+    rounding.
+ 3. All stored transitions are equally likely; there, first an episode is drawn and then a
+    transition in it, from what each of four workers has loaded.
  4. A terminated episode is not bootstrapped from; there, it is (no task of the paper terminates).
- 5. The training environment is seeded anew at every reset from (seed, episode), so that a resumed run repeats the
-    uninterrupted one in any environment whose seed decides all; there, one generator runs on.
- 6. Evaluations draw their initial states from (seed, decision), so that they leave training untouched.
- 7. The encoder's features are ordered by pixel, then channel; there, the other way round. The layers that read them
-    are fully connected.
+ 5. The training environment is seeded anew at every reset from (seed, episode), so that a resumed
+    run repeats the uninterrupted one in any environment whose seed decides everything; there, one
+    generator runs on.
+ 6. Evaluations draw their initial states from (seed, decision), so that they leave training
+    untouched.
+ 7. The encoder's features are ordered by pixel, then channel; there, the other way round. The
+    layers that read them are fully connected.
+
+In this file: flags, networks, replay, losses, agent, update; then `train`, the whole of training;
+then an appendix: pictures from an environment, random shifts, and what this file shares with the
+others: sparse layers, diagnostics, runs.
 """
 
 import copy
@@ -39,18 +48,18 @@ import math
 import os
 import platform
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
-import time
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import distributions
-from itertools import pairwise
 from pathlib import Path
-from typing import Literal, NamedTuple, NoReturn
+from typing import Annotated, Literal, NamedTuple, NoReturn, get_type_hints
 
 import gymnasium as gym
 import numba
@@ -70,14 +79,16 @@ from tqdm import tqdm
 
 @dataclass
 class Args:
+    # A condition beside a type is checked at the start; x is the flag's value.
+
     # Experiment
     exp_name: str = "drqv2_sparse"
     """part of the run's name"""
-    seed: int = 1
+    seed: Annotated[int, "0 <= x < 2**32"] = 1
     """seed of networks, exploration, replay and environments (below 2^32)"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where the networks live; auto takes CUDA when there is one"""
-    threads: int | None = None
+    threads: Annotated[int | None, "x >= 1"] = None
     """CPU threads (default: all cores); a resumed run is bit-equal only with the same number"""
     bf16: bool = False
     """convolutions of updates in bfloat16: faster, less exact"""
@@ -92,80 +103,86 @@ class Args:
 
     # Environment
     env_id: str = "dm_control/quadruped-run-v0"
-    """a dm_control/* id, or any Gymnasium MuJoCo id, with Box actions; observed through its camera"""
-    camera: int | None = None
-    """number of the camera (default: dm_control 2 for quadruped, else 0; Gymnasium: the task's own)"""
-    action_repeat: int = 2
+    """a dm_control/* id, or any Gymnasium MuJoCo id, with Box actions;
+    observed through its camera"""
+    camera: Annotated[int | None, "x >= 0"] = None
+    """number of the camera
+    (default: dm_control 2 for quadruped, else 0; Gymnasium: the task's own)"""
+    action_repeat: Annotated[int, "x >= 1"] = 2
     """simulator frames per decision, rewards summed"""
-    total_timesteps: int = 2_000_000
+    total_timesteps: Annotated[int, "x >= 1"] = 2_000_000
     """env steps of training (simulator frames, action repeat included)"""
 
     # Algorithm (Table 4 of the paper)
-    learning_starts: int = 4_000
+    learning_starts: Annotated[int, "x >= 0"] = 4_000
     """env steps of uniformly random actions before the first update"""
-    decisions_per_update: int = 2
+    decisions_per_update: Annotated[int, "x >= 1"] = 2
     """one gradient update every so many decisions"""
-    batch_size: int = 256
+    batch_size: Annotated[int, "x >= 1"] = 256
     """transitions per update"""
-    buffer_size: int = 1_000_000
+    buffer_size: Annotated[int, "x > n_step"] = 1_000_000
     """largest number of frames kept for replay, in a file of about 21 kB a frame"""
-    n_step: int = 3
+    n_step: Annotated[int, "x >= 1"] = 3
     """rewards in a return before it bootstraps"""
-    gamma: float = 0.99
+    gamma: Annotated[float, "0 <= x <= 1"] = 0.99
     """discount"""
-    tau: float = 0.01
+    tau: Annotated[float, "0 <= x <= 1"] = 0.01
     """target <- tau * critic + (1 - tau) * target after every update"""
-    learning_rate: float = 1e-4
+    learning_rate: Annotated[float, "0 < x < inf"] = 1e-4
     """of encoder, actor and critic (Adam)"""
-    feature_dim: int = 50
+    feature_dim: Annotated[int, "x >= 1"] = 50
     """outputs of the trunks between encoder and heads"""
-    std_start: float = 1.0
+    std_start: Annotated[float, "0 <= x < inf"] = 1.0
     """std of the exploration noise at the start"""
-    std_end: float = 0.1
-    """and at the end"""
-    std_decay: int = 1_000_000
-    """env steps from start to end (easy tasks 200,000, hard ones 4,000,000)"""
-    noise_clip: float = 0.3
+    std_end: Annotated[float, "0 <= x < inf"] = 0.1
+    """std of the exploration noise from env step --std-decay on"""
+    std_decay: Annotated[int, "x >= 1"] = 1_000_000
+    """env steps from --std-start to --std-end (easy tasks 200,000, hard ones 4,000,000)"""
+    noise_clip: Annotated[float, "0 <= x < inf"] = 0.3
     """largest noise in the actor loss and in the TD target"""
 
     # Size and sparsity
-    width_scale: float = 1.0
+    width_scale: Annotated[float, "1/1024 <= x < inf"] = 1.0
     """hidden units of the critic's heads: 1024 x scale"""
-    depth_scale: int = 1
+    depth_scale: Annotated[int, "x >= 1"] = 1
     """hidden layers of the critic's heads: 1 + scale"""
-    sparsity: float = 0.0
-    """fraction of parameters removed from the critic: trunk and both heads"""
+    sparsity: Annotated[float, "0 <= x < 1"] = 0.0
+    """fraction of parameters removed from the critic (trunk and both heads);
+    0: the dense baseline"""
     sparsify_encoder: bool = False
     """prune the encoder as well, at the same sparsity"""
     sparsity_distribution: Literal["erdos_renyi", "uniform"] = "erdos_renyi"
     """how a network's sparsity is spread over its layers"""
-    mask_seed: int | None = None
+    mask_seed: Annotated[int | None, "0 <= x < 2**32"] = None
     """seed of the random pruning (default: --seed)"""
     sparse_kernel: Literal["auto", "packed", "dense"] = "auto"
-    """how sparse layers multiply (auto: packed on CPU up to density 0.25, else dense); bit-equal only with the same"""
+    """how sparse layers multiply (auto: packed on CPU up to density 0.25, else dense);
+    a resumed run is bit-equal only with the same kernel"""
 
     # Logging
-    eval_interval: int = 10_000
+    eval_interval: Annotated[int, "x >= 1"] = 10_000
     """env steps between evaluations, the first at step 0"""
-    eval_episodes: int = 10
+    eval_episodes: Annotated[int, "x >= 1"] = 10
     """episodes of each evaluation (deterministic policy)"""
-    final_eval_episodes: int = 10
+    final_eval_episodes: Annotated[int, "x >= 1"] = 10
     """episodes of the last evaluation and of --eval-only"""
-    diagnostics_interval: int = 10_000
+    diagnostics_interval: Annotated[int, "x >= 0"] = 10_000
     """env steps between measurements of rank, dormancy and norms (0: never)"""
     track: bool = False
     """log to Weights & Biases as well (WANDB_MODE=offline needs no account)"""
     wandb_project: str = "sparse_zoo"
-    """project of --track"""
+    """Weights & Biases project of --track"""
     wandb_entity: str | None = None
-    """team of --track"""
+    """Weights & Biases team of --track"""
 
     # Checkpoints
-    checkpoint_interval: int = 10_000
+    checkpoint_interval: Annotated[int, "x >= 1"] = 10_000
     """env steps between checkpoints, each written at the next end of an episode"""
 
 
-SIZE, STACK, PAD = 84, 3, 4  # pixels of a side, frames in an observation, largest random shift
+SIZE = 84  # pixels of a side
+STACK = 3  # frames in an observation
+PAD = 4  # largest random shift, in pixels
 
 
 def orthogonal(layer: nn.Module, gain: float = 1.0) -> nn.Module:
@@ -178,46 +195,43 @@ def orthogonal(layer: nn.Module, gain: float = 1.0) -> nn.Module:
 class Encoder(nn.Module):
     """Four convolutions, for images of SIZE x SIZE."""
 
-    features = 32 * 35 * 35
+    features = 32 * 35 * 35  # 84 -> 41 -> 39 -> 37 -> 35 pixels of a side
 
     def __init__(self):
         super().__init__()
         gain = nn.init.calculate_gain("relu")
-        convolutions = [
-            orthogonal(nn.Conv2d(fan_in, 32, 3, stride), gain)
-            for fan_in, stride in ((3 * STACK, 2), (32, 1), (32, 1), (32, 1))
-        ]
-        self.layers = nn.Sequential(
-            *(module for conv in convolutions for module in (conv, nn.ReLU(inplace=True)))
-        )
+        layers = []
+        for channels, stride in ((3 * STACK, 2), (32, 1), (32, 1), (32, 1)):
+            conv = nn.Conv2d(channels, 32, kernel_size=3, stride=stride)
+            layers += [orthogonal(conv, gain), nn.ReLU(inplace=True)]
+        self.layers = nn.Sequential(*layers)
 
     def forward(self, obs: torch.Tensor, bf16: bool = False) -> torch.Tensor:
-        """Stacks of uint8 (batch, SIZE, SIZE, 3 STACK) -> (batch, features), float32
-
-        On a CPU 32 images at a time, whose activations stay in its cache. Features lie as in memory: channels last.
-        """
+        """Stacks of uint8 (batch, SIZE, SIZE, 3 STACK) -> (batch, features), float32"""
+        at_once = 32 if obs.device.type == "cpu" else len(obs)  # activations fit a CPU's cache
         features = []
-        for part in obs.split(32 if obs.device.type == "cpu" else len(obs)):
-            images = (
-                part.permute(0, 3, 1, 2).float().div_(255).sub_(0.5)
-            )  # channels stay last in memory
+        for part in obs.split(at_once):
+            # Permuted views: in memory, channels are last before, between and after the layers
+            images = part.permute(0, 3, 1, 2).float().div_(255).sub_(0.5)  # (part, 9, 84, 84)
             with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
-                features.append(self.layers(images).permute(0, 2, 3, 1).float().flatten(1))
+                maps = self.layers(images)  # (part, 32, 35, 35)
+            features.append(maps.permute(0, 2, 3, 1).float().flatten(1))
         return torch.cat(features)
+
+
+def trunk(feature_dim: int) -> nn.Sequential:
+    """Stands between encoder and head: (batch, Encoder.features) -> (batch, feature_dim)"""
+    linear = orthogonal(nn.Linear(Encoder.features, feature_dim))
+    return nn.Sequential(linear, nn.LayerNorm(feature_dim), nn.Tanh())
 
 
 def mlp(inputs: int, hidden: int, layers: int) -> nn.Sequential:
     """ReLU layers: (batch, inputs) -> (batch, hidden)"""
-    sizes = [inputs] + [hidden] * layers
-    linears = (orthogonal(nn.Linear(m, n)) for m, n in pairwise(sizes))
-    return nn.Sequential(*(module for linear in linears for module in (linear, nn.ReLU())))
-
-
-def trunk(feature_dim: int) -> nn.Sequential:
-    """What stands between the encoder and a head: (batch, Encoder.features) -> (batch, feature_dim)"""
-    return nn.Sequential(
-        orthogonal(nn.Linear(Encoder.features, feature_dim)), nn.LayerNorm(feature_dim), nn.Tanh()
-    )
+    modules = []
+    for layer in range(layers):
+        linear = nn.Linear(hidden if layer else inputs, hidden)
+        modules += [orthogonal(linear), nn.ReLU()]
+    return nn.Sequential(*modules)
 
 
 class Actor(nn.Module):
@@ -225,16 +239,17 @@ class Actor(nn.Module):
 
     def __init__(self, action_dim: int, feature_dim: int):
         super().__init__()
-        self.trunk, self.body = trunk(feature_dim), mlp(feature_dim, 1024, 2)
+        self.trunk = trunk(feature_dim)
+        self.body = mlp(feature_dim, hidden=1024, layers=2)
         self.head = orthogonal(nn.Linear(1024, action_dim))
 
     def forward(self, features, noise=0.0):
-        """features (batch, Encoder.features), noise (batch, action_dim) -> actions within (-1, 1).
-
-        The sum of mean and noise is cut off just inside -1 and 1; the gradient passes as if it were not.
-        """
-        action = torch.tanh(self.head(self.body(self.trunk(features)))) + noise
-        return action.clamp(-1 + 1e-6, 1 - 1e-6).detach() + (action - action.detach())
+        """features (batch, Encoder.features), noise (batch, action_dim) -> actions in (-1, 1)."""
+        mean = torch.tanh(self.head(self.body(self.trunk(features))))  # (batch, action_dim)
+        action = mean + noise
+        inside = action.clamp(-1 + 1e-6, 1 - 1e-6)
+        # The values of `inside` with the gradient of `action`, which a cut would stop
+        return inside.detach() + (action - action.detach())
 
 
 class Critic(nn.Module):
@@ -242,53 +257,35 @@ class Critic(nn.Module):
 
     def __init__(self, action_dim: int, feature_dim: int, hidden: int, layers: int):
         super().__init__()
+        inputs = feature_dim + action_dim
         self.trunk = trunk(feature_dim)
-        self.bodies = nn.ModuleList(mlp(feature_dim + action_dim, hidden, layers) for _ in range(2))
+        self.bodies = nn.ModuleList(mlp(inputs, hidden, layers) for _ in range(2))
         self.heads = nn.ModuleList(orthogonal(nn.Linear(hidden, 1)) for _ in range(2))
 
     def forward(self, features, action):
         """(batch, Encoder.features), (batch, action_dim) -> Q-values (2, batch)"""
         x = torch.cat([self.trunk(features), action], -1)
-        return torch.stack(
-            [head(body(x)).squeeze(-1) for body, head in zip(self.bodies, self.heads)]
-        )
+        values = [head(body(x)) for body, head in zip(self.bodies, self.heads)]
+        return torch.stack(values).squeeze(-1)
 
 
 class Batch(NamedTuple):
-    """n-step transitions, batch first; observations are stacks (batch, SIZE, SIZE, 3 STACK), uint8, shifted."""
+    """n-step transitions, batch first; observations are shifted stacks of frames, uint8."""
 
-    obs: torch.Tensor
+    obs: torch.Tensor  # (batch, SIZE, SIZE, 3 STACK)
     action: torch.Tensor
     reward: torch.Tensor  # the discounted sum of n rewards
     discount: torch.Tensor  # of the value of next_obs: gamma^n, or 0 where the episode terminated
     next_obs: torch.Tensor
 
 
-@numba.njit(parallel=True, cache=True)
-def gather_stacks(frames, newest, oldest, shift, out):
-    """out[b] = the STACK frames up to number newest[b], none before oldest[b], moved by shift[b] - PAD pixels.
-
-    frames (ring, SIZE, SIZE, 3), shift (batch, 2) in 0..2 PAD, out (batch, SIZE, SIZE, 3 STACK). What a shift brings in
-    repeats the border: a crop of the image padded by PAD.
-    """
-    for b in numba.prange(len(out)):
-        for s in range(STACK):
-            frame = frames[max(newest[b] - STACK + 1 + s, oldest[b]) % len(frames)]
-            for y in range(SIZE):
-                row = frame[min(max(y + shift[b, 0] - PAD, 0), SIZE - 1)]
-                for x in range(SIZE):
-                    pixel = row[min(max(x + shift[b, 1] - PAD, 0), SIZE - 1)]
-                    for c in range(3):
-                        out[b, y, x, 3 * s + c] = pixel[c]
-
-
 class FrameReplay:
-    """A ring of single frames in a file, stacked when sampled, never across episodes; and what happened at each.
+    """A ring of single frames in a file, and what happened at each; stacked when sampled.
 
-    Frame number k (0, 1, ... over the whole run) is followed by action[k], reward[k], terminated[k] and frame k + 1, if
-    it is not the last of its episode; start[k] is the first frame of its episode. The last `capacity` frames are
-    sampled. The ring holds `slack` more, so that what a checkpoint counts on is not overwritten before the next ones
-    are written: a killed run finds its replay as it was.
+    Frame number k (0, 1, ... over the whole run) is followed by action[k], reward[k],
+    terminated[k] and frame k + 1, if it is not the last of its episode; start[k] is the first frame
+    of its episode. The last `capacity` frames are sampled. The ring holds `slack` more: a killed
+    run goes back to a checkpoint and must find the frames that were in use then.
     """
 
     def __init__(
@@ -299,100 +296,113 @@ class FrameReplay:
         action_dim: int,
         n_step: int,
         gamma: float,
-        mode="w+",
+        mode: str = "w+",
     ):
-        self.capacity, self.n_step, self.gamma, self.added = capacity, n_step, gamma, 0
-        self.newest = -1  # the last frame with n_step steps of its episode behind it
         size = capacity + slack
-        self.path, shape, needed = path, (size, SIZE, SIZE, 3), size * SIZE * SIZE * 3
-        if mode == "r+" and (not path.exists() or path.stat().st_size != needed):
-            fail(
-                f"{path} is not as the checkpoint left it; bring it back, or start with --no-resume"
-            )
-        free = shutil.disk_usage(path.parent).free / 1e9
-        if mode == "w+" and free < needed / 1e9:
-            fail(
-                f"{path} needs {needed / 1e9:.1f} of {free:.1f} GB free; lower --buffer-size or --checkpoint-interval"
-            )
-        self.frames = np.asarray(np.memmap(path, np.uint8, mode, shape=shape))
+        self.path = path
+        self.capacity = capacity
+        self.n_step = n_step
+        self.gamma = gamma
+        self.added = 0
+        self.newest = -1  # the last frame with n_step steps of its episode behind it
+        self.frames = open_frames(path, (size, SIZE, SIZE, 3), mode)
         self.action = np.zeros((size, action_dim), np.float32)
-        self.reward, self.terminated = np.zeros(size, np.float32), np.zeros(size, np.float32)
+        self.reward = np.zeros(size, np.float32)
+        self.terminated = np.zeros(size, np.float32)
         self.start = np.full(size, -1)
+        self.columns = [self.action, self.reward, self.terminated, self.start]
 
     def begin(self, frame: np.ndarray) -> None:
         """The first frame of an episode."""
-        self.frames[self.added % len(self.frames)] = frame
-        self.start[self.added % len(self.frames)] = self.added
-        self.added += 1
+        self.append(frame, start=self.added)
 
     def add(self, action: np.ndarray, reward: float, terminated: bool, frame: np.ndarray) -> None:
         """What was done at the last frame, and what came of it."""
-        last, new = (self.added - 1) % len(self.frames), self.added % len(self.frames)
-        self.action[last], self.reward[last], self.terminated[last] = action, reward, terminated
-        self.frames[new], self.start[new] = frame, self.start[last]
-        if self.added - self.start[new] >= self.n_step:
+        last = (self.added - 1) % len(self.frames)
+        self.action[last] = action
+        self.reward[last] = reward
+        self.terminated[last] = terminated
+        start = self.start[last]
+        if self.added - start >= self.n_step:
             self.newest = self.added - self.n_step
+        self.append(frame, start)
+
+    def append(self, frame: np.ndarray, start: int) -> None:
+        place = self.added % len(self.frames)
+        self.frames[place] = frame
+        self.start[place] = start
         self.added += 1
+
+    def oldest(self) -> int:
+        """The first frame that may be sampled."""
+        return max(0, self.added - self.capacity)
 
     def ready(self) -> bool:
         """Whether there is a transition to sample; episodes shorter than n_step have none."""
-        return self.newest >= max(0, self.added - self.capacity)
+        return self.newest >= self.oldest()
 
     def sample(
         self, batch_size: int, device: torch.device, generator: torch.Generator | None = None
     ) -> Batch:
-        """Uniform over the frames with n_step steps of their episode behind them; call it when ready()."""
-        ring, low = len(self.frames), max(0, self.added - self.capacity)
+        """Uniform over the frames with n_step steps of their episode behind them, if ready()."""
+        ring = len(self.frames)
+        end = self.added - self.n_step
         index = np.zeros(0, np.int64)
         while len(index) < batch_size:
-            draw = torch.randint(
-                low, self.added - self.n_step, (batch_size,), generator=generator
-            ).numpy()
-            draw = draw[self.start[draw % ring] == self.start[(draw + self.n_step) % ring]]
-            index = np.append(index, draw)[:batch_size]
-        steps = (index[:, None] + np.arange(self.n_step)) % ring
-        reward = self.reward[steps] @ np.float32(self.gamma) ** np.arange(
-            self.n_step, dtype=np.float32
-        )
-        discount = self.gamma**self.n_step * (1 - self.terminated[steps[:, -1]])
-        shifts = torch.randint(2 * PAD + 1, (2, batch_size, 2), generator=generator).numpy()
+            draw = torch.randint(self.oldest(), end, (batch_size,), generator=generator).numpy()
+            same_episode = self.start[draw % ring] == self.start[(draw + self.n_step) % ring]
+            index = np.append(index, draw[same_episode])[:batch_size]
+
+        steps = (index[:, None] + np.arange(self.n_step)) % ring  # (batch, n_step)
+        powers = np.float32(self.gamma) ** np.arange(self.n_step, dtype=np.float32)
+        not_terminated = 1 - self.terminated[steps[:, -1]]
+
+        shift = torch.randint(2 * PAD + 1, (2, batch_size, 2), generator=generator).numpy()
         stacks = np.empty((2, batch_size, SIZE, SIZE, 3 * STACK), np.uint8)
-        for newest, shift, stack in zip((index, index + self.n_step), shifts, stacks):
-            gather_stacks(self.frames, newest, self.start[index % ring], shift, stack)
-        columns = (stacks[0], self.action[index % ring], reward, discount, stacks[1])
+        start = self.start[index % ring]
+        gather_stacks(self.frames, index, start, shift[0], stacks[0])
+        gather_stacks(self.frames, index + self.n_step, start, shift[1], stacks[1])
+
+        columns = Batch(
+            obs=stacks[0],
+            action=self.action[index % ring],
+            reward=self.reward[steps] @ powers,
+            discount=self.gamma**self.n_step * not_terminated,
+            next_obs=stacks[1],
+        )
         return Batch(*(torch.from_numpy(column).to(device) for column in columns))
 
     def state_dict(self) -> dict:
         """All but the frames, which are brought to the disk where they are."""
         self.frames.base.flush()
-        columns = (self.action, self.reward, self.terminated, self.start)
-        saved = [torch.from_numpy(column[: self.added].copy()) for column in columns]
+        saved = [torch.from_numpy(column[: self.added].copy()) for column in self.columns]
         return {"counters": (self.added, self.newest), "columns": saved}
 
     def load_state_dict(self, state: dict) -> None:
         self.added, self.newest = state["counters"]
-        for column, saved in zip(
-            (self.action, self.reward, self.terminated, self.start), state["columns"]
-        ):
+        for column, saved in zip(self.columns, state["columns"]):
             column[: len(saved)] = saved.numpy()
 
 
 def actor_loss(actor, critic, features, noise):
     """-mean(min Q(s, pi(s) + noise)); noise (batch, action_dim) is clipped already."""
-    return -critic(features, actor(features, noise)).amin(0).mean()
+    action = actor(features, noise)  # (batch, action_dim)
+    value = critic(features, action).amin(0)  # (2, batch) -> (batch,)
+    return -value.mean()
 
 
 @torch.no_grad()
 def td_target(actor, target_critic, batch, next_features, noise):
     """R_n + gamma^n min Q_target(s_n, pi(s_n) + noise), (batch,)"""
-    return batch.reward + batch.discount * target_critic(
-        next_features, actor(next_features, noise)
-    ).amin(0)
+    action = actor(next_features, noise)  # (batch, action_dim)
+    value = target_critic(next_features, action).amin(0)  # (2, batch) -> (batch,)
+    return batch.reward + batch.discount * value
 
 
 def critic_loss(critic, features, action, target):
     """Mean squared TD error, summed over the critics."""
-    return (critic(features, action) - target).square().mean(1).sum()
+    error = critic(features, action) - target  # (2, batch)
+    return error.square().mean(1).sum()
 
 
 def exploration_std(args: Args, env_step: int) -> float:
@@ -402,41 +412,60 @@ def exploration_std(args: Args, env_step: int) -> float:
 
 def clipped_noise(
     args: Args, shape: tuple, env_step: int, device, generator: torch.Generator | None = None
-):
+) -> torch.Tensor:
     """Gaussian noise with the scheduled std, clipped to --noise-clip."""
     noise = exploration_std(args, env_step) * torch.randn(shape, generator=generator)
     return noise.clamp(-args.noise_clip, args.noise_clip).to(device)
 
 
 class Agent:
-    """Networks drawn from torch's generator, the critic pruned with a mask from --mask-seed, and their optimisers."""
+    """Encoder, actor, critic and target critic, with their optimisers.
+
+    The networks are drawn from torch's generator and pruned with masks from --mask-seed.
+    """
 
     def __init__(self, args: Args, action_dim: int, device: torch.device):
-        self.encoder, self.actor = Encoder(), Actor(action_dim, args.feature_dim)
-        self.critic = Critic(
-            action_dim, args.feature_dim, round(1024 * args.width_scale), 1 + args.depth_scale
-        )
-        self.layers = {}
+        hidden = round(1024 * args.width_scale)
+        layers = 1 + args.depth_scale
+        self.encoder = Encoder()
+        self.actor = Actor(action_dim, args.feature_dim)
+        self.critic = Critic(action_dim, args.feature_dim, hidden, layers)
+
+        # Prune each network once; the actor stays dense
         mask_seed = args.seed if args.mask_seed is None else args.mask_seed
-        sparsities = {
-            "encoder": args.sparsity * args.sparsify_encoder,
-            "actor": 0.0,
-            "critic": args.sparsity,
-        }
+        encoder_sparsity = args.sparsity if args.sparsify_encoder else 0.0
+        sparsities = {"encoder": encoder_sparsity, "actor": 0.0, "critic": args.sparsity}
         for index, (name, sparsity) in enumerate(sparsities.items()):
-            how = (
+            sparsify(
+                getattr(self, name),
+                sparsity,
                 args.sparsity_distribution,
                 derive_seed(mask_seed, index),
                 args.sparse_kernel,
                 device,
+                packed=PackedProduct,
+                convolution=SparseConv2d,
             )
-            self.layers[name] = sparsify(getattr(self, name), sparsity, *how)
         self.encoder.to(memory_format=torch.channels_last)
-        # The memo lets the target critic share the critic's index buffers: the pattern is stored once.
-        self.target_critic = copy.deepcopy(
-            self.critic, {id(buffer): buffer for buffer in self.critic.buffers()}
-        )
+
+        # What losses and diagnostics rely on; of another network, it is said here and not later
+        obs = torch.zeros(3, SIZE, SIZE, 3 * STACK, dtype=torch.uint8, device=device)
+        with torch.no_grad():
+            features = self.encoder(obs)
+            check_shape("encoder", features, batch=3, features=Encoder.features)
+            action = self.actor(features)
+            check_shape("actor", action, batch=3, action_dim=action_dim)
+            check_shape("critic", self.critic(features, action), critics=2, batch=3)
+            actor_inputs = self.actor.trunk(features)
+            critic_inputs = torch.cat([self.critic.trunk(features), action], -1)
+        check_encoder(self.actor, "body", actor_inputs)
+        check_encoder(self.critic, "bodies.0", critic_inputs)
+
+        # The memo lets the target critic share the critic's index buffers: masks are stored once
+        shared = {id(buffer): buffer for buffer in self.critic.buffers()}
+        self.target_critic = copy.deepcopy(self.critic, shared)
         self.target_critic.requires_grad_(False)
+
         adam = partial(torch.optim.Adam, lr=args.learning_rate, fused=True)
         self.encoder_optimizer = adam(self.encoder.parameters())
         self.actor_optimizer = adam(self.actor.parameters())
@@ -446,9 +475,12 @@ class Agent:
 def update(
     agent: Agent, batch: Batch, noise, next_noise, tau: float, bf16: bool = False
 ) -> dict[str, torch.Tensor]:
-    """One gradient update of everything; noise (batch, action_dim) has the scheduled std and is clipped."""
+    """One gradient update of everything.
+
+    noise, next_noise (batch, action_dim): with the scheduled std, and clipped.
+    """
     # Critic and encoder
-    features = agent.encoder(batch.obs, bf16)
+    features = agent.encoder(batch.obs, bf16)  # (batch, Encoder.features)
     with torch.no_grad():
         next_features = agent.encoder(batch.next_obs, bf16)
     target = td_target(agent.actor, agent.target_critic, batch, next_features, next_noise)
@@ -459,7 +491,8 @@ def update(
     agent.critic_optimizer.step()
     agent.encoder_optimizer.step()
 
-    # Actor, on the features from before the encoder's step and with the new critic, whose weights need no gradient here
+    # Actor, on the features from before the encoder's step, against the new critic, whose weights
+    # need no gradient here
     agent.critic.requires_grad_(False)
     loss_actor = actor_loss(agent.actor, agent.critic, features.detach(), noise)
     agent.actor_optimizer.zero_grad()
@@ -467,9 +500,11 @@ def update(
     agent.actor_optimizer.step()
     agent.critic.requires_grad_(True)
 
+    # Target critic, slowly behind the critic
     with torch.no_grad():
         for slow, fast in zip(agent.target_critic.parameters(), agent.critic.parameters()):
             slow.lerp_(fast, tau)
+
     return {
         "actor_loss": loss_actor.detach(),
         "critic_loss": loss_critic.detach(),
@@ -484,249 +519,191 @@ def push(stack: np.ndarray, frame: np.ndarray) -> np.ndarray:
 
 @torch.no_grad()
 def act(agent: Agent, stack: np.ndarray, noise: torch.Tensor | None = None) -> np.ndarray:
-    """The action (action_dim,) for a stack of frames (SIZE, SIZE, 3 STACK), with `noise` (action_dim,) or without."""
+    """Action (action_dim,) for a stack (SIZE, SIZE, 3 STACK): with `noise`, or the mean."""
     device = next(agent.actor.parameters()).device
-    features = agent.encoder(torch.from_numpy(stack)[None].to(device))
-    return agent.actor(features, 0.0 if noise is None else noise.to(device))[0].cpu().numpy()
+    obs = torch.from_numpy(stack)[None].to(device)  # (1, SIZE, SIZE, 3 STACK)
+    noise = 0.0 if noise is None else noise.to(device)
+    return agent.actor(agent.encoder(obs), noise)[0].cpu().numpy()
 
 
 def evaluate(
-    agent, env: gym.Env, episodes: int, seed_key: tuple, video: Path | None = None
+    agent: Agent, env: gym.Env, episodes: int, seed_key: tuple, video: Path | None = None
 ) -> dict[str, float]:
-    """Mean, std and interquartile mean of the deterministic policy's returns; films the first episode on request."""
-    returns, frames = np.zeros(episodes), []
+    """Returns of the deterministic policy, mean, std and interquartile mean.
+
+    seed_key: what the episodes' seeds are derived from
+    video: where to put a film of the first episode, one frame a decision
+    """
+    returns = np.zeros(episodes)
+    film = []
     for episode in range(episodes):
         frame, _ = env.reset(seed=derive_seed(*seed_key, episode))
-        stack, done = np.tile(frame, STACK), False
+        stack = np.tile(frame, STACK)
+        done = False
         while not done:
             if video and episode == 0:
-                frames.append(frame)
+                film.append(frame)
             frame, reward, terminated, truncated, _ = env.step(act(agent, stack))
             stack = push(stack, frame)
             returns[episode] += reward
             done = terminated or truncated
     if video:
-        import imageio
-
-        video.parent.mkdir(exist_ok=True)
-        imageio.mimwrite(video, frames, fps=30, macro_block_size=None)  # decisions, not real time
-    return {
-        "return_mean": returns.mean(),
-        "return_std": returns.std(),
-        "return_iqm": trim_mean(returns, 0.25),
-    }
+        write_video(video, film)
+    return summary(returns)
 
 
 def diagnose(agent: Agent, batch: Batch, noise, next_noise) -> dict[str, float]:
-    """Plasticity measurements of the heads of actor and critic, gradients and norms of all their weights."""
+    """Plasticity measurements on a batch (section 4 of the paper).
+
+    Of the hidden layers behind the trunks, the critic's in its first Q-function; gradients and
+    parameter norms of the whole actor and critic.
+    """
     with torch.no_grad():
-        features, next_features = agent.encoder(batch.obs), agent.encoder(batch.next_obs)
+        features = agent.encoder(batch.obs)
+        next_features = agent.encoder(batch.next_obs)
+        actor_inputs = agent.actor.trunk(features)  # (batch, feature_dim)
+        critic_inputs = torch.cat([agent.critic.trunk(features), batch.action], -1)
     target = td_target(agent.actor, agent.target_critic, batch, next_features, next_noise)
     loss_actor = actor_loss(agent.actor, agent.critic, features, noise)
     loss_critic = critic_loss(agent.critic, features, batch.action, target)
-    with torch.no_grad():
-        inputs = {"actor": agent.actor.trunk(features)}
-        inputs["critic"] = torch.cat([agent.critic.trunk(features), batch.action], -1)
     measured = {}
-    bodies = {
-        "actor": (loss_actor, agent.actor.body),
-        "critic": (loss_critic, agent.critic.bodies[0]),
-    }
-    for name, (loss, body) in bodies.items():
+    for name, loss, body, inputs in (
+        ("actor", loss_actor, agent.actor.body, actor_inputs),
+        ("critic", loss_critic, agent.critic.bodies[0], critic_inputs),
+    ):
         parameters = list(getattr(agent, name).parameters())
-        plasticity = measure_plasticity(
-            body, inputs[name], parameters, torch.autograd.grad(loss, parameters)
-        )
+        gradients = torch.autograd.grad(loss, parameters)
+        plasticity = measure_plasticity(body, inputs, parameters, gradients)
         measured |= {f"{name}_{metric}": value for metric, value in plasticity.items()}
     return measured
 
 
-def train(args: Args) -> None:
-    check_flags(args)
-    device = torch.device(
-        args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
-    )
-    threads = args.threads or torch.get_num_threads()
-    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
-    torch.set_num_threads(threads)  # after numba, whose start sets the number for both
-    warnings.filterwarnings(
-        "ignore", category=UserWarning, module="gymnasium"
-    )  # of the precision of Box bounds
-    os.environ.setdefault("MUJOCO_GL", "egl")
-    os.environ.setdefault(
-        "THP_MEM_ALLOC_ENABLE", "1"
-    )  # large pages for tensors: fewer page faults on Linux
-    signal.signal(
-        signal.SIGINT, lambda *_: sys.exit("interrupted; --resume goes on from the last checkpoint")
-    )
+def make_env(args: Args) -> gym.Env:
+    """Frames (84, 84, 3) uint8, actions in [-1, 1], each repeated; counts returns and lengths."""
+    env = open_camera_env(args)
+    env = gym.wrappers.RescaleAction(env, -1.0, 1.0)
+    env = gym.wrappers.RepeatAction(env, args.action_repeat)  # rewards summed
+    env = gym.wrappers.AddRenderObservation(env, render_only=True)
+    return gym.wrappers.RecordEpisodeStatistics(env)
 
-    env, eval_env = make_env(args), make_env(args)
+
+def make_replay(args: Args, env: gym.Env, path: Path, mode: str) -> FrameReplay:
+    """The replay of a run; mode: w+ for a new file, r+ for the one of a resumed run."""
     (action_dim,) = env.action_space.shape
-    random.seed(args.seed)
-    np.random.seed(args.seed)
-    torch.manual_seed(args.seed)
+    decisions = math.ceil(args.total_timesteps / args.action_repeat)
+    frames = 2 * decisions  # at most: an episode of T decisions has T + 1 frames
+    capacity = min(args.buffer_size, frames)
+    # A killed run goes back by two checkpoints at most (the newest one may be damaged)
+    episode = env.spec.max_episode_steps or 1000  # dm_control's episodes have 1000 steps
+    lost_decisions = 2 * (args.checkpoint_interval + episode) / args.action_repeat
+    slack = min(frames - capacity, math.ceil(2 * lost_decisions))
+    return FrameReplay(path, capacity, slack, action_dim, args.n_step, args.gamma, mode)
+
+
+def train(args: Args) -> None:
+    """A whole run: trains, evaluates, measures and saves, or goes on where it was stopped."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages: fewer page faults on Linux
+    set_up_process(args)
+    device = choose_device(args)
+    env = make_env(args)
+    eval_env = make_env(args)
+    (action_dim,) = env.action_space.shape
+    noise_shape = (2, args.batch_size, action_dim)  # of an update: for s and for s_n
+    total_steps = math.ceil(args.total_timesteps / args.action_repeat)  # in decisions
+
     try:
         agent = Agent(args, action_dim, device)
-    except ValueError as error:
+    except ValueError as error:  # a sparsity out of reach, or a network of another shape
         fail(str(error))
-    run_dir, checkpoint = open_run(args)
-    if checkpoint and checkpoint["finished"] and not args.eval_only:
-        (run_dir / "replay.u8").unlink(missing_ok=True)  # left by a kill after the last checkpoint
-        print(f"this run is finished: its results are in {run_dir} (--no-resume runs it again)")
-        sys.exit(0)
-    parts_to_save = {name: part for name, part in vars(agent).items() if name != "layers"}
-    agent_step = update_step = episode = csv_bytes = 0
-    if not args.eval_only:
-        total_steps = math.ceil(args.total_timesteps / args.action_repeat)
-        capacity = min(
-            args.buffer_size, 2 * total_steps
-        )  # frames; an episode of T decisions has T + 1
-        between = args.checkpoint_interval + (
-            env.spec.max_episode_steps or 1000
-        )  # env steps between checkpoints
-        slack = min(2 * total_steps - capacity, math.ceil(4 * between / args.action_repeat))
-        mode = "r+" if checkpoint else "w+"
-        replay = FrameReplay(
-            run_dir / "replay.u8", capacity, slack, action_dim, args.n_step, args.gamma, mode
-        )
-        parts_to_save["replay"] = replay
+    trained = [*agent.encoder.parameters(), *agent.actor.parameters(), *agent.critic.parameters()]
 
-    if checkpoint:
-        try:
-            for name, part in parts_to_save.items():
-                part.load_state_dict(checkpoint.pop(name))
-        except ValueError as error:
-            fail(f"{run_dir}: {error}")
-        restore_generators(checkpoint["generators"])
-        agent_step, update_step, episode, csv_bytes = checkpoint["counters"]
+    # What a checkpoint holds, in this order; the replay is added below
+    parts = {
+        "encoder": agent.encoder,
+        "actor": agent.actor,
+        "critic": agent.critic,
+        "target_critic": agent.target_critic,
+        "encoder_optimizer": agent.encoder_optimizer,
+        "actor_optimizer": agent.actor_optimizer,
+        "critic_optimizer": agent.critic_optimizer,
+    }
+
+    def evaluation(episodes: int, purpose: int, video: Path | None = None) -> dict[str, float]:
+        seed_key = (args.seed, purpose, run.agent_step)
+        return evaluate(agent, eval_env, episodes, seed_key, video)
+
+    run = Run(args, args.action_repeat)
     if args.eval_only:
-        video = run_dir / "videos" / f"eval_{agent_step}.mp4" if args.capture_video else None
-        result = evaluate(
-            agent, eval_env, args.final_eval_episodes, (args.seed, FINAL, agent_step), video
-        )
-        print("  ".join(f"{name} {value:.1f}" for name, value in result.items()))
-        eval_env.close()
-        sys.exit(0)
+        run.restore(parts)
+        run.print_result(evaluation(args.final_eval_episodes, FINAL, run.video()))
+        return
 
-    describe_run(run_dir, args, agent.layers)
-    print(
-        f"replay: up to {replay.frames.nbytes / 1e9:.1f} GB in {replay.path}, deleted at the end of training"
-    )
-    print(
-        f"{run_dir}: "
-        + (f"going on from env step {agent_step * args.action_repeat}" if checkpoint else "new run")
-    )
-    metrics = Metrics(run_dir, args, csv_bytes, agent_step * args.action_repeat)
-    bar = tqdm(
-        total=args.total_timesteps, initial=agent_step * args.action_repeat, unit=" env steps"
-    )
-    bar.mininterval = 0.5 if sys.stderr.isatty() else 30
-    trained = [p for part in (agent.encoder, agent.actor, agent.critic) for p in part.parameters()]
-    saved_step, episode_over = agent_step, True
+    mode = "r+" if run.checkpoint else "w+"
+    replay = make_replay(args, env, run.folder / "replay.u8", mode)
+    gigabytes = replay.frames.nbytes / 1e9
+    print(f"replay: up to {gigabytes:.1f} GB in {replay.path}, deleted at the end of training")
+    parts["replay"] = replay
+    run.restore(parts)
+    layers = {name: layer_table(parts[name]) for name in ("encoder", "actor", "critic")}
+    run.begin(layers)
+    episode_over = True
+    if run.agent_step == 0:
+        run.log("eval", evaluation(args.eval_episodes, EVAL))
 
-    def log(values: dict, prefix: str) -> None:
-        values = {f"{prefix}/{name}": value for name, value in values.items()}
-        metrics.log(agent_step * args.action_repeat, agent_step, update_step, values)
-
-    def due(interval: int) -> bool:
-        """Whether a multiple of some env steps has just been reached."""
-        return interval > 0 and agent_step * args.action_repeat % interval < args.action_repeat
-
-    def save(finished: bool) -> None:
-        state = {name: part.state_dict() for name, part in parts_to_save.items()}
-        counters = (agent_step, update_step, episode, metrics.sync())
-        save_checkpoint(run_dir, args, {**state, "counters": counters, "finished": finished})
-
-    if agent_step == 0:
-        log(evaluate(agent, eval_env, args.eval_episodes, (args.seed, EVAL, 0)), "eval")
-    while agent_step < total_steps:
+    while run.agent_step < total_steps:
         if episode_over:
-            if (agent_step - saved_step) * args.action_repeat >= args.checkpoint_interval:
-                save(finished=False)
-                saved_step = agent_step
-            frame, _ = env.reset(seed=derive_seed(args.seed, TRAIN, episode))
-            stack = np.tile(frame, STACK)
+            if run.checkpoint_due():
+                run.save(parts)
+            frame, _ = env.reset(seed=derive_seed(args.seed, TRAIN, run.episode))
+            run.episode += 1
             replay.begin(frame)
-            episode, episode_start, episode_return = episode + 1, agent_step, 0.0
-            losses, started = {}, time.time()
+            stack = np.tile(frame, STACK)
+            losses = {}
 
-        # Act
-        env_step = agent_step * args.action_repeat
-        if env_step < args.learning_starts:
-            action = (2 * torch.rand(action_dim) - 1).numpy()
+        # Act: at random at first, then by the policy and noise
+        env_step = run.env_step  # before this decision: all noise below has the std of here
+        learning = env_step >= args.learning_starts
+        if learning:
+            std = exploration_std(args, env_step)
+            action = act(agent, stack, std * torch.randn(action_dim))
         else:
-            action = act(agent, stack, exploration_std(args, env_step) * torch.randn(action_dim))
-        frame, reward, terminated, truncated, _ = env.step(action)
-        replay.add(action, reward, terminated, frame)
-        stack, episode_over = push(stack, frame), terminated or truncated
-        episode_return += reward
-        agent_step += 1
+            action = (2 * torch.rand(action_dim) - 1).numpy()
+        frame, reward, terminated, truncated, info = env.step(action)
+        replay.add(action, reward, terminated, frame)  # a time limit is no termination
+        stack = push(stack, frame)
+        episode_over = terminated or truncated
+        run.count_decision()
 
         # Learn
-        if (
-            env_step >= args.learning_starts
-            and agent_step % args.decisions_per_update == 0
-            and replay.ready()
-        ):
+        if learning and run.agent_step % args.decisions_per_update == 0 and replay.ready():
             batch = replay.sample(args.batch_size, device)
-            noise, next_noise = clipped_noise(
-                args, (2, args.batch_size, action_dim), env_step, device
-            )
+            noise, next_noise = clipped_noise(args, noise_shape, env_step, device)
             losses = update(agent, batch, noise, next_noise, args.tau, args.bf16)
-            update_step += 1
-            if not torch.stack([*losses.values(), get_total_norm(trained)]).isfinite().all():
-                print(
-                    f"error: a value is not finite at {agent_step=}; the last checkpoint is kept",
-                    file=sys.stderr,
-                )
-                sys.exit(3)
+            run.update_step += 1
+            stop_unless_finite(run.agent_step, *losses.values(), get_total_norm(trained))
 
         # Measure
-        if due(args.eval_interval):
-            result = evaluate(agent, eval_env, args.eval_episodes, (args.seed, EVAL, agent_step))
-            log(result, "eval")
-            draw_learning_curve(run_dir, args.env_id)
-            bar.set_postfix_str(f"return {result['return_mean']:.0f}")
-        if due(args.diagnostics_interval) and replay.ready():
-            generator = torch.Generator().manual_seed(derive_seed(args.seed, DIAGNOSE, agent_step))
+        if run.due(args.eval_interval):
+            run.log_evaluation(evaluation(args.eval_episodes, EVAL))
+        if run.due(args.diagnostics_interval) and replay.ready():
+            # A generator of its own: measuring leaves training untouched
+            seed = derive_seed(args.seed, DIAGNOSE, run.agent_step)
+            generator = torch.Generator().manual_seed(seed)
             batch = replay.sample(args.batch_size, device, generator)
-            noises = clipped_noise(
-                args, (2, args.batch_size, action_dim), env_step, device, generator
-            )
-            log(diagnose(agent, batch, *noises), "diagnostics")
+            noises = clipped_noise(args, noise_shape, env_step, device, generator)
+            run.log("diagnostics", diagnose(agent, batch, *noises))
 
-        bar.update(args.action_repeat)
         if episode_over:
-            length = agent_step - episode_start
-            log({"return": episode_return, "length": length}, "episode")
-            log({name: float(loss) for name, loss in losses.items()}, "losses")
-            log(
-                {"env_steps_per_second": length * args.action_repeat / (time.time() - started)},
-                "time",
-            )
+            run.log_episode(info["episode"], losses)
 
-    save(finished=False)  # a kill in the last evaluation costs no training
-    video = run_dir / "videos" / "final.mp4" if args.capture_video else None
-    result = evaluate(
-        agent, eval_env, args.final_eval_episodes, (args.seed, FINAL, agent_step), video
-    )
-    log(result, "final")
-    save(finished=True)
-    env.close()
-    eval_env.close()
+    run.save(parts)  # a kill in the last evaluation costs no training
+    run.finish(parts, evaluation(args.final_eval_episodes, FINAL, run.video()))
     replay.path.unlink()
-    metrics.close()
-    bar.close()
-    draw_learning_curve(run_dir, args.env_id)
-    print(
-        f"return {result['return_mean']:.1f}; checkpoint, metrics.csv and learning_curve.png are in {run_dir}"
-    )
 
 
-# Appendix: the same in every file that has it
-
-
-# Flags that change results by rounding at most: a run may go on with others. The rest are in its folder's name.
+# Flags that change results by rounding at most: a run may go on with others.
+# All other flags are in the name of the run's folder, as a hash;
+# --checkpoint-interval is one of them, because the size of replay.u8 depends on it.
 EXECUTION_FLAGS = {
     "device",
     "threads",
@@ -741,106 +718,103 @@ EXECUTION_FLAGS = {
 }
 
 
-def check_flags(args: Args) -> None:
-    """Ends the program if a flag makes no sense."""
-    counts = "depth_scale action_repeat total_timesteps decisions_per_update batch_size buffer_size n_step feature_dim"
-    counts += (
-        " std_decay threads eval_interval eval_episodes final_eval_episodes checkpoint_interval"
-    )
-    rules = [
-        ("at least 0 and below 1", lambda x: 0 <= x < 1, "sparsity"),
-        ("between 0 and 1", lambda x: 0 <= x <= 1, "gamma tau"),
-        ("above 0 and finite", lambda x: 0 < x < math.inf, "learning_rate"),
-        ("at least 0 and finite", lambda x: 0 <= x < math.inf, "std_start std_end noise_clip"),
-        (
-            "at least 1/1024 (one hidden unit) and finite",
-            lambda x: 1 / 1024 <= x < math.inf,
-            "width_scale",
-        ),
-        ("at least 1", lambda x: x >= 1, counts),
-        ("above --n-step", lambda x: x > args.n_step, "buffer_size"),
-        ("at least 0", lambda x: x >= 0, "learning_starts diagnostics_interval camera"),
-        ("at least 0 and below 2^32", lambda x: 0 <= x < 2**32, "seed mask_seed"),
-    ]
-    for rule, holds, names in rules:
-        for name in names.split():
-            if (value := getattr(args, name)) is not None and not holds(value):
-                fail(f"--{name.replace('_', '-')} {value}: must be {rule}")
-    if "/" in args.exp_name:
-        fail(f"--exp-name {args.exp_name}: is part of a folder's name and cannot contain /")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        fail("--device cuda: there is no CUDA here; use --device cpu")
-    if args.sparse_kernel == "packed" and args.device != "cpu" and torch.cuda.is_available():
-        fail("--sparse-kernel packed: runs on the CPU only; add --device cpu")
+# Appendix: first of this file alone, then the same in every file that has it
 
 
-def make_env(args: Args) -> gym.Env:
-    """An environment with actions in [-1, 1] that repeats each action and shows (84, 84, 3) uint8 frames."""
-    camera = args.camera if args.camera is not None else 2 if "quadruped" in args.env_id else 0
-    size = {"width": SIZE, "height": SIZE}
+def open_camera_env(args: Args) -> gym.Env:
+    """An environment of --env-id with frames (84, 84, 3) and a bounded Box of actions."""
+    os.environ.setdefault("MUJOCO_GL", "egl")
+    camera = args.camera
+    if camera is None:
+        camera = 2 if "quadruped" in args.env_id else 0
+    picture = {"width": SIZE, "height": SIZE}
     try:
         if args.env_id.startswith("dm_control/"):
             import shimmy  # looks for the renderer
 
             gym.register_envs(shimmy)
-            size = {"render_kwargs": {**size, "camera_id": camera}}
+            picture = {"render_kwargs": {**picture, "camera_id": camera}}
         elif args.camera is not None:
-            size["camera_id"] = camera
-        env = gym.make(args.env_id, render_mode="rgb_array", disable_env_checker=True, **size)
-        if "camera_id" in size and camera >= (cameras := env.unwrapped.model.ncam):
-            raise ValueError(f"the model has {cameras} cameras")
+            picture["camera_id"] = camera
+        env = gym.make(args.env_id, render_mode="rgb_array", disable_env_checker=True, **picture)
+        if "camera_id" in picture:
+            cameras = env.unwrapped.model.ncam
+            if camera >= cameras:
+                raise ValueError(f"the model has {cameras} cameras")
         env.reset(seed=0)
         frame = env.render()
     except (gym.error.Error, ModuleNotFoundError, ValueError) as error:
         fail(f"--env-id {args.env_id}, camera {camera}: {error}")
     except TypeError:
         fail(
-            f"--env-id {args.env_id}: takes no width and height of pictures; dm_control/* and MuJoCo tasks do"
+            f"--env-id {args.env_id}: takes no width and height of pictures; "
+            "dm_control/* and MuJoCo tasks do"
         )
     except Exception as error:
-        how = f"MUJOCO_GL={os.environ['MUJOCO_GL']} needs a renderer: egl (Debian: apt install libegl1 libgl1-mesa-dri)"
         fail(
-            f"--env-id {args.env_id}: no pictures ({type(error).__name__}: {error}). {how} or osmesa (libosmesa6)"
+            f"--env-id {args.env_id}: no pictures ({type(error).__name__}: {error}). "
+            f"MUJOCO_GL={os.environ['MUJOCO_GL']} needs a renderer: "
+            "egl (Debian: apt install libegl1 libgl1-mesa-dri) or osmesa (libosmesa6)"
         )
-    space = env.action_space
+    check_action_space(args, env.action_space)
+    if np.shape(frame) != (SIZE, SIZE, 3):
+        fail(
+            f"--env-id {args.env_id}: renders {np.shape(frame)}; "
+            f"this agent needs ({SIZE}, {SIZE}, 3)"
+        )
+    return env
+
+
+@numba.njit(parallel=True, cache=True)
+def gather_stacks(frames, newest, oldest, shift, out):
+    """out[b] = the STACK frames up to number newest[b], moved by shift[b] - PAD pixels.
+
+    No frame before oldest[b] is used: that one is repeated. What a shift brings in repeats the
+    border, as a crop of the image padded by PAD would.
+
+    frames (ring, SIZE, SIZE, 3), shift (batch, 2) in 0..2 PAD, out (batch, SIZE, SIZE, 3 STACK)
+    """
+    for b in numba.prange(len(out)):
+        for s in range(STACK):
+            frame = frames[max(newest[b] - STACK + 1 + s, oldest[b]) % len(frames)]
+            for y in range(SIZE):
+                row = frame[min(max(y + shift[b, 0] - PAD, 0), SIZE - 1)]
+                for x in range(SIZE):
+                    pixel = row[min(max(x + shift[b, 1] - PAD, 0), SIZE - 1)]
+                    for c in range(3):
+                        out[b, y, x, 3 * s + c] = pixel[c]
+
+
+# === CONTINUOUS ACTIONS (identical in every file that has it) ===
+def check_action_space(args, space: gym.Space) -> None:
+    """Ends the program unless actions are a bounded vector."""
     if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1 or not space.is_bounded():
         fail(
-            f"--env-id {args.env_id} has actions {space}; this agent needs a bounded Box of one dimension"
+            f"--env-id {args.env_id} has actions {space}; "
+            "this agent needs a bounded Box of one dimension"
         )
-    if frame is None or frame.shape != (SIZE, SIZE, 3):
-        fail(
-            f"--env-id {args.env_id}: renders {np.shape(frame)}; this agent needs ({SIZE}, {SIZE}, 3)"
-        )
-    env = gym.wrappers.RepeatAction(gym.wrappers.RescaleAction(env, -1.0, 1.0), args.action_repeat)
-    return gym.wrappers.AddRenderObservation(env, render_only=True)
 
 
-def derive_seed(*key: int) -> int:
-    """A seed for each key; keys that differ only in zeros at their ends share one."""
-    return int(np.random.SeedSequence(key).generate_state(1)[0])
+# === END CONTINUOUS ACTIONS ===
 
 
-# What a seed derived from (--seed, purpose, ...) is for
-TRAIN, EVAL, FINAL, DIAGNOSE = range(4)
-
-
-# === SPARSE LAYERS (identical in every file) ===
+# === SPARSE LAYERS (identical in every file that has it) ===
 def erdos_renyi(shapes: dict[str, tuple[int, ...]], sparsity: float) -> dict[str, float]:
-    """Sparsity of each layer under the Erdos-Renyi rule: density proportional to sum(shape) / prod(shape).
+    """Sparsity of each layer by the Erdos-Renyi rule: density ~ sum(shape) / prod(shape).
 
-    Shapes are (out, in) or (out, in, k_h, k_w). The budget counts all parameters (what each would lose is rounded
-    down, as in the official code); those with one dimension (biases, norms) and layers whose density would pass 1 are
-    dense, and the others pay for them. Raises ValueError if the dense ones alone exceed the budget.
+    Shapes are (out, in) or (out, in, k_h, k_w). The budget counts all parameters; what each would
+    lose is rounded down, as in the official code. Biases and norms (one dimension) stay dense, and
+    so do layers whose density would pass 1; the other layers lose that much more.
     Mocanu et al. 2018; Evci et al. 2020, arXiv:1911.11134; section 2.2 of the paper.
+    Raises ValueError if the dense parameters alone exceed the budget.
     """
     size = {name: math.prod(shape) for name, shape in shapes.items()}
     budget = sum(count - math.floor(sparsity * count) for count in size.values())
     dense = {name for name, shape in shapes.items() if len(shape) == 1}
     while len(dense) < len(shapes):
         rest = [name for name in shapes if name not in dense]
-        epsilon = (budget - sum(size[name] for name in dense)) / sum(
-            sum(shapes[name]) for name in rest
-        )
+        free = budget - sum(size[name] for name in dense)
+        epsilon = free / sum(sum(shapes[name]) for name in rest)
         if epsilon <= 0:
             raise ValueError(
                 f"sparsity {sparsity} is out of reach: biases and norms alone hold more parameters"
@@ -854,31 +828,161 @@ def erdos_renyi(shapes: dict[str, tuple[int, ...]], sparsity: float) -> dict[str
 
 
 def uniform(shapes: dict[str, tuple[int, ...]], sparsity: float) -> dict[str, float]:
-    """The same sparsity in every weight matrix; parameters with one dimension stay dense."""
+    """The same sparsity in every weight matrix; biases and norms stay dense."""
     return {name: 0.0 if len(shape) == 1 else sparsity for name, shape in shapes.items()}
 
 
-# The active weights of a packed layer are sorted by block of 128 columns, then by row: while a block is worked on, its
-# 128 rows of x^T stay in the cache. Group g = block * rows + row holds the weights pointers[g] <= k < pointers[g + 1].
+def random_places(
+    shape: tuple[int, ...], density: float, generator: torch.Generator
+) -> torch.Tensor:
+    """Places in the flattened weight that stay active: an exact number, at random, ascending."""
+    total = math.prod(shape)
+    count = max(1, round(density * total))
+    permutation = torch.randperm(total, generator=generator, dtype=torch.int32)  # half of int64
+    return permutation[:count].long().sort().values
+
+
+# The active weights of a layer are sorted by block of 128 columns, then by row: while a compiled
+# loop works on a block, its 128 inputs stay in the cache. Group g = block * rows + row holds the
+# weights pointers[g] <= k < pointers[g + 1].
 BLOCK = 128
-
-
-REORDER = {
-    "reassoc",
-    "contract",
-    "nsz",
-}  # sums may be vectorised; NaN and infinity still pass through
 
 
 def sort_into_blocks(
     row: torch.Tensor, col: torch.Tensor, shape: tuple[int, int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The order that sorts entries (row, col) of a matrix of some shape into blocks, and the pointers to its groups."""
-    group = col // BLOCK * shape[0] + row
-    groups = math.ceil(shape[1] / BLOCK) * shape[0]
-    return torch.argsort(group, stable=True), F.pad(
-        torch.bincount(group, minlength=groups).cumsum(0), (1, 0)
-    )
+    """The order that sorts entries (row, col) of a matrix into blocks; pointers to the groups."""
+    rows, columns = shape
+    group = col // BLOCK * rows + row
+    groups = math.ceil(columns / BLOCK) * rows
+    sizes = torch.bincount(group, minlength=groups)
+    pointers = F.pad(sizes.cumsum(0), (1, 0))
+    return torch.argsort(group, stable=True), pointers
+
+
+class SparseLinear(nn.Module):
+    """A linear layer that stores its active weights only: `values` (nnz,), and `bias` (out,).
+
+    `active` (nnz,) lists their places row * in_features + column, in the order of
+    sort_into_blocks: the dense matrix is zeros(out * in) with `values` written at `active`.
+    `packed` is the class that multiplies without the dense matrix, or None.
+    """
+
+    def __init__(self, linear: nn.Linear, active: torch.Tensor, packed: type | None = None):
+        super().__init__()
+        self.shape = tuple(linear.weight.shape)
+        row = active // self.shape[1]
+        col = active % self.shape[1]
+        order, _ = sort_into_blocks(row, col, self.shape)
+        active = active[order]
+        self.values = nn.Parameter(linear.weight.detach().flatten()[active])
+        self.bias = linear.bias
+        self.register_buffer("active", active.int())
+        if packed:
+            self.kernel = "packed"
+            self.product = packed(row[order], col[order], self.shape)
+        else:
+            self.kernel = "dense"
+            self.register_buffer("index", active, persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(batch, in) -> (batch, out)"""
+        if self.kernel == "packed":
+            return self.product(x, self.values, self.bias)
+        return F.linear(x, dense_weight(self), self.bias)
+
+    def _load_from_state_dict(self, state: dict, prefix: str, *rest) -> None:
+        check_mask(self, state[prefix + "active"])
+        super()._load_from_state_dict(state, prefix, *rest)
+
+
+def dense_weight(layer: nn.Module) -> torch.Tensor:
+    """The values of a sparse layer in their places among zeros, in the dense weight's shape."""
+    zeros = layer.values.new_zeros(math.prod(layer.shape))
+    return zeros.index_copy_(0, layer.index, layer.values).view(layer.shape)
+
+
+def check_mask(layer: nn.Module, saved: torch.Tensor) -> None:
+    """Raises ValueError if a checkpoint was made with another mask."""
+    if not torch.equal(saved.cpu(), layer.active.cpu()):
+        raise ValueError(
+            "the saved mask is not the one drawn here: another version of PyTorch or of this file?"
+        )
+
+
+def sparsify(
+    network: nn.Module,
+    sparsity: float,
+    distribution: str,
+    mask_seed: int,
+    kernel: str,
+    device: torch.device,
+    rule: Callable = random_places,
+    packed: type | None = None,
+    convolution: type | None = None,
+) -> None:
+    """Prunes a network once, before training, and moves it to its device.
+
+    Each layer that loses weights is replaced by one that stores the survivors only, with their
+    initial values (no rescaling).
+
+    distribution: erdos_renyi or uniform, how the sparsity is spread over the layers
+    kernel: packed, dense, or auto: packed on a CPU up to a density of 0.25
+    rule(shape, density, generator): which places of a pruned weight stay active
+    packed, convolution: the classes of packed products and sparse convolutions this file has
+
+    Raises ValueError if the sparsity is out of reach.
+    """
+    shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
+    spread = {"erdos_renyi": erdos_renyi, "uniform": uniform}[distribution]
+    layer_sparsity = spread(shapes, sparsity)
+    generator = torch.Generator().manual_seed(mask_seed)
+    prunable = nn.Linear | nn.Conv2d
+    names = [name for name, layer in network.named_modules() if isinstance(layer, prunable)]
+    for name in names:
+        layer = network.get_submodule(name)  # one at a time, so that dense weights are freed early
+        total = layer.weight.numel()
+        density = 1 - layer_sparsity[name + ".weight"]
+        if round(density * total) == total:
+            continue  # dense
+        active = rule(tuple(layer.weight.shape), density, generator)
+        if isinstance(layer, nn.Conv2d):
+            sparse = convolution(layer, active)
+        else:
+            cheaper = device.type == "cpu" and len(active) <= 0.25 * total
+            use_packed = kernel == "packed" or (kernel == "auto" and cheaper)
+            sparse = SparseLinear(layer, active, packed if use_packed else None)
+        network.set_submodule(name, sparse)
+    network.to(device)
+
+
+def layer_table(network: nn.Module) -> list[dict]:
+    """What a finished network stores: a row for each layer, and one for its other parameters."""
+    table = []
+    for name, layer in network.named_modules():
+        if hasattr(layer, "active"):
+            active = layer.values.numel()
+            shape = layer.shape
+            kernel = layer.kernel
+        elif isinstance(layer, nn.Linear | nn.Conv2d):
+            active = layer.weight.numel()
+            shape = layer.weight.shape
+            kernel = "torch"
+        else:
+            continue
+        row = {"layer": name, "shape": list(shape), "active": active, "total": math.prod(shape)}
+        table.append({**row, "kernel": kernel})
+    stored = sum(parameter.numel() for parameter in network.parameters())
+    other = stored - sum(row["active"] for row in table)
+    row = {"layer": "biases, norms", "shape": [other], "active": other, "total": other}
+    return [*table, {**row, "kernel": ""}]
+
+
+# === END SPARSE LAYERS ===
+
+
+# === PACKED KERNELS (identical in every file that has it) ===
+REORDER = {"reassoc", "contract", "nsz"}  # sums may be vectorised; NaN and infinity pass through
 
 
 @numba.njit(parallel=True, fastmath=REORDER, cache=True)
@@ -887,14 +991,14 @@ def packed_product(pointers, col, values, x_t, y_t):
     rows = len(y_t)
     for block in range((len(pointers) - 1) // rows):
         for row in numba.prange(rows):
-            y, end = y_t[row], pointers[block * rows + row + 1]
+            y = y_t[row]
+            end = pointers[block * rows + row + 1]
             for k in range(pointers[block * rows + row], end, 2):
                 last = min(k + 1, end - 1)
-                x0, x1 = x_t[col[k]], x_t[col[last]]
+                x0 = x_t[col[k]]
+                x1 = x_t[col[last]]
                 w0 = values[k]
-                w1 = (
-                    values[last] if last > k else np.float32(0)
-                )  # the last of an odd row stands alone
+                w1 = values[last] if last > k else np.float32(0)  # an odd row's last stands alone
                 for b in range(len(y)):
                     y[b] += w0 * x0[b] + w1 * x1[b]
 
@@ -905,11 +1009,14 @@ def packed_gradient(pointers, col, grad_t, x_t, out):
     rows = len(grad_t)
     for block in range((len(pointers) - 1) // rows):
         for row in numba.prange(rows):
-            grad, end = grad_t[row], pointers[block * rows + row + 1]
+            grad = grad_t[row]
+            end = pointers[block * rows + row + 1]
             for k in range(pointers[block * rows + row], end, 2):
                 last = min(k + 1, end - 1)
-                x0, x1 = x_t[col[k]], x_t[col[last]]
-                dot0, dot1 = np.float32(0), np.float32(0)
+                x0 = x_t[col[k]]
+                x1 = x_t[col[last]]
+                dot0 = np.float32(0)
+                dot1 = np.float32(0)
                 for b in range(len(grad)):
                     dot0 += grad[b] * x0[b]
                     dot1 += grad[b] * x1[b]
@@ -924,97 +1031,81 @@ def call_numba(kernel, *tensors: torch.Tensor) -> torch.Tensor:
 
 
 class PackedLinear(torch.autograd.Function):
-    """y = x W^T + b for a W of which only the active entries exist, in time proportional to their number.
+    """y = x W^T + b in time proportional to the number of active weights of W.
 
-    Works on x^T (in, batch), of which one contiguous row is read for each active weight. The results are transposed
-    views, so that ReLU and a packed layer that follow go on in this layout without a copy.
+    Works on x^T (in, batch), of which one contiguous row is read for each active weight. The
+    results are transposed views, so that a ReLU and a packed layer that follow go on in this
+    layout without a copy.
     """
 
     @staticmethod
-    def forward(ctx, x, values, bias, layer):
-        x_t, y_t = x.t().contiguous(), bias[:, None].repeat(1, len(x))
+    def forward(ctx, x, values, bias, places):
+        x_t = x.t().contiguous()  # (in, batch)
+        y_t = bias[:, None].repeat(1, len(x))  # (out, batch)
         ctx.save_for_backward(x_t, values)
-        ctx.layer = layer
-        return call_numba(packed_product, layer.pointers, layer.col, values, x_t, y_t).t()
+        ctx.places = places
+        return call_numba(packed_product, places.pointers, places.col, values, x_t, y_t).t()
 
     @staticmethod
     def backward(ctx, grad):
         x_t, values = ctx.saved_tensors
-        layer, grad_t = ctx.layer, grad.t().contiguous()
+        places = ctx.places
+        grad_t = grad.t().contiguous()  # (out, batch)
         grad_x = grad_values = grad_bias = None
         if ctx.needs_input_grad[0]:
-            by_column, zeros = values.index_select(0, layer.by_column), torch.zeros_like(x_t)
-            grad_x = call_numba(
-                packed_product, layer.pointers_t, layer.row, by_column, grad_t, zeros
-            ).t()
+            by_column = values.index_select(0, places.by_column)
+            zeros = torch.zeros_like(x_t)
+            transposed = (places.pointers_t, places.row, by_column)
+            grad_x = call_numba(packed_product, *transposed, grad_t, zeros).t()
         if ctx.needs_input_grad[1]:
             empty = torch.empty_like(values)
-            grad_values = call_numba(packed_gradient, layer.pointers, layer.col, grad_t, x_t, empty)
+            grad_values = call_numba(
+                packed_gradient, places.pointers, places.col, grad_t, x_t, empty
+            )
         if ctx.needs_input_grad[2]:
             grad_bias = grad_t.sum(1)
         return grad_x, grad_values, grad_bias, None
 
 
-class SparseLinear(nn.Module):
-    """A linear layer that stores its active weights only: `values` (nnz,), with a dense `bias` (out,).
+class PackedProduct(nn.Module):
+    """Where the active weights of a layer are, by row and by column, and the product with them."""
 
-    `active` (nnz,) lists their places row * in_features + column, in the order of sort_into_blocks: the dense matrix
-    would be zeros(out * in) with `values` written at `active`.
-    """
-
-    def __init__(self, linear: nn.Linear, active: torch.Tensor, kernel: str):
+    def __init__(self, row: torch.Tensor, col: torch.Tensor, shape: tuple[int, int]):
         super().__init__()
-        self.shape, self.kernel = tuple(linear.weight.shape), kernel
-        row, col = active // self.shape[1], active % self.shape[1]
-        order, pointers = sort_into_blocks(row, col, self.shape)
-        row, col, active = row[order], col[order], active[order]
-        self.values = nn.Parameter(linear.weight.detach().flatten()[active])
-        self.bias = linear.bias
-        self.register_buffer("active", active.int())
-        if kernel == "dense":
-            self.register_buffer("index", active, persistent=False)
-        else:
-            by_column, pointers_t = sort_into_blocks(col, row, self.shape[::-1])  # the same for W^T
-            index = (pointers, col, pointers_t, row[by_column], by_column)
-            for name, tensor in zip(("pointers", "col", "pointers_t", "row", "by_column"), index):
-                self.register_buffer(name, tensor.int(), persistent=False)
+        _, pointers = sort_into_blocks(row, col, shape)
+        by_column, pointers_t = sort_into_blocks(col, row, shape[::-1])  # the same for W^T
+        places = {
+            "pointers": pointers,
+            "col": col,
+            "pointers_t": pointers_t,
+            "row": row[by_column],
+            "by_column": by_column,
+        }
+        for name, tensor in places.items():
+            self.register_buffer(name, tensor.int(), persistent=False)
 
-    def _load_from_state_dict(self, state: dict, prefix: str, *rest) -> None:
-        if not torch.equal(state[prefix + "active"].cpu(), self.active.cpu()):
-            raise ValueError(
-                "the saved mask is not the one drawn here: another version of PyTorch or of this file?"
-            )
-        nn.Module._load_from_state_dict(self, state, prefix, *rest)
-
-    def dense_weight(self) -> torch.Tensor:
-        """The values in their places among zeros, with the shape of the dense weight."""
-        return (
-            self.values.new_zeros(math.prod(self.shape))
-            .index_copy_(0, self.index, self.values)
-            .view(self.shape)
-        )
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, values: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         """(batch, in) -> (batch, out)"""
-        if self.kernel == "packed":
-            return PackedLinear.apply(x, self.values, self.bias, self)
-        return F.linear(x, self.dense_weight(), self.bias)
+        return PackedLinear.apply(x, values, bias, self)
 
 
+# === END PACKED KERNELS ===
+
+
+# === SPARSE CONVOLUTIONS (identical in every file that has it) ===
 class SparseConv2d(nn.Module):
-    """A convolution that stores its active weights only, as SparseLinear does with the dense kernel.
+    """A convolution that stores its active weights only, and multiplies with a dense one.
 
     `active` (nnz,) lists their places in the flattened weight (out, in, k_h, k_w).
     """
 
-    _load_from_state_dict, dense_weight = (
-        SparseLinear._load_from_state_dict,
-        SparseLinear.dense_weight,
-    )
+    kernel = "dense"
 
     def __init__(self, conv: nn.Conv2d, active: torch.Tensor):
         super().__init__()
-        self.shape, self.stride, self.padding = tuple(conv.weight.shape), conv.stride, conv.padding
+        self.shape = tuple(conv.weight.shape)
+        self.stride = conv.stride
+        self.padding = conv.padding
         self.values = nn.Parameter(conv.weight.detach().flatten()[active])
         self.bias = conv.bias
         self.register_buffer("active", active.int())
@@ -1022,74 +1113,49 @@ class SparseConv2d(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(batch, in, height, width) -> (batch, out, height, width)"""
-        return F.conv2d(x, self.dense_weight(), self.bias, self.stride, self.padding)
+        return F.conv2d(x, dense_weight(self), self.bias, self.stride, self.padding)
+
+    def _load_from_state_dict(self, state: dict, prefix: str, *rest) -> None:
+        check_mask(self, state[prefix + "active"])
+        super()._load_from_state_dict(state, prefix, *rest)
 
 
-def sparsify(
-    network: nn.Module,
-    sparsity: float,
-    distribution: str,
-    mask_seed: int,
-    kernel: str,
-    device: torch.device,
-) -> list[dict]:
-    """Prunes a network once, at random, and moves it: each linear layer and convolution that loses weights is replaced.
-
-    The survivors keep their initial values (no rescaling). `kernel` is auto, packed or dense. Returns the layer
-    table: name, shape, active and total weights of each layer. Raises ValueError if the sparsity is out of reach.
-    """
-    shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
-    layer_sparsity = {"erdos_renyi": erdos_renyi, "uniform": uniform}[distribution](
-        shapes, sparsity
-    )
-    generator = torch.Generator().manual_seed(mask_seed)
-    table = []
-    for name in [
-        name for name, layer in network.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)
-    ]:
-        layer = network.get_submodule(
-            name
-        )  # one at a time, so that dense weights are freed on the way
-        total = layer.weight.numel()
-        count = max(1, round((1 - layer_sparsity[name + ".weight"]) * total))
-        table.append(
-            {"layer": name, "shape": list(layer.weight.shape), "active": count, "total": total}
-        )
-        if count < total:
-            permutation = torch.randperm(
-                total, generator=generator, dtype=torch.int32
-            )  # half the memory of int64
-            active = permutation[:count].long().sort().values
-            packed = device.type == "cpu" and count <= 0.25 * total
-            chosen = kernel if kernel != "auto" else "packed" if packed else "dense"
-            linear = isinstance(layer, nn.Linear)
-            network.set_submodule(
-                name, SparseLinear(layer, active, chosen) if linear else SparseConv2d(layer, active)
-            )
-    other = sum(math.prod(shape) for shape in shapes.values()) - sum(row["total"] for row in table)
-    table.append({"layer": "biases and norms", "shape": [other], "active": other, "total": other})
-    network.to(device)
-    return table
+# === END SPARSE CONVOLUTIONS ===
 
 
-# === END SPARSE LAYERS ===
+# === DEVICE (identical in every file that has it) ===
+def choose_device(args) -> torch.device:
+    """The device of --device; sets the number of CPU threads of PyTorch and numba."""
+    cuda = torch.cuda.is_available()
+    if args.device == "cuda" and not cuda:
+        fail("--device cuda: there is no CUDA here; use --device cpu")
+    device = torch.device(args.device.replace("auto", "cuda" if cuda else "cpu"))
+    if args.sparse_kernel == "packed" and device.type == "cuda":
+        fail("--sparse-kernel packed: runs on the CPU only; add --device cpu")
+    threads = args.threads or torch.get_num_threads()
+    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+    torch.set_num_threads(threads)  # after numba, whose start sets the number for both
+    return device
 
 
-# === DIAGNOSTICS (identical in every file) ===
+# === END DEVICE ===
+
+
+# === DIAGNOSTICS (identical in every file that has it) ===
 def run_and_record(encoder: nn.Module, inputs: torch.Tensor) -> tuple[torch.Tensor, list, list]:
-    """The features of an encoder (batch, hidden), and the outputs of its linear and of its ReLU layers."""
-    linear_outputs, relu_outputs, handles = [], [], []
+    """The features of an encoder (batch, hidden); the outputs of its linear and ReLU layers."""
+    linear_outputs = []
+    relu_outputs = []
+    handles = []
     for module in encoder.modules():
-        for kinds, outputs in (
-            ((nn.Linear, SparseLinear), linear_outputs),
-            ((nn.ReLU, nn.LeakyReLU), relu_outputs),
-        ):
-            if isinstance(module, kinds):
-                handles.append(
-                    module.register_forward_hook(
-                        lambda _, __, y, outputs=outputs: outputs.append(y)
-                    )
-                )
+        if isinstance(module, nn.Linear | SparseLinear):
+            outputs = linear_outputs
+        elif isinstance(module, nn.ReLU | nn.LeakyReLU):
+            outputs = relu_outputs
+        else:
+            continue
+        hook = lambda _, __, output, outputs=outputs: outputs.append(output)  # noqa: E731
+        handles.append(module.register_forward_hook(hook))
     with torch.no_grad():
         features = encoder(inputs)
     for handle in handles:
@@ -1097,28 +1163,62 @@ def run_and_record(encoder: nn.Module, inputs: torch.Tensor) -> tuple[torch.Tens
     return features, linear_outputs, relu_outputs
 
 
+def check_shape(what: str, output: torch.Tensor, **expected: int) -> None:
+    """Raises ValueError, in one sentence, if a network's output has not the shape of a contract.
+
+    check_shape("critic(obs, action)", q, critics=1, batch=3)
+    """
+    shape = tuple(getattr(output, "shape", [type(output).__name__]))
+    needed = tuple(expected.values())
+    if shape != needed:
+        names = ", ".join(expected)
+        raise ValueError(
+            f"{what} must return a tensor of shape ({names}); "
+            f"for a test batch it returned {shape} instead of {needed}"
+        )
+
+
+def check_encoder(network: nn.Module, part: str, inputs: torch.Tensor) -> None:
+    """Raises ValueError, in one sentence, if diagnostics cannot measure a part of a network."""
+    needs = (
+        f"diagnostics measure {type(network).__name__}.{part}: a module with nn.Linear and "
+        "nn.ReLU (or nn.LeakyReLU) layers that returns (batch, features)"
+    )
+    try:
+        encoder = network.get_submodule(part)
+    except AttributeError:
+        raise ValueError(f"{needs}; there is no such part") from None
+    features, linear_outputs, relu_outputs = run_and_record(encoder, inputs)
+    if not linear_outputs or not relu_outputs:
+        raise ValueError(f"{needs}; it lacks one of these layers")
+    if features.ndim != 2 or len(features) != len(inputs):
+        raise ValueError(f"{needs}; it returned {tuple(features.shape)}")
+
+
 def stable_rank(
     features: torch.Tensor, mass: float = 0.99, threshold: float = 0.01
 ) -> tuple[int, int]:
     """Two effective ranks of features (batch, hidden).
 
-    First: how many leading singular values hold `mass` of their sum (Kumar et al. 2021; the official code). Second:
-    how many singular values of features / sqrt(batch) exceed `threshold` (section 4.1, which gives no threshold; this
-    one and the scaling are those of Lyle et al. 2022, arXiv:2204.09560).
+    First: how many leading singular values hold `mass` of their sum (Kumar et al. 2021; the
+    official code). Second: how many singular values of features / sqrt(batch) exceed `threshold`
+    (section 4.1, which gives no threshold; this one and the scaling are those of Lyle et al. 2022,
+    arXiv:2204.09560).
     """
     singular = torch.linalg.svdvals(features.float())
     cumulative = singular.cumsum(0) / singular.sum()
-    return int((cumulative < mass).sum()) + 1, int(
-        (singular / math.sqrt(len(features)) > threshold).sum()
-    )
+    rank_by_mass = int((cumulative < mass).sum()) + 1
+    rank_by_threshold = int((singular / math.sqrt(len(features)) > threshold).sum())
+    return rank_by_mass, rank_by_threshold
 
 
 def dormant_ratio(outputs: list[torch.Tensor], tau: float = 0.1) -> float:
-    """Percentage of units in some layers' outputs (batch, units) whose mean |output| is at most tau of their layer's.
+    """Percentage of units whose mean |output| is at most tau times that of their layer.
 
+    outputs: one tensor (batch, units) for each layer.
     Equation 1 of the paper; Sokar et al. 2023, arXiv:2302.12902.
     """
-    scores = [y.abs().mean(0) for y in outputs]
+    scores = [output.abs().mean(0) for output in outputs]  # (units,) each
     dormant = sum(int((score / (score.mean() + 1e-9) <= tau).sum()) for score in scores)
     return 100 * dormant / sum(len(score) for score in scores)
 
@@ -1129,12 +1229,13 @@ def measure_plasticity(
     """The measurements of section 4 for one network, on a batch of inputs to its encoder."""
     features, linear_outputs, relu_outputs = run_and_record(encoder, inputs)
     rank_99, rank_threshold = stable_rank(features)
+    active_units = torch.cat([(output > 0).float().mean(0) for output in relu_outputs])
     return {
         "srank_99": rank_99,
         "srank_threshold": rank_threshold,
         "dormant_ratio": dormant_ratio(linear_outputs),
         "dormant_ratio_relu": dormant_ratio(relu_outputs),
-        "active_units": float(torch.cat([(y > 0).float().mean(0) for y in relu_outputs]).mean()),
+        "active_units": float(active_units.mean()),
         "grad_norm": float(get_total_norm(gradients)),
         "param_norm": float(get_total_norm(parameters)),
         "feature_norm": float(features.norm(dim=1).mean()),
@@ -1144,87 +1245,323 @@ def measure_plasticity(
 # === END DIAGNOSTICS ===
 
 
-# === RUNS (identical in every file) ===
+# === FRAME FILE (identical in every file that has it) ===
+def open_frames(path: Path, frames_shape: tuple[int, ...], mode: str) -> np.ndarray:
+    """Frames of uint8 that live in a file; `frames.base.flush()` brings them to the disk.
+
+    mode: w+ for a new file, r+ for the one of a resumed run.
+    Ends the program if the disk is too full, or if the file is not as large as it was.
+    """
+    needed = math.prod(frames_shape)  # bytes
+    if mode == "r+" and (not path.exists() or path.stat().st_size != needed):
+        fail(f"{path} is not as the checkpoint left it; bring it back, or start with --no-resume")
+    free = shutil.disk_usage(path.parent).free
+    if mode == "w+" and free < needed:
+        fail(
+            f"{path} needs {needed / 1e9:.1f} of {free / 1e9:.1f} GB free; "
+            "lower --buffer-size or --checkpoint-interval"
+        )
+    return np.asarray(np.memmap(path, np.uint8, mode, shape=frames_shape))
+
+
+# === END FRAME FILE ===
+
+
+# === RUNS (identical in every file that has it) ===
+# What a seed derived from (--seed, purpose, ...) is for
+TRAIN, EVAL, FINAL, DIAGNOSE = range(4)
+
+
+def derive_seed(*key: int) -> int:
+    """A seed below 2^32 for a key; zeros at the end of a key do not count."""
+    return int(np.random.SeedSequence(key).generate_state(1)[0])
+
+
 def fail(message: str) -> NoReturn:
     """Ends the program with one line for a person and exit code 2."""
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
 
-def open_run(args) -> tuple[Path, dict | None]:
-    """Finds or creates the run of these flags, locks it, and returns its folder and its checkpoint (or None).
+def stop_unless_finite(agent_step: int, *values: torch.Tensor) -> None:
+    """Ends the program with exit code 3 if a value is infinite or not a number."""
+    if not all(value.isfinite().all() for value in values):
+        print(
+            f"error: a value is not finite at {agent_step=}; the last checkpoint is kept",
+            file=sys.stderr,
+        )
+        sys.exit(3)
 
-    The folder is runs/<env>__<exp_name>__<hash>__s<seed>; the hash covers the other flags that change results. With
-    --eval-only it is only read. A run with final returns is finished even if its checkpoints were deleted. Exits with
-    code 2 if the folder cannot be used, another process works in it, or the checkpoint is damaged or of other flags.
-    """
-    flags = {name: value for name, value in asdict(args).items() if name not in EXECUTION_FLAGS}
-    digest = hashlib.sha256(
-        json.dumps({**flags, "seed": None}, sort_keys=True).encode()
-    ).hexdigest()[:8]
+
+def check_flags(args) -> None:
+    """Ends the program if a flag breaks the rule that stands beside it in Args."""
+    for name, hint in get_type_hints(type(args), include_extras=True).items():
+        value = getattr(args, name)
+        if value is None:
+            continue
+        for rule in getattr(hint, "__metadata__", ()):
+            if not eval(rule, {**vars(args), "x": value, "inf": math.inf}):
+                needed = re.sub(r"\bx\b", name, rule)
+                fail(f"--{name.replace('_', '-')} {value} is not allowed: {needed}")
+    if "/" in args.exp_name:
+        fail(f"--exp-name {args.exp_name}: is part of a folder's name and cannot contain /")
+
+
+def set_up_process(args) -> None:
+    """Checks the flags; seeds the global generators; makes Ctrl-C end with one line."""
+    check_flags(args)
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    warnings.filterwarnings("ignore", module="gymnasium")  # precision of Box bounds, age of tasks
+    interrupted = "interrupted; --resume goes on from the last checkpoint"
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(interrupted))
+
+
+def run_folder(args) -> Path:
+    """runs/<env>__<exp_name>__<hash>__s<seed>; the hash covers the other flags of the results."""
+    flags = result_flags(args)
+    digest = hashlib.sha256(json.dumps({**flags, "seed": None}, sort_keys=True).encode())
     env = args.env_id.replace("/", "-").replace(":", "-")
-    run_dir = Path(args.runs_dir) / f"{env}__{args.exp_name}__{digest}__s{args.seed}"
-    try:
-        if not args.eval_only:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            open_run.lock = FileLock(run_dir / ".lock")  # held until the process ends
-            open_run.lock.acquire(timeout=0)
-        if not args.resume and not args.eval_only and any(run_dir.glob("[!.]*")):
-            old = next(
-                path for n in range(1, 10**6) if not (path := Path(f"{run_dir}.old{n}")).exists()
+    name = f"{env}__{args.exp_name}__{digest.hexdigest()[:8]}__s{args.seed}"
+    return Path(args.runs_dir) / name
+
+
+def result_flags(args) -> dict:
+    """The flags that change results."""
+    return {name: value for name, value in asdict(args).items() if name not in EXECUTION_FLAGS}
+
+
+class Run:
+    """One run: its folder, its counters, and all that is written there.
+
+    agent_step counts decisions, update_step gradient updates, episode the training episodes that
+    have begun, env_step simulator frames (decisions times the action repeat).
+    """
+
+    def __init__(self, args, action_repeat: int = 1):
+        """Finds or creates the run of these flags. Ends the program if it is finished already."""
+        self.args = args
+        self.action_repeat = action_repeat
+        self.folder = run_folder(args)
+        self.agent_step = 0
+        self.update_step = 0
+        self.episode = 0
+        self.csv_bytes = 0
+        self.lock = None
+        self.checkpoint = self.open_folder()
+        if self.checkpoint and self.checkpoint["finished"] and not args.eval_only:
+            for leftover in self.folder.glob("replay.*"):  # by a kill after the last checkpoint
+                leftover.unlink()
+            print(
+                f"this run is finished: its results are in {self.folder} "
+                "(--no-resume runs it again)"
             )
-            old.mkdir()
-            for path in sorted(
-                run_dir.glob("[!.]*"), reverse=True
-            ):  # checkpoints after what they count on
-                path.rename(old / path.name)
-            print(f"the previous run of these flags is now in {old}")
-        path, metrics = run_dir / "checkpoint.pt", run_dir / "metrics.csv"
-        if not path.exists():  # killed between the two renames of save_checkpoint
-            path = run_dir / "checkpoint.previous.pt"
-        if not path.exists():
-            if args.eval_only:
-                fail(
-                    f"nothing to evaluate: no checkpoint in {run_dir}; train first, with the same flags"
-                )
-            finished = metrics.exists() and ",final/return_mean," in metrics.read_text()
-            return run_dir, {"finished": True} if finished else None
-    except Timeout:
-        fail(
-            f"another process is working in {run_dir}; wait for it, or change --seed or --exp-name"
-        )
-    except OSError as error:
-        fail(f"cannot use {run_dir} ({error.strerror}); choose another folder with --runs-dir")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        made_with = checkpoint["args"]
-    except Exception as error:
-        fail(
-            f"cannot read {path} ({type(error).__name__}); if it is damaged, delete it to go on from the one before"
-        )
-    for name, value in flags.items():
-        if made_with.get(name) != value:
+            sys.exit(0)
+
+    @property
+    def env_step(self) -> int:
+        return self.agent_step * self.action_repeat
+
+    def open_folder(self) -> dict | None:
+        """Locks the run's folder, and returns its checkpoint, or None where there is none.
+
+        With --eval-only it is only read. A run with final returns is finished even if its
+        checkpoints were deleted. Ends the program if the folder cannot be used, if another process
+        works in it, or if the checkpoint is damaged or of other flags.
+        """
+        args = self.args
+        path = self.folder / "checkpoint.pt"
+        try:
+            if not args.eval_only:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self.lock = FileLock(self.folder / ".lock")  # held until the process ends
+                self.lock.acquire(timeout=0)
+            if not args.resume and not args.eval_only:
+                self.move_aside()
+            if not path.exists():  # killed between the two renames of save_checkpoint
+                path = self.folder / "checkpoint.previous.pt"
+            if not path.exists():
+                if args.eval_only:
+                    fail(
+                        f"nothing to evaluate: no checkpoint in {self.folder}; "
+                        "train first, with the same flags"
+                    )
+                metrics = self.folder / "metrics.csv"
+                finished = metrics.exists() and ",final/return_mean," in metrics.read_text()
+                return {"finished": True} if finished else None
+        except Timeout:
             fail(
-                f"{path} was made with --{name.replace('_', '-')} {made_with.get(name)}, not {value}; move it away"
+                f"another process is working in {self.folder}; "
+                "wait for it, or change --seed or --exp-name"
             )
-    return run_dir, checkpoint
+        except OSError as error:
+            fail(
+                f"cannot use {self.folder} ({error.strerror}); "
+                "choose another folder with --runs-dir"
+            )
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            made_with = checkpoint["args"]
+        except Exception as error:
+            fail(
+                f"cannot read {path} ({type(error).__name__}); "
+                "if it is damaged, delete it to go on from the one before"
+            )
+        for name, value in result_flags(args).items():
+            if made_with.get(name) != value:
+                flag = name.replace("_", "-")
+                fail(
+                    f"{path} was made with --{flag} {made_with.get(name)}, not {value}; "
+                    "move it away"
+                )
+        return checkpoint
+
+    def move_aside(self) -> None:
+        """Moves everything in the folder to <folder>.old1, .old2, ..., the first that is free."""
+        files = sorted(self.folder.glob("[!.]*"), reverse=True)
+        if not files:
+            return
+        number = 1
+        while (old := Path(f"{self.folder}.old{number}")).exists():
+            number += 1
+        old.mkdir()
+        for path in files:  # checkpoint.pt is moved after metrics.csv, which it counts on
+            path.rename(old / path.name)
+        print(f"the previous run of these flags is now in {old}")
+
+    def restore(self, parts: dict) -> None:
+        """Gives the parts, the counters and the generators what the checkpoint holds, if any."""
+        if self.checkpoint is None:
+            return
+        for name, part in parts.items():
+            try:
+                part.load_state_dict(self.checkpoint.pop(name))
+            except (ValueError, KeyError, RuntimeError) as error:
+                reason = " ".join(str(error).split())
+                fail(
+                    f"{self.folder}: {name} in the checkpoint does not fit ({reason}); "
+                    "a changed file needs another --exp-name"
+                )
+        restore_generators(self.checkpoint["generators"])
+        counters = self.checkpoint["counters"]
+        self.agent_step, self.update_step, self.episode, self.csv_bytes = counters
+
+    def begin(self, layers: dict[str, list[dict]]) -> None:
+        """Prints the layer tables, writes args.json, and opens metrics.csv and the progress bar."""
+        for network, rows in layers.items():
+            print_layer_table(network, rows)
+        write_args(self.folder, self.args, layers)
+        resumed = self.checkpoint is not None
+        start = f"going on from env step {self.env_step}" if resumed else "new run"
+        print(f"{self.folder}: {start}")
+
+        self.csv = open(self.folder / "metrics.csv", "a")  # noqa: SIM115
+        if os.fstat(self.csv.fileno()).st_size < self.csv_bytes:
+            fail(
+                f"{self.csv.name} lacks what came before the checkpoint; "
+                "bring it back, or start with --no-resume"
+            )
+        self.csv.truncate(self.csv_bytes)  # what came after the checkpoint will be written again
+        if not resumed:
+            self.csv.write("env_step,agent_step,update_step,metric,value\n")
+        self.tensorboard = SummaryWriter(self.folder, purge_step=self.env_step + resumed)
+        self.wandb = start_wandb(self.folder, self.args, resumed) if self.args.track else None
+        self.saved_step = self.env_step
+        total = self.args.total_timesteps
+        self.bar = tqdm(total=total, initial=self.env_step, unit=" env steps")
+        self.bar.mininterval = 0.5 if sys.stderr.isatty() else 30
+
+    def due(self, interval: int | None) -> bool:
+        """Whether a multiple of some env steps has just been reached (0, None: never)."""
+        return bool(interval) and self.env_step % interval < self.action_repeat
+
+    def count_decision(self) -> None:
+        self.agent_step += 1
+        self.bar.update(self.action_repeat)
+
+    def log(self, prefix: str, values: dict[str, float]) -> None:
+        """Writes values as metrics <prefix>/<name>: one row each in metrics.csv, and elsewhere."""
+        named = {f"{prefix}/{name}": float(value) for name, value in values.items()}
+        steps = f"{self.env_step},{self.agent_step},{self.update_step}"
+        for metric, value in named.items():
+            self.csv.write(f"{steps},{metric},{value!r}\n")
+            self.tensorboard.add_scalar(metric, value, self.env_step)
+        self.csv.flush()
+        if self.wandb:
+            self.wandb.log({**named, "env_step": self.env_step})
+
+    def log_evaluation(self, result: dict[str, float]) -> None:
+        self.log("eval", result)
+        draw_learning_curve(self.folder, self.args.env_id)
+        self.bar.set_postfix_str(f"return {result['return_mean']:.0f}")
+
+    def log_episode(self, episode: dict, losses: dict[str, torch.Tensor]) -> None:
+        """Of a finished episode: what RecordEpisodeStatistics says, and the last losses."""
+        self.log("episode", {"return": episode["r"], "length": episode["l"]})
+        self.log("losses", losses)
+        frames = episode["l"] * self.action_repeat
+        self.log("time", {"env_steps_per_second": frames / max(episode["t"], 1e-6)})
+
+    def checkpoint_due(self) -> bool:
+        return self.env_step - self.saved_step >= self.args.checkpoint_interval
+
+    def save(self, parts: dict, finished: bool = False) -> None:
+        """Writes the state of the parts, by name, the counters and the generators."""
+        state = {name: part.state_dict() for name, part in parts.items()}
+        self.tensorboard.flush()
+        os.fsync(self.csv.fileno())  # what the checkpoint counts on is on the disk before it
+        csv_bytes = os.fstat(self.csv.fileno()).st_size
+        counters = (self.agent_step, self.update_step, self.episode, csv_bytes)
+        state = {**state, "counters": counters, "finished": finished}
+        save_checkpoint(self.folder, self.args, state)
+        self.saved_step = self.env_step
+
+    def video(self) -> Path | None:
+        """Where --capture-video puts the film of the last evaluation, or of --eval-only."""
+        if not self.args.capture_video:
+            return None
+        name = f"eval_{self.agent_step}" if self.args.eval_only else "final"
+        return self.folder / "videos" / f"{name}.mp4"
+
+    def print_result(self, result: dict[str, float]) -> None:
+        print("  ".join(f"{name} {value:.1f}" for name, value in result.items()))
+
+    def finish(self, parts: dict, result: dict[str, float]) -> None:
+        """Logs the last evaluation, saves the finished run and says where its results are."""
+        self.log("final", result)
+        self.save(parts, finished=True)
+        self.csv.close()
+        self.tensorboard.close()
+        if self.wandb:
+            self.wandb.finish()
+        self.bar.close()
+        draw_learning_curve(self.folder, self.args.env_id)
+        print(
+            f"return {result['return_mean']:.1f}; "
+            f"checkpoint, metrics.csv and learning_curve.png are in {self.folder}"
+        )
 
 
-def save_checkpoint(run_dir: Path, args, state: dict) -> None:
-    """Writes checkpoint.pt so that a kill at any moment leaves a whole one, and keeps the one before it.
+def save_checkpoint(folder: Path, args, state: dict) -> None:
+    """Writes checkpoint.pt so that a kill leaves a whole one, and keeps the one before it.
 
     Every random number is drawn on the CPU, so there are three generators.
     """
     kind, keys, *position = np.random.get_state()
-    numpy_state = [kind, keys.tolist(), *position]
-    generators = {"python": random.getstate(), "numpy": numpy_state, "torch": torch.get_rng_state()}
-    path, temporary = run_dir / "checkpoint.pt", run_dir / "checkpoint.tmp"
+    generators = {
+        "python": random.getstate(),
+        "numpy": [kind, keys.tolist(), *position],
+        "torch": torch.get_rng_state(),
+    }
+    path = folder / "checkpoint.pt"
+    temporary = folder / "checkpoint.tmp"
     with open(temporary, "wb") as file:
         torch.save({**state, "args": asdict(args), "generators": generators}, file)
         file.flush()
         os.fsync(file.fileno())
     if path.exists():
-        os.replace(path, run_dir / "checkpoint.previous.pt")
+        os.replace(path, folder / "checkpoint.previous.pt")
     os.replace(temporary, path)
 
 
@@ -1235,112 +1572,84 @@ def restore_generators(generators: dict) -> None:
     torch.set_rng_state(generators["torch"])
 
 
-def describe_run(run_dir: Path, args, layers: dict[str, list[dict]]) -> None:
-    """Prints the layer table of each network; writes args.json: flags, versions, git revision, layer tables."""
-    for network, rows in layers.items():
-        active, total = sum(row["active"] for row in rows), sum(row["total"] for row in rows)
-        print(f"{network:<26}{'shape':>14}{'density':>9}{'active':>13} /{'total':>12}")
-        for row in [*rows, {"layer": "all", "shape": [], "active": active, "total": total}]:
-            shape, density = " x ".join(map(str, row["shape"])), row["active"] / row["total"]
-            print(
-                f"  {row['layer']:<24}{shape:>14}{density:>9.4f}{row['active']:>13,} /{row['total']:>12,}"
-            )
-    how = {
-        "shell": True,
-        "cwd": Path(__file__).resolve().parent,
-        "capture_output": True,
-        "text": True,
-    }
-    revision = (
-        subprocess.run("git describe --always --dirty", **how).stdout.strip() or None
-    )  # None without git
-    packages = ("torch", "numpy", "numba", "gymnasium", "shimmy", "dm-control", "mujoco", "ale-py")
-    installed = {
-        str(package.name).lower().replace("_", "-"): package.version for package in distributions()
-    }
-    versions = {
-        "python": platform.python_version(),
-        **{name: installed.get(name) for name in packages},
-    }
+def print_layer_table(network: str, rows: list[dict]) -> None:
+    """Shape, active and total weights, kernel and density of each layer, and of the network."""
+    table = pd.DataFrame(rows).set_index("layer")
+    table.loc["all"] = {**table[["active", "total"]].sum(), "shape": "", "kernel": ""}
+    table["density"] = table.active / table.total
+    print(network)
+    counts = dict.fromkeys(["active", "total"], "{:,}".format)
+    print(table.to_string(index_names=False, float_format="%.4f", formatters=counts))
+
+
+def write_args(folder: Path, args, layers: dict[str, list[dict]]) -> None:
+    """args.json: flags, versions of packages, git revision (None without git), layer tables."""
+    here = Path(__file__).resolve().parent
+    git = subprocess.run(
+        "git describe --always --dirty", shell=True, cwd=here, capture_output=True, text=True
+    )
     record = {
         "args": asdict(args),
-        "versions": versions,
-        "git_revision": revision,
+        "python": platform.python_version(),
+        "packages": {str(package.name): package.version for package in distributions()},
+        "git_revision": git.stdout.strip() or None,
         "layers": layers,
     }
-    (run_dir / "args.json").write_text(json.dumps(record, indent=1))
+    (folder / "args.json").write_text(json.dumps(record, indent=1))
 
 
-class Metrics:
-    """Writes to metrics.csv (one flushed row a value), TensorBoard and, with --track, Weights & Biases."""
+def start_wandb(folder: Path, args, resume: bool):
+    """The Weights & Biases run of --track; its id is the folder's name."""
+    import wandb
 
-    def __init__(self, run_dir: Path, args, csv_bytes: int, env_step: int):
-        self.file = open(run_dir / "metrics.csv", "a")  # noqa: SIM115
-        if os.fstat(self.file.fileno()).st_size < csv_bytes:
-            fail(
-                f"{self.file.name} lacks what came before the checkpoint; bring it back, or start with --no-resume"
-            )
-        self.file.truncate(csv_bytes)  # what came after the checkpoint will be written again
-        if csv_bytes == 0:
-            self.file.write("env_step,agent_step,update_step,metric,value\n")
-        self.tensorboard = SummaryWriter(run_dir, purge_step=env_step + 1 if csv_bytes else 0)
-        self.wandb = None
-        if args.track:
-            import wandb
-
-            where = {
-                "project": args.wandb_project,
-                "entity": args.wandb_entity,
-                "id": run_dir.name,
-                "dir": run_dir,
-            }
-            try:
-                self.wandb = wandb.init(
-                    **where, config=asdict(args), resume="allow" if csv_bytes else None
-                )
-            except wandb.Error as error:
-                fail(f"--track: {error}")
-            self.wandb.define_metric("*", step_metric="env_step")
-
-    def log(
-        self, env_step: int, agent_step: int, update_step: int, values: dict[str, float]
-    ) -> None:
-        for metric, value in values.items():
-            self.file.write(f"{env_step},{agent_step},{update_step},{metric},{float(value)!r}\n")
-            self.tensorboard.add_scalar(metric, float(value), env_step)
-        self.file.flush()
-        if self.wandb:
-            self.wandb.log({**values, "env_step": env_step})
-
-    def sync(self) -> int:
-        """Brings everything logged so far to the disk; returns the length of metrics.csv."""
-        self.tensorboard.flush()
-        os.fsync(self.file.fileno())
-        return os.fstat(self.file.fileno()).st_size
-
-    def close(self) -> None:
-        self.file.close()
-        self.tensorboard.close()
-        if self.wandb:
-            self.wandb.finish()
-
-
-def draw_learning_curve(run_dir: Path, title: str) -> None:
-    """learning_curve.png from metrics.csv: returns of training episodes and of evaluations (mean and std)."""
-    metrics = pd.read_csv(run_dir / "metrics.csv").pivot(
-        index="env_step", columns="metric", values="value"
-    )
-    axes = (figure := Figure((6, 4), layout="constrained")).subplots()
-    if "episode/return" in metrics:
-        axes.plot(
-            metrics["episode/return"].dropna(), color="0.75", lw=0.8, label="training episodes"
+    try:
+        tracked = wandb.init(
+            project=args.wandb_project,
+            entity=args.wandb_entity,
+            id=folder.name,
+            dir=folder,
+            config=asdict(args),
+            resume="allow" if resume else None,
         )
-    mean, std = (metrics[f"eval/return_{name}"].dropna() for name in ("mean", "std"))
+    except wandb.Error as error:
+        fail(f"--track: {error}")
+    tracked.define_metric("*", step_metric="env_step")
+    return tracked
+
+
+def draw_learning_curve(folder: Path, title: str) -> None:
+    """learning_curve.png from metrics.csv: returns of training episodes and of evaluations."""
+    table = pd.read_csv(folder / "metrics.csv")
+    metrics = table.pivot(index="env_step", columns="metric", values="value")
+    figure = Figure((6, 4), layout="constrained")
+    axes = figure.subplots()
+    if "episode/return" in metrics:
+        episodes = metrics["episode/return"].dropna()
+        axes.plot(episodes, color="0.75", lw=0.8, label="training episodes")
+    mean = metrics["eval/return_mean"].dropna()
+    std = metrics["eval/return_std"].dropna()
     axes.plot(mean, marker="o", ms=3, label="evaluation (mean, std over episodes)")
     axes.fill_between(mean.index, mean - std, mean + std, alpha=0.2)
     axes.set(xlabel="env steps", ylabel="return", title=title)
     axes.legend(frameon=False)
-    figure.savefig(run_dir / "learning_curve.png", dpi=150)
+    figure.savefig(folder / "learning_curve.png", dpi=150)
+
+
+def write_video(path: Path, frames: list[np.ndarray], fps: float = 30) -> None:
+    """An mp4 of frames (height, width, 3) uint8, one a decision."""
+    import imageio
+
+    path.parent.mkdir(exist_ok=True)
+    imageio.mimwrite(path, frames, fps=fps, macro_block_size=None)
+
+
+def summary(returns: np.ndarray) -> dict[str, float]:
+    """Mean, standard deviation and interquartile mean of the returns of some episodes."""
+    return {
+        "return_mean": returns.mean(),
+        "return_std": returns.std(),
+        "return_iqm": trim_mean(returns, 0.25),
+    }
 
 
 # === END RUNS ===

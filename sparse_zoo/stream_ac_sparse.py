@@ -2,32 +2,42 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "torch==2.13.0", "numpy==2.4.6", "numba==0.68.1", "scipy==1.17.1", "tyro==1.0.17", "tqdm==4.70.1",
-#     "gymnasium==1.4.0", "shimmy==2.0.1", "dm-control==1.0.50", "mujoco==3.17.0", "filelock==4.2.11",
-#     "matplotlib==3.11.2", "pandas==3.1.1", "imageio==2.38.1", "imageio-ffmpeg==0.8.1", "tensorboard==2.21.0",
-#     "wandb==0.31.0",
+#     "torch==2.13.0", "numpy==2.4.6", "numba==0.68.1", "scipy==1.17.1", "tyro==1.0.17",
+#     "gymnasium==1.4.0", "shimmy==2.0.1", "dm-control==1.0.50", "mujoco==3.17.0",
+#     "filelock==4.2.11", "matplotlib==3.11.2", "pandas==3.1.1", "tqdm==4.70.1",
+#     "imageio==2.38.1", "imageio-ffmpeg==0.8.1", "tensorboard==2.21.0", "wandb==0.31.0",
 # ]
 # ///
 """Stream AC(lambda), a streaming actor-critic, with static sparsity.
 
-Before training, a random set of weights is removed once; the survivors are trained as usual. Every transition is used
-once, as it comes, and forgotten: there is no replay, no batch and no target network. Eligibility traces carry credit
-back in time, and ObGD bounds each step so that it cannot overshoot.
+Before training, a random set of weights is removed once; the survivors are trained as usual. Each
+transition is used once, as it comes, and forgotten: there is no replay, no batch and no target
+network. Eligibility traces carry credit back in time, and ObGD bounds each step so that it cannot
+overshoot.
 
-Papers: Network Sparsity Unlocks the Scaling Potential of Deep RL (Ma, Li et al., ICML 2025); Streaming Deep
-Reinforcement Learning Finally Works (Elsayed, Vasan and Mahmood, 2024), arXiv:2410.14606.
+Papers: Network Sparsity Unlocks the Scaling Potential of Deep RL (Ma, Li et al., ICML 2025);
+Streaming Deep Reinforcement Learning Finally Works (Elsayed, Vasan and Mahmood, 2024),
+arXiv:2410.14606. Their code, here called the original: github.com/mohmdelsayed/streaming-drl. The
+first paper has published no code for its streaming experiments.
 
-Differences from the code of Elsayed et al. (the paper has published none for its streaming experiments):
- 1. A pruned weight is not stored: values, gradients and traces are vectors over the active weights, and the norm that
-    bounds the step is theirs.
- 2. Forward and backward pass are compiled loops over one sample, without autograd; the backward pass decays the traces
-    and adds to them in one go. --sparse-kernel dense does the same in plain PyTorch.
- 3. The policy is run once a step: acting and learning share its forward pass, between which no weight changes.
- 4. Actions are drawn from numpy's generator, not torch's, so no run repeats one of theirs number by number.
- 5. The training environment is seeded anew at every reset from (seed, episode), so that a resumed run repeats the
-    uninterrupted one in any environment; there, one generator runs on.
- 6. The deterministic policy is evaluated now and then, in an environment of its own; there, only the returns of
-    training are looked at (here: episode/return).
+Differences from the original:
+ 1. A pruned weight is not stored: values, gradients and traces are vectors over the active
+    weights, and the norm that bounds the step is theirs.
+ 2. Forward and backward pass are compiled loops over one sample, without autograd; the backward
+    pass decays the traces and adds the gradient to them in one go. --sparse-kernel dense does the
+    same in plain PyTorch.
+ 3. The policy is run once a step: acting and learning share its forward pass, because no weight
+    changes between them.
+ 4. Actions are drawn from numpy's generator, there from torch's: no run repeats one of theirs
+    number by number.
+ 5. The training environment is seeded anew at every reset from (seed, episode), so that a resumed
+    run repeats the uninterrupted one in any environment; there, one generator runs on.
+ 6. The deterministic policy is evaluated now and then, in an environment of its own; there, only
+    the returns of training are looked at (here: episode/return).
+
+In this file: flags, networks, normaliser, gradient and optimiser, agent, update; then `train`, the
+whole of training; then the compiled loops; then an appendix that this file shares with the others:
+sparse layers, diagnostics, runs.
 """
 
 import hashlib
@@ -36,17 +46,18 @@ import math
 import os
 import platform
 import random
+import re
 import signal
 import subprocess
 import sys
-import time
 import warnings
 from collections import deque
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import distributions
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Annotated, Literal, NamedTuple, NoReturn, get_type_hints
 
 import gymnasium as gym
 import numba
@@ -59,22 +70,25 @@ import tyro
 from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
 from scipy.stats import trim_mean
-from torch.nn.utils import get_total_norm
+from torch.nn.utils import get_total_norm, parameters_to_vector, vector_to_parameters
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 
 @dataclass
 class Args:
+    # A condition beside a type is checked at the start; x is the flag's value.
+
     # Experiment
     exp_name: str = "stream_ac_sparse"
     """part of the run's name"""
-    seed: int = 1
+    seed: Annotated[int, "0 <= x < 2**32"] = 1
     """seed of networks, exploration and environments (below 2^32)"""
     device: Literal["auto", "cpu"] = "auto"
-    """one sample at a time is work for a CPU: auto is cpu"""
-    threads: int = 1
-    """CPU threads of PyTorch, which serves diagnostics (and all with --sparse-kernel dense); the stream runs on one"""
+    """where the networks live: always the CPU, which is faster for one sample at a time"""
+    threads: Annotated[int, "x >= 1"] = 1
+    """CPU threads of PyTorch, used by diagnostics and by --sparse-kernel dense;
+    the compiled loops always run on one"""
     runs_dir: str = "runs"
     """folder that holds one folder per run"""
     resume: bool = True
@@ -86,101 +100,109 @@ class Args:
 
     # Environment
     env_id: str = "Walker2d-v4"
-    """any Gymnasium id with Box (or Dict of Box) observations and Box actions; dm_control/* through Shimmy"""
-    total_timesteps: int = 2_000_000
+    """any Gymnasium id with Box (or Dict of Box) observations and Box actions;
+    dm_control/* through Shimmy"""
+    total_timesteps: Annotated[int, "x >= 1"] = 2_000_000
     """env steps of training"""
 
-    # Algorithm (appendix C.2 of the paper: the values of Elsayed et al.)
-    learning_starts: int = 0
+    # Algorithm (appendix C.2 of the paper: the values of the original)
+    learning_starts: Annotated[int, "x >= 0"] = 0
     """env steps of uniformly random actions before the first update"""
-    gamma: float = 0.99
+    gamma: Annotated[float, "0 <= x <= 1"] = 0.99
     """discount"""
-    trace_lambda: float = 0.8
+    trace_lambda: Annotated[float, "0 <= x <= 1"] = 0.8
     """the eligibility traces decay by gamma * trace_lambda a step"""
-    learning_rate: float = 1.0
-    """the largest step of ObGD"""
-    actor_kappa: float = 3.0
-    """how far ObGD bounds the actor's steps: the larger, the smaller they are"""
-    critic_kappa: float = 2.0
-    """the same of the critic"""
-    entropy_coefficient: float = 0.01
+    learning_rate: Annotated[float, "0 < x < inf"] = 1.0
+    """the largest step size of ObGD"""
+    actor_kappa: Annotated[float, "0 < x < inf"] = 3.0
+    """how tightly ObGD bounds the actor's steps: the larger, the smaller the steps"""
+    critic_kappa: Annotated[float, "0 < x < inf"] = 2.0
+    """how tightly ObGD bounds the critic's steps: the larger, the smaller the steps"""
+    entropy_coefficient: Annotated[float, "0 <= x < inf"] = 0.01
     """weight of the entropy bonus, whose sign is that of the TD error"""
     init: Literal["sparse_init", "lecun"] = "sparse_init"
-    """initial weights: uniform in +-1/sqrt(fan_in); SparseInit sets 90 percent of each row to zero and trains them"""
+    """initial weights: lecun is uniform in +-1/sqrt(fan_in); sparse_init then sets 90 percent of
+    each row to zero, but trains them"""
     bootstrap_on_truncation: bool = False
     """value what follows a time limit; the original treats it as the end of the task"""
 
     # Size and sparsity
-    width_scale: float = 1.0
+    width_scale: Annotated[float, "1/128 <= x < inf"] = 1.0
     """hidden units of actor and critic: 128 x scale"""
-    depth_scale: int = 1
+    depth_scale: Annotated[int, "x >= 1"] = 1
     """hidden layers of actor and critic: 1 + scale"""
-    sparsity: float = 0.0
-    """fraction of parameters removed from the actor and from the critic"""
-    actor_sparsity: float | None = None
-    """of the actor alone (default: --sparsity)"""
-    critic_sparsity: float | None = None
-    """of the critic alone (default: --sparsity)"""
+    sparsity: Annotated[float, "0 <= x < 1"] = 0.0
+    """fraction of parameters removed from the actor and from the critic; 0: the dense baseline"""
+    actor_sparsity: Annotated[float | None, "0 <= x < 1"] = None
+    """sparsity of the actor alone (default: --sparsity)"""
+    critic_sparsity: Annotated[float | None, "0 <= x < 1"] = None
+    """sparsity of the critic alone (default: --sparsity)"""
     sparsity_distribution: Literal["erdos_renyi", "uniform"] = "erdos_renyi"
     """how a network's sparsity is spread over its layers"""
-    mask_seed: int | None = None
+    mask_seed: Annotated[int | None, "0 <= x < 2**32"] = None
     """seed of the random pruning (default: --seed)"""
     sparse_kernel: Literal["auto", "packed", "dense"] = "auto"
-    """auto, packed: compiled loops over active weights; dense: PyTorch with autograd, slower, for new networks"""
+    """how the networks are run (auto and packed: compiled loops over active weights; dense:
+    PyTorch with autograd, slower, for new networks);
+    a resumed run is bit-equal only with the same kernel"""
 
     # Logging
-    eval_interval: int = 100_000
+    eval_interval: Annotated[int, "x >= 1"] = 100_000
     """env steps between evaluations, the first at step 0"""
-    eval_episodes: int = 10
+    eval_episodes: Annotated[int, "x >= 1"] = 10
     """episodes of each evaluation (deterministic policy)"""
-    final_eval_episodes: int = 100
+    final_eval_episodes: Annotated[int, "x >= 1"] = 100
     """episodes of the last evaluation and of --eval-only"""
-    diagnostics_interval: int = 100_000
+    diagnostics_interval: Annotated[int, "x >= 0"] = 100_000
     """env steps between measurements of rank, dormancy and norms (0: never)"""
     track: bool = False
     """log to Weights & Biases as well (WANDB_MODE=offline needs no account)"""
     wandb_project: str = "sparse_zoo"
-    """project of --track"""
+    """Weights & Biases project of --track"""
     wandb_entity: str | None = None
-    """team of --track"""
+    """Weights & Biases team of --track"""
 
     # Checkpoints
-    checkpoint_interval: int = 100_000
+    checkpoint_interval: Annotated[int, "x >= 1"] = 100_000
     """env steps between checkpoints, each written at the next end of an episode"""
 
 
 def sparse_init(weight: torch.Tensor, sparsity: float = 0.9) -> None:
-    """Zeroes ceil(sparsity * fan_in) random entries of each row of (out, in); Elsayed et al. 2024, Algorithm 1."""
+    """Zeroes ceil(sparsity * in) random entries of each row of a weight (out, in).
+
+    Elsayed et al. 2024, Algorithm 1.
+    """
     zeros = math.ceil(sparsity * weight.shape[1])
-    weight.scatter_(1, torch.rand_like(weight).argsort(1)[:, :zeros], 0.0)
+    places = torch.rand_like(weight).argsort(1)[:, :zeros]
+    weight.scatter_(1, places, 0.0)
 
 
 class MLP(nn.Module):
-    """Linear layers with LayerNorm (no parameters) and leaky ReLU, then linear heads side by side."""
+    """Linear layers, each with LayerNorm (no parameters) and leaky ReLU; then linear heads.
+
+    The compiled loops know this network and no other: a new one needs --sparse-kernel dense.
+    """
 
     def __init__(self, inputs: int, hidden: int, layers: int, heads: list[int], init: str):
         super().__init__()
-        sizes = [inputs] + [hidden] * layers
         self.encoder = nn.Sequential()
-        for fan_in, fan_out in pairwise(sizes):
-            block = (
-                nn.Linear(fan_in, fan_out),
-                nn.LayerNorm(fan_out, elementwise_affine=False),
-                nn.LeakyReLU(),
-            )
-            self.encoder.extend(block)
+        for fan_in, fan_out in pairwise([inputs] + [hidden] * layers):
+            self.encoder.append(nn.Linear(fan_in, fan_out))
+            self.encoder.append(nn.LayerNorm(fan_out, elementwise_affine=False))
+            self.encoder.append(nn.LeakyReLU())
         self.heads = nn.ModuleList(nn.Linear(hidden, outputs) for outputs in heads)
-        for linear in (module for module in self.modules() if isinstance(module, nn.Linear)):
-            nn.init.uniform_(
-                linear.weight, -1 / math.sqrt(linear.in_features), 1 / math.sqrt(linear.in_features)
-            )
+        for linear in self.modules():
+            if not isinstance(linear, nn.Linear):
+                continue
+            bound = 1 / math.sqrt(linear.in_features)
+            nn.init.uniform_(linear.weight, -bound, bound)
             nn.init.zeros_(linear.bias)
             if init == "sparse_init":
                 sparse_init(linear.weight.data)
 
-    def forward(self, state: torch.Tensor) -> torch.Tensor:
+    def forward(self, state):
         """(..., inputs) -> (..., sum of heads)"""
-        features = self.encoder(state)
+        features = self.encoder(state)  # (..., hidden)
         return torch.cat([head(features) for head in self.heads], -1)
 
 
@@ -188,7 +210,9 @@ class Statistics:
     """Mean and unbiased variance of a stream of arrays (Welford 1962)."""
 
     def __init__(self, shape: tuple[int, ...] = ()):
-        self.count, self.mean, self.squares = 0, np.zeros(shape), np.zeros(shape)
+        self.count = 0
+        self.mean = np.zeros(shape)
+        self.squares = np.zeros(shape)  # sum of squared differences from the mean
 
     def update(self, x) -> None:
         self.count += 1
@@ -198,20 +222,25 @@ class Statistics:
 
     def std(self):
         """With epsilon; 1 before the second sample."""
-        return np.sqrt((self.squares / (self.count - 1) if self.count > 1 else 1.0) + 1e-8)
+        variance = self.squares / (self.count - 1) if self.count > 1 else 1.0
+        return np.sqrt(variance + 1e-8)
 
 
 class Normalizer:
-    """What the agent sees: normalised observations with the time in the episode, and scaled rewards."""
+    """What the agent sees: normalised observations, the time in the episode, scaled rewards."""
 
     def __init__(self, obs_dim: int, gamma: float, episode_limit: float):
-        self.obs, self.reward, self.reward_trace = Statistics((obs_dim,)), Statistics(), 0.0
-        self.gamma, self.episode_limit = gamma, episode_limit
+        self.obs = Statistics((obs_dim,))
+        self.reward = Statistics()
+        self.reward_trace = 0.0
+        self.gamma = gamma
+        self.episode_limit = episode_limit
 
     def state(self, obs: np.ndarray, length: int, update: bool = True) -> np.ndarray:
-        """Observation after `length` steps of an episode -> network input (obs_dim + 1,), float32.
+        """Network input (obs_dim + 1,) float32 for an observation after `length` steps.
 
-        The last entry grows from -0.5 to nearly 0.5; it starts to move with the second step, as in the original.
+        The last entry is the time: it grows from -0.5 to nearly 0.5 over an episode, and starts to
+        move with the second step, as in the original.
         """
         if update:
             self.obs.update(obs)
@@ -221,147 +250,186 @@ class Normalizer:
         return state
 
     def scale(self, reward: float, done: bool) -> float:
-        """The reward over the std of the discounted sum of rewards, which starts anew with an episode's last reward."""
+        """The reward over the std of the discounted sum of rewards.
+
+        As in the original, the sum starts anew with an episode's last reward, not after it.
+        """
         self.reward_trace = float(self.reward_trace * self.gamma * (1 - done) + reward)
         self.reward.update(self.reward_trace)
         return float(reward / self.reward.std())
 
     def state_dict(self) -> dict:
-        parts = (self.obs, self.reward)
         statistics = [
-            {key: torch.as_tensor(value) for key, value in vars(part).items()} for part in parts
+            {name: torch.as_tensor(value) for name, value in vars(part).items()}
+            for part in (self.obs, self.reward)
         ]
         return {"statistics": statistics, "reward_trace": self.reward_trace}
 
     def load_state_dict(self, state: dict) -> None:
         self.reward_trace = state["reward_trace"]
-        for part, tensors in zip((self.obs, self.reward), state["statistics"]):
-            vars(part).update({key: tensor.numpy()[()] for key, tensor in tensors.items()})
+        for part, saved in zip((self.obs, self.reward), state["statistics"]):
+            for name, value in saved.items():
+                setattr(part, name, value.numpy()[()])  # [()]: a number stays a number
+
+
+class Transition(NamedTuple):
+    """One step, as the agent sees it."""
+
+    state: np.ndarray  # (obs_dim + 1,) float32
+    action: np.ndarray  # (action_dim,), before it is clipped
+    reward: float  # scaled
+    next_state: np.ndarray
+    cut: bool  # nothing follows to bootstrap from
+
+
+# Rounding alone may change: sums may be vectorised; NaN and infinity pass through
+REORDER = {"reassoc", "contract", "nsz"}
 
 
 @numba.njit(cache=True)
 def policy_gradient(output, action, direction, entropy_coefficient):
-    """Gradient of -log pi(a|s) - entropy_coefficient * direction * entropy with respect to the actor's output.
+    """Gradient of -log pi(a|s) - entropy_coefficient * direction * entropy, (2 * action_dim,)
 
-    The output (2 * action_dim,) is the mean and, before softplus, the std of a Gaussian; direction is the sign of the
-    TD error.
+    It is taken with respect to the actor's output: the mean of a Gaussian and, before softplus,
+    its std. The direction is the sign of the TD error.
     """
-    mean, raw = output[: len(action)], output[len(action) :]
-    std = np.log1p(np.exp(-np.abs(raw))) + np.maximum(raw, 0)
+    mean = output[: len(action)]
+    raw = output[len(action) :]
+    std = np.log1p(np.exp(-np.abs(raw))) + np.maximum(raw, 0)  # softplus that does not overflow
     error = action - mean
+    grad_mean = -error / std**2
     grad_std = (1 - (error / std) ** 2 - entropy_coefficient * direction) / std
-    return np.concatenate((-error / std**2, grad_std / (1 + np.exp(-raw)))).astype(np.float32)
+    grad_raw = grad_std / (1 + np.exp(-raw))  # the slope of softplus is a sigmoid
+    return np.concatenate((grad_mean, grad_raw)).astype(np.float32)
+
+
+@numba.njit(fastmath=REORDER, cache=True)
+def bounded_step(weights, traces, delta, learning_rate, kappa):
+    """ObGD (Elsayed et al., Algorithm 3): weights <- weights - step_size * delta * traces.
+
+    Returns the step size.
+    """
+    norm = np.float32(0)
+    for k in range(len(traces)):
+        norm += abs(traces[k])
+    bound = learning_rate * kappa * max(1.0, abs(delta)) * norm
+    step_size = learning_rate / max(1.0, bound)
+    step = np.float32(step_size * delta)
+    for k in range(len(weights)):
+        weights[k] -= step * traces[k]
+    return step_size
 
 
 class StreamingNetwork:
     """An MLP with its eligibility traces and its optimiser, ObGD; one sample at a time.
 
-    Weights and traces are two flat vectors. The parameters of `mlp` are views of the first, and their .grad views of
-    the second: a trace is a gradient that is not cleared but decayed, and autograd adds to it as the loops do.
+    Weights and traces are two flat vectors. The parameters of `mlp` are views of the first, and
+    their .grad views of the second: a trace is a gradient that is decayed instead of cleared, and
+    autograd adds to it as the compiled loops do.
     """
 
     def __init__(self, mlp: MLP, kappa: float, args: Args):
-        self.mlp, self.kappa, self.learning_rate = mlp, kappa, args.learning_rate
-        self.decay, self.compiled = (
-            np.float32(args.gamma * args.trace_lambda),
-            args.sparse_kernel != "dense",
-        )
+        self.mlp = mlp
+        self.kappa = kappa
+        self.learning_rate = args.learning_rate
+        self.decay = np.float32(args.gamma * args.trace_lambda)
         parameters = list(mlp.parameters())
-        weights = nn.utils.parameters_to_vector(parameters).detach()
-        nn.utils.vector_to_parameters(weights, parameters)
+        weights = parameters_to_vector(parameters).detach()
+        vector_to_parameters(weights, parameters)  # makes them views of the vector
         traces = torch.zeros_like(weights)
-        for parameter, trace in zip(
-            parameters, traces.split([parameter.numel() for parameter in parameters])
-        ):
+        sizes = [parameter.numel() for parameter in parameters]
+        for parameter, trace in zip(parameters, traces.split(sizes)):
             parameter.grad = trace.view_as(parameter)
-        self.weights, self.traces = weights.numpy(), traces.numpy()
-        self.hidden = tuple(
-            self.view(module)
-            for module in mlp.encoder
-            if isinstance(module, nn.Linear | SparseLinear)
-        )
-        self.heads = tuple(self.view(head) for head in mlp.heads)
-
-    @staticmethod
-    def view(layer: "nn.Linear | SparseLinear") -> tuple[np.ndarray, ...]:
-        """The layer's arrays for the compiled loops."""
-        if isinstance(layer, SparseLinear):
-            weight, (rows, columns) = layer.values, layer.shape
-            row, col = layer.index // columns, layer.index % columns
-            _, pointers = sort_into_blocks(row, col, layer.shape)
-        else:
-            weight, (rows, columns) = layer.weight, layer.weight.shape
-            pointers, col = torch.arange(rows + 1) * columns, torch.empty(0)
-        arrays = (weight.data.flatten(), weight.grad.flatten(), layer.bias.data, layer.bias.grad)
-        pattern = (
-            pointers.to(torch.uint32),
-            col.to(torch.uint32),
-        )  # unsigned: no check for indices below zero
-        memory = (np.zeros(columns, np.float32), np.zeros(1, np.float32))
-        return (*(array.numpy() for array in arrays + pattern), *memory)
+        self.weights = weights.numpy()
+        self.traces = traces.numpy()
+        self.loops = None if args.sparse_kernel == "dense" else loop_arrays(mlp)
 
     def __call__(self, state: np.ndarray) -> np.ndarray:
         """(inputs,) -> (outputs,); the next step differentiates the last call."""
-        if self.compiled:
-            return forward(self.hidden, self.heads, state)
+        if self.loops:
+            return forward(*self.loops, state)
         self.output = self.mlp(torch.from_numpy(state))
         return self.output.detach().numpy()
 
     def step(self, grad: np.ndarray, delta: float, done: bool) -> float:
-        """One step for a loss with gradient `grad` (outputs,) and a TD error; returns the step size."""
-        if self.compiled:
-            backward(self.hidden, self.heads, grad, self.decay)
+        """One step for a loss with gradient `grad` (outputs,) and a TD error; the step size."""
+        if self.loops:
+            backward(*self.loops, grad, self.decay)
         else:
             self.traces *= self.decay
             self.output.backward(torch.from_numpy(grad))
-        alpha = bounded_step(self.weights, self.traces, delta, self.learning_rate, self.kappa)
+        step_size = bounded_step(self.weights, self.traces, delta, self.learning_rate, self.kappa)
         if done:
             self.traces[:] = 0
-        return alpha
+        return step_size
+
+    def layer_table(self) -> list[dict]:
+        """What the network stores, layer by layer, and how it is run."""
+        rows = layer_table(self.mlp)
+        for row in rows[:-1]:  # the last is of biases and norms
+            row["kernel"] = "compiled" if self.loops else row["kernel"]
+        return rows
 
 
 class Agent:
-    """Networks drawn from torch's generator and pruned with masks from --mask-seed."""
+    """Actor and critic, drawn from torch's generator and pruned with masks from --mask-seed."""
 
     def __init__(self, args: Args, obs_dim: int, action_dim: int):
-        hidden, layers = round(128 * args.width_scale), 1 + args.depth_scale
-        device = torch.device("cpu" if args.device == "auto" else args.device)
+        inputs = obs_dim + 1  # the time in the episode
+        hidden = round(128 * args.width_scale)
+        layers = 1 + args.depth_scale
+        actor = MLP(inputs, hidden, layers, [action_dim, action_dim], args.init)
+        critic = MLP(inputs, hidden, layers, [1], args.init)
+
+        # Prune each network once
         mask_seed = args.seed if args.mask_seed is None else args.mask_seed
-        networks = {
-            "actor": ([action_dim, action_dim], args.actor_sparsity, args.actor_kappa),
-            "critic": ([1], args.critic_sparsity, args.critic_kappa),
-        }
-        self.layers = {}
-        for index, (name, (heads, own_sparsity, kappa)) in enumerate(networks.items()):
-            mlp = MLP(obs_dim + 1, hidden, layers, heads, args.init)  # one input more: the time
-            sparsity = args.sparsity if own_sparsity is None else own_sparsity
-            how = (args.sparsity_distribution, derive_seed(mask_seed, index), "dense", device)
-            self.layers[name] = sparsify(mlp, sparsity, *how)
-            setattr(self, name, StreamingNetwork(mlp, kappa, args))
+        own_sparsity = [(actor, args.actor_sparsity), (critic, args.critic_sparsity)]
+        for index, (mlp, sparsity) in enumerate(own_sparsity):
+            sparsify(
+                mlp,
+                args.sparsity if sparsity is None else sparsity,
+                args.sparsity_distribution,
+                derive_seed(mask_seed, index),
+                args.sparse_kernel,
+                torch.device("cpu"),
+            )
+        self.actor = StreamingNetwork(actor, args.actor_kappa, args)
+        self.critic = StreamingNetwork(critic, args.critic_kappa, args)
+
+        # What update and diagnostics rely on; of another network, it is said here and not later
+        states = torch.linspace(-1, 1, 3 * inputs).view(3, inputs)
+        for name, outputs in (("actor", 2 * action_dim), ("critic", 1)):
+            network = getattr(self, name)
+            check_shape(f"{name}.mlp", network.mlp(states), batch=3, outputs=outputs)
+            check_shape(f"{name}.mlp", network.mlp(states[0]), outputs=outputs)
+            check_encoder(network.mlp, "encoder", states)
+            check_loops(name, network, states[0])
+
+
+def td_error(transition: Transition, value, next_value, gamma: float):
+    """delta = r + gamma * (1 - cut) * V(s') - V(s)"""
+    return transition.reward + gamma * (1 - transition.cut) * next_value - value
 
 
 def update(
-    agent: Agent,
-    state,
-    output,
-    action,
-    reward: float,
-    next_state,
-    cut: bool,
-    done: bool,
-    args: Args,
-):
-    """Learns from one transition; `cut` where nothing follows to bootstrap from, `done` where the episode ends.
+    agent: Agent, transition: Transition, output: np.ndarray, done: bool, args: Args
+) -> tuple[float, float, float]:
+    """Learns from one transition; `done` where an episode ends, `output` of the actor.
 
-    The actor must have been run on `state` last. Returns the TD error and both step sizes.
+    The actor must have been run on the transition's state last. Returns the TD error and the step
+    sizes of actor and critic.
     """
-    next_value = float(agent.critic(next_state)[0])
-    delta = reward + args.gamma * (1 - cut) * next_value - float(agent.critic(state)[0])
-    actor_grad = policy_gradient(output, action, np.sign(delta), args.entropy_coefficient)
+    next_value = float(agent.critic(transition.next_state)[0])
+    # The critic runs on the state last, because its step differentiates the last call
+    value = float(agent.critic(transition.state)[0])
+    delta = td_error(transition, value, next_value, args.gamma)
+
+    actor_grad = policy_gradient(
+        output, transition.action, np.sign(delta), args.entropy_coefficient
+    )
+    critic_grad = np.array([-1], np.float32)  # of the loss -V(s)
     actor_step = agent.actor.step(actor_grad, delta, done)
-    critic_step = agent.critic.step(
-        np.array([-1], np.float32), delta, done
-    )  # the gradient of -V(s)
+    critic_step = agent.critic.step(critic_grad, delta, done)
     return delta, actor_step, critic_step
 
 
@@ -369,57 +437,54 @@ def act(
     agent: Agent, state: np.ndarray, noise: np.ndarray | float = 0.0
 ) -> tuple[np.ndarray, np.ndarray]:
     """The action mean + std * noise (action_dim,), and the actor's output that `update` needs."""
-    output = agent.actor(state)
+    output = agent.actor(state)  # (2 * action_dim,)
     mean, raw = np.split(output, 2)
-    return mean + np.float32(noise) * np.logaddexp(0, raw), output
-
-
-def episode_limit(env: gym.Env) -> float:
-    """Env steps until an episode is cut off; infinity where there is no limit."""
-    return env.spec.max_episode_steps or (
-        1000 if env.spec.id.startswith("dm_control/") else math.inf
-    )
+    std = np.logaddexp(0, raw)  # softplus
+    return mean + np.float32(noise) * std, output
 
 
 def evaluate(
-    agent, norm, env: gym.Env, episodes: int, seed_key: tuple, video: Path | None = None
+    agent: Agent,
+    norm: Normalizer,
+    env: gym.Env,
+    episodes: int,
+    seed_key: tuple,
+    video: Path | None = None,
 ) -> dict[str, float]:
-    """Mean, std and interquartile mean of the deterministic policy's returns; films the first episode on request."""
-    returns, frames = np.zeros(episodes), []
+    """Returns of the deterministic policy, mean, std and interquartile mean.
+
+    seed_key: what the episodes' seeds are derived from
+    video: where to put a film of the first episode, one frame a decision
+    """
+    returns = np.zeros(episodes)
+    frames = []
     for episode in range(episodes):
         obs, _ = env.reset(seed=derive_seed(*seed_key, episode))
-        length, done = 0, False
+        length = 0
+        done = False
         while not done:
             if video and episode == 0:
                 frames.append(env.render())
             action, _ = act(agent, norm.state(obs, length, update=False))
             obs, reward, terminated, truncated, _ = env.step(action)
             returns[episode] += reward
-            length, done = length + 1, terminated or truncated
+            length += 1
+            done = terminated or truncated
     if video:
-        import imageio
-
-        video.parent.mkdir(exist_ok=True)
-        imageio.mimwrite(video, frames, fps=30, macro_block_size=None)
-    return {
-        "return_mean": returns.mean(),
-        "return_std": returns.std(),
-        "return_iqm": trim_mean(returns, 0.25),
-    }
+        write_video(video, frames)
+    return summary(returns)
 
 
 class Recent:
-    """The last transitions (state, action, reward, next_state, cut), for diagnostics alone."""
+    """The last transitions, for diagnostics alone."""
 
     def __init__(self, size: int = 256):
         self.transitions = deque(maxlen=size)
 
     def columns(self) -> list[torch.Tensor]:
-        """One tensor (transitions, ...) for each part."""
-        return [
-            torch.as_tensor(np.array(column), dtype=torch.float32)
-            for column in zip(*self.transitions)
-        ]
+        """One tensor (transitions, ...) for each part of a transition."""
+        columns = zip(*self.transitions)
+        return [torch.as_tensor(np.array(column), dtype=torch.float32) for column in columns]
 
     def state_dict(self) -> dict:
         return {"columns": self.columns()}
@@ -431,184 +496,149 @@ class Recent:
 def diagnose(agent: Agent, recent: Recent, args: Args) -> dict[str, float]:
     """Plasticity measurements of actor and critic on the last transitions.
 
-    The gradient is that of a step without traces: the mean of delta times the gradient of each transition's loss.
+    The gradient is that of a step without traces: the mean of delta times the gradient of each
+    transition's loss.
     """
-    state, action, reward, next_state, cut = recent.columns()
+    columns = Transition(*recent.columns())  # (transitions, ...) each
+    state = columns.state
     with torch.no_grad():
-        value, next_value = agent.critic.mlp(state)[:, 0], agent.critic.mlp(next_state)[:, 0]
-        delta = reward + args.gamma * (1 - cut) * next_value - value
-        outputs = agent.actor.mlp(state)
-    samples = zip(outputs.numpy(), action.numpy(), delta.sign().numpy())
-    actor_grad = torch.tensor(
-        np.array([policy_gradient(*sample, args.entropy_coefficient) for sample in samples])
-    )
+        value = agent.critic.mlp(state)[:, 0]  # (transitions,)
+        next_value = agent.critic.mlp(columns.next_state)[:, 0]
+        delta = td_error(columns, value, next_value, args.gamma)
+        outputs = agent.actor.mlp(state)  # (transitions, 2 * action_dim)
+    samples = zip(outputs.numpy(), columns.action.numpy(), delta.sign().numpy())
+    actor_grad = [policy_gradient(*sample, args.entropy_coefficient) for sample in samples]
     measured = {}
-    for name, grad in (("actor", actor_grad), ("critic", -torch.ones(len(state), 1))):
+    for name, grad in (
+        ("actor", torch.tensor(np.array(actor_grad))),
+        ("critic", -torch.ones(len(state), 1)),
+    ):
         mlp = getattr(agent, name).mlp
         parameters = list(mlp.parameters())
-        gradients = torch.autograd.grad(mlp(state), parameters, delta[:, None] * grad / len(state))
+        grad = delta[:, None] * grad / len(state)  # (transitions, outputs)
+        gradients = torch.autograd.grad(mlp(state), parameters, grad)
         plasticity = measure_plasticity(mlp.encoder, state, parameters, gradients)
         measured |= {f"{name}_{metric}": value for metric, value in plasticity.items()}
     return measured
 
 
-def train(args: Args) -> None:
-    check_flags(args)
-    torch.set_num_threads(args.threads)
-    warnings.filterwarnings(
-        "ignore", module="gymnasium"
-    )  # of the precision of Box bounds, and of v4 tasks' age
-    os.environ["MUJOCO_GL"] = (
-        os.environ.get("MUJOCO_GL", "egl") if args.capture_video else "disabled"
-    )
-    signal.signal(
-        signal.SIGINT, lambda *_: sys.exit("interrupted; --resume goes on from the last checkpoint")
-    )
+def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
+    """Flat observations, actions clipped to their bounds; counts returns and lengths."""
+    env = open_env(args, render_mode)
+    env = gym.wrappers.ClipAction(env)
+    return gym.wrappers.RecordEpisodeStatistics(env)
 
-    env, eval_env = make_env(args), make_env(args, "rgb_array" if args.capture_video else None)
-    obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
-    bounds = env.unwrapped.action_space
-    random.seed(args.seed)
-    np.random.seed(args.seed)
-    torch.manual_seed(args.seed)
+
+def check_numbers(agent_step: int, *numbers: float) -> None:
+    """stop_unless_finite for plain numbers: making tensors of them would slow the stream down."""
+    if not all(map(math.isfinite, numbers)):
+        stop_unless_finite(agent_step, torch.tensor(math.nan))
+
+
+def train(args: Args) -> None:
+    """A whole run: trains, evaluates, measures and saves, or goes on where it was stopped."""
+    set_up_process(args)
+    torch.set_num_threads(args.threads)
+    env = make_env(args)
+    eval_env = make_env(args, "rgb_array" if args.capture_video else None)
+    (obs_dim,) = env.observation_space.shape
+    (action_dim,) = env.action_space.shape
+    bounds = env.unwrapped.action_space  # before clipping, whose own space has none
+
     try:
         agent = Agent(args, obs_dim, action_dim)
-    except ValueError as error:
+    except ValueError as error:  # a sparsity out of reach, or a network of another shape
         fail(str(error))
-    run_dir, checkpoint = open_run(args)
-    if checkpoint and checkpoint["finished"] and not args.eval_only:
-        print(f"this run is finished: its results are in {run_dir} (--no-resume runs it again)")
-        sys.exit(0)
-    norm, recent = Normalizer(obs_dim, args.gamma, episode_limit(env)), Recent()
-    parts_to_save = {
+    norm = Normalizer(obs_dim, args.gamma, episode_limit(env))
+    recent = Recent()
+
+    # What a checkpoint holds, in this order; no traces, which are zero between two episodes
+    parts = {
         "actor": agent.actor.mlp,
         "critic": agent.critic.mlp,
         "norm": norm,
         "recent": recent,
     }
-    agent_step = update_step = episode = csv_bytes = 0
 
-    if checkpoint:
-        try:
-            for name, part in parts_to_save.items():
-                part.load_state_dict(checkpoint.pop(name))
-        except ValueError as error:
-            fail(f"{run_dir}: {error}")
-        restore_generators(checkpoint["generators"])
-        agent_step, update_step, episode, csv_bytes = checkpoint["counters"]
+    def evaluation(episodes: int, purpose: int, video: Path | None = None) -> dict[str, float]:
+        seed_key = (args.seed, purpose, run.agent_step)
+        return evaluate(agent, norm, eval_env, episodes, seed_key, video)
+
+    def check_weights() -> None:
+        check_numbers(run.agent_step, agent.actor.weights.sum(), agent.critic.weights.sum())
+
+    run = Run(args)
+    run.restore(parts)
     if args.eval_only:
-        video = run_dir / "videos" / f"eval_{agent_step}.mp4" if args.capture_video else None
-        result = evaluate(
-            agent, norm, eval_env, args.final_eval_episodes, (args.seed, FINAL, agent_step), video
-        )
-        print("  ".join(f"{name} {value:.1f}" for name, value in result.items()))
-        sys.exit(0)
+        run.print_result(evaluation(args.final_eval_episodes, FINAL, run.video()))
+        return
 
-    describe_run(run_dir, args, agent.layers)
-    print(f"{run_dir}: " + (f"going on from env step {agent_step}" if checkpoint else "new run"))
-    metrics = Metrics(run_dir, args, csv_bytes, agent_step)
-    bar = tqdm(total=args.total_timesteps, initial=agent_step, unit=" env steps")
-    bar.mininterval = 0.5 if sys.stderr.isatty() else 30
-    saved_step, episode_over = agent_step, True
+    run.begin({"actor": agent.actor.layer_table(), "critic": agent.critic.layer_table()})
+    episode_over = True
+    if run.agent_step == 0:
+        run.log("eval", evaluation(args.eval_episodes, EVAL))
 
-    def log(values: dict, prefix: str) -> None:
-        values = {f"{prefix}/{name}": value for name, value in values.items()}
-        metrics.log(agent_step, agent_step, update_step, values)
-
-    def due(interval: int) -> bool:
-        """Whether a multiple of some env steps has just been reached."""
-        return interval > 0 and agent_step % interval == 0
-
-    def stop_unless_finite(value: float) -> None:
-        if not math.isfinite(value):
-            print(
-                f"error: a value is not finite at {agent_step=}; the last checkpoint is kept",
-                file=sys.stderr,
-            )
-            sys.exit(3)
-
-    def save(finished: bool) -> None:
-        stop_unless_finite(agent.actor.weights.sum() + agent.critic.weights.sum())
-        state = {name: part.state_dict() for name, part in parts_to_save.items()}
-        counters = (agent_step, update_step, episode, metrics.sync())
-        save_checkpoint(run_dir, args, {**state, "counters": counters, "finished": finished})
-
-    if agent_step == 0:
-        log(evaluate(agent, norm, eval_env, args.eval_episodes, (args.seed, EVAL, 0)), "eval")
-    while agent_step < args.total_timesteps:
+    while run.agent_step < args.total_timesteps:
         if episode_over:
-            if agent_step - saved_step >= args.checkpoint_interval:
-                save(finished=False)  # the traces are zero now
-                saved_step = agent_step
-            obs, _ = env.reset(seed=derive_seed(args.seed, TRAIN, episode))
+            if run.checkpoint_due():
+                check_weights()
+                run.save(parts)
+            obs, _ = env.reset(seed=derive_seed(args.seed, TRAIN, run.episode))
             state = norm.state(obs, 0)
-            episode, length, episode_return = episode + 1, 0, 0.0
-            first_update, absolute_delta, started = update_step, 0.0, time.time()
+            run.episode += 1
+            length = 0
+            absolute_errors = 0.0
+            first_update = run.update_step
 
-        # Act
-        if agent_step < args.learning_starts:
+        # Act: at random at first, then by the policy
+        if run.agent_step < args.learning_starts:
             action = np.random.uniform(bounds.low, bounds.high)
         else:
             action, output = act(agent, state, np.random.standard_normal(action_dim))
-            stop_unless_finite(output.sum())
-        obs, reward, terminated, truncated, _ = env.step(action)
-        agent_step, length, episode_return = agent_step + 1, length + 1, episode_return + reward
+            check_numbers(run.agent_step, output.sum())
+        obs, reward, terminated, truncated, info = env.step(action)
+        length += 1
         episode_over = terminated or truncated
-        next_state, reward = norm.state(obs, length), norm.scale(reward, episode_over)
+        next_state = norm.state(obs, length)
+        reward = norm.scale(reward, episode_over)
         cut = terminated or (truncated and not args.bootstrap_on_truncation)
-        recent.transitions.append((state, action, reward, next_state, cut))
-
-        # Learn
-        if agent_step > args.learning_starts:
-            delta, *step_sizes = update(
-                agent, state, output, action, reward, next_state, cut, episode_over, args
-            )
-            update_step, absolute_delta = update_step + 1, absolute_delta + abs(delta)
-            stop_unless_finite(delta)
+        transition = Transition(state, action, reward, next_state, cut)
+        recent.transitions.append(transition)
         state = next_state
+        run.count_decision()
+
+        # Learn, where the policy has acted
+        if run.agent_step > args.learning_starts:
+            delta, actor_step, critic_step = update(agent, transition, output, episode_over, args)
+            check_numbers(run.agent_step, delta)
+            absolute_errors += abs(delta)
+            run.update_step += 1
 
         # Measure
-        if due(args.eval_interval):
-            result = evaluate(
-                agent, norm, eval_env, args.eval_episodes, (args.seed, EVAL, agent_step)
-            )
-            log(result, "eval")
-            draw_learning_curve(run_dir, args.env_id)
-            bar.set_postfix_str(f"return {result['return_mean']:.0f}")
-        if due(args.diagnostics_interval):
-            stop_unless_finite(agent.actor.weights.sum() + agent.critic.weights.sum())
-            log(diagnose(agent, recent, args), "diagnostics")
+        if run.due(args.eval_interval):
+            run.log_evaluation(evaluation(args.eval_episodes, EVAL))
+        if run.due(args.diagnostics_interval):
+            check_weights()
+            run.log("diagnostics", diagnose(agent, recent, args))
 
-        bar.update()
         if episode_over:
-            log({"return": episode_return, "length": length}, "episode")
-            if update_step > first_update:
-                sizes = dict(zip(("actor_step_size", "critic_step_size"), step_sizes))
-                log(
-                    {"absolute_td_error": absolute_delta / (update_step - first_update), **sizes},
-                    "losses",
-                )
-            log({"env_steps_per_second": length / (time.time() - started)}, "time")
+            losses = {}
+            updates = run.update_step - first_update
+            if updates > 0:
+                losses = {
+                    "absolute_td_error": absolute_errors / updates,
+                    "actor_step_size": actor_step,
+                    "critic_step_size": critic_step,
+                }
+            run.log_episode(info["episode"], losses)
 
-    save(finished=False)  # a kill in the last evaluation costs no training
-    video = run_dir / "videos" / "final.mp4" if args.capture_video else None
-    result = evaluate(
-        agent, norm, eval_env, args.final_eval_episodes, (args.seed, FINAL, agent_step), video
-    )
-    log(result, "final")
-    save(finished=True)
-    metrics.close()
-    bar.close()
-    draw_learning_curve(run_dir, args.env_id)
-    print(
-        f"return {result['return_mean']:.1f}; checkpoint, metrics.csv and learning_curve.png are in {run_dir}"
-    )
+    check_weights()
+    run.save(parts)  # a kill in the last evaluation costs no training
+    run.finish(parts, evaluation(args.final_eval_episodes, FINAL, run.video()))
 
 
-# Appendix: the same in every file that has it
-
-
-# Flags that change results by rounding at most: a run may go on with others. The rest are in its folder's name.
+# Flags that change results by rounding at most: a run may go on with others.
+# All other flags are in the name of the run's folder, as a hash.
 EXECUTION_FLAGS = {
     "device",
     "threads",
@@ -624,609 +654,71 @@ EXECUTION_FLAGS = {
 }
 
 
-def check_flags(args: Args) -> None:
-    """Ends the program if a flag makes no sense."""
-    counts = "depth_scale total_timesteps threads eval_interval eval_episodes final_eval_episodes checkpoint_interval"
-    rules = [
-        ("at least 0 and below 1", lambda x: 0 <= x < 1, "sparsity actor_sparsity critic_sparsity"),
-        ("between 0 and 1", lambda x: 0 <= x <= 1, "gamma trace_lambda"),
-        (
-            "above 0 and finite",
-            lambda x: 0 < x < math.inf,
-            "learning_rate actor_kappa critic_kappa",
-        ),
-        ("at least 0 and finite", lambda x: 0 <= x < math.inf, "entropy_coefficient"),
-        (
-            "at least 1/128 (one hidden unit) and finite",
-            lambda x: 1 / 128 <= x < math.inf,
-            "width_scale",
-        ),
-        ("at least 1", lambda x: x >= 1, counts),
-        ("at least 0", lambda x: x >= 0, "learning_starts diagnostics_interval"),
-        ("at least 0 and below 2^32", lambda x: 0 <= x < 2**32, "seed mask_seed"),
-    ]
-    for rule, holds, names in rules:
-        for name in names.split():
-            if (value := getattr(args, name)) is not None and not holds(value):
-                fail(f"--{name.replace('_', '-')} {value}: must be {rule}")
-    if "/" in args.exp_name:
-        fail(f"--exp-name {args.exp_name}: is part of a folder's name and cannot contain /")
-
-
-def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
-    """An environment with flat observations that clips actions to their bounds."""
-    try:
-        if args.env_id.startswith("dm_control/"):
-            import shimmy
-
-            gym.register_envs(shimmy)
-        env = gym.make(args.env_id, render_mode=render_mode, disable_env_checker=True)
-        if render_mode:  # what cannot be filmed fails now, not after training
-            env.reset(seed=0)
-            env.render()
-    except (gym.error.Error, ImportError, RuntimeError, ValueError, AttributeError) as error:
-        filming = (
-            " (--capture-video needs a renderer: MUJOCO_GL=egl or osmesa)"
-            if args.capture_video
-            else ""
-        )
-        fail(f"--env-id {args.env_id}: {error}{filming}")
-    action_space, space = env.action_space, env.observation_space
-    if (
-        not isinstance(action_space, gym.spaces.Box)
-        or len(action_space.shape) != 1
-        or not action_space.is_bounded()
-    ):
-        fail(
-            f"--env-id {args.env_id} has actions {action_space}; this agent needs a bounded Box of one dimension"
-        )
-    for part in space.values() if isinstance(space, gym.spaces.Dict) else [space]:
-        if not isinstance(part, gym.spaces.Box):
-            fail(
-                f"--env-id {args.env_id} has observations {part}; this agent needs Box or a Dict of Box"
-            )
-    return gym.wrappers.ClipAction(gym.wrappers.FlattenObservation(env))
-
-
-def derive_seed(*key: int) -> int:
-    """A seed for each key; keys that differ only in zeros at their ends share one."""
-    return int(np.random.SeedSequence(key).generate_state(1)[0])
-
-
-# What a seed derived from (--seed, purpose, ...) is for
-TRAIN, EVAL, FINAL = range(3)
-
-
-# === SPARSE LAYERS (identical in every file) ===
-def erdos_renyi(shapes: dict[str, tuple[int, ...]], sparsity: float) -> dict[str, float]:
-    """Sparsity of each layer under the Erdos-Renyi rule: density proportional to sum(shape) / prod(shape).
-
-    Shapes are (out, in) or (out, in, k_h, k_w). The budget counts all parameters (what each would lose is rounded
-    down, as in the official code); those with one dimension (biases, norms) and layers whose density would pass 1 are
-    dense, and the others pay for them. Raises ValueError if the dense ones alone exceed the budget.
-    Mocanu et al. 2018; Evci et al. 2020, arXiv:1911.11134; section 2.2 of the paper.
-    """
-    size = {name: math.prod(shape) for name, shape in shapes.items()}
-    budget = sum(count - math.floor(sparsity * count) for count in size.values())
-    dense = {name for name, shape in shapes.items() if len(shape) == 1}
-    while len(dense) < len(shapes):
-        rest = [name for name in shapes if name not in dense]
-        epsilon = (budget - sum(size[name] for name in dense)) / sum(
-            sum(shapes[name]) for name in rest
-        )
-        if epsilon <= 0:
-            raise ValueError(
-                f"sparsity {sparsity} is out of reach: biases and norms alone hold more parameters"
-            )
-        density = {name: epsilon * sum(shapes[name]) / size[name] for name in rest}
-        overfull = {name for name in rest if density[name] > 1}
-        if not overfull:
-            return {name: 0.0 if name in dense else 1 - density[name] for name in shapes}
-        dense |= overfull
-    return dict.fromkeys(shapes, 0.0)
-
-
-def uniform(shapes: dict[str, tuple[int, ...]], sparsity: float) -> dict[str, float]:
-    """The same sparsity in every weight matrix; parameters with one dimension stay dense."""
-    return {name: 0.0 if len(shape) == 1 else sparsity for name, shape in shapes.items()}
-
-
-# The active weights of a packed layer are sorted by block of 128 columns, then by row: while a block is worked on, its
-# 128 rows of x^T stay in the cache. Group g = block * rows + row holds the weights pointers[g] <= k < pointers[g + 1].
-BLOCK = 128
-
-
-REORDER = {
-    "reassoc",
-    "contract",
-    "nsz",
-}  # sums may be vectorised; NaN and infinity still pass through
-
-
-def sort_into_blocks(
-    row: torch.Tensor, col: torch.Tensor, shape: tuple[int, int]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The order that sorts entries (row, col) of a matrix of some shape into blocks, and the pointers to its groups."""
-    group = col // BLOCK * shape[0] + row
-    groups = math.ceil(shape[1] / BLOCK) * shape[0]
-    return torch.argsort(group, stable=True), F.pad(
-        torch.bincount(group, minlength=groups).cumsum(0), (1, 0)
-    )
-
-
-@numba.njit(parallel=True, fastmath=REORDER, cache=True)
-def packed_product(pointers, col, values, x_t, y_t):
-    """y_t[row] += values[k] * x_t[col[k]] over the active weights k of each row, two at a time."""
-    rows = len(y_t)
-    for block in range((len(pointers) - 1) // rows):
-        for row in numba.prange(rows):
-            y, end = y_t[row], pointers[block * rows + row + 1]
-            for k in range(pointers[block * rows + row], end, 2):
-                last = min(k + 1, end - 1)
-                x0, x1 = x_t[col[k]], x_t[col[last]]
-                w0 = values[k]
-                w1 = (
-                    values[last] if last > k else np.float32(0)
-                )  # the last of an odd row stands alone
-                for b in range(len(y)):
-                    y[b] += w0 * x0[b] + w1 * x1[b]
-
-
-@numba.njit(parallel=True, fastmath=REORDER, cache=True)
-def packed_gradient(pointers, col, grad_t, x_t, out):
-    """out[k] = <grad_t[row of k], x_t[col[k]]> for every active weight k, two at a time."""
-    rows = len(grad_t)
-    for block in range((len(pointers) - 1) // rows):
-        for row in numba.prange(rows):
-            grad, end = grad_t[row], pointers[block * rows + row + 1]
-            for k in range(pointers[block * rows + row], end, 2):
-                last = min(k + 1, end - 1)
-                x0, x1 = x_t[col[k]], x_t[col[last]]
-                dot0, dot1 = np.float32(0), np.float32(0)
-                for b in range(len(grad)):
-                    dot0 += grad[b] * x0[b]
-                    dot1 += grad[b] * x1[b]
-                out[k] = dot0
-                out[last] = dot1
-
-
-def call_numba(kernel, *tensors: torch.Tensor) -> torch.Tensor:
-    """Runs a numba kernel on the memory of CPU tensors; returns the last one, which it fills."""
-    kernel(*(tensor.detach().numpy() for tensor in tensors))
-    return tensors[-1]
-
-
-class PackedLinear(torch.autograd.Function):
-    """y = x W^T + b for a W of which only the active entries exist, in time proportional to their number.
-
-    Works on x^T (in, batch), of which one contiguous row is read for each active weight. The results are transposed
-    views, so that ReLU and a packed layer that follow go on in this layout without a copy.
-    """
-
-    @staticmethod
-    def forward(ctx, x, values, bias, layer):
-        x_t, y_t = x.t().contiguous(), bias[:, None].repeat(1, len(x))
-        ctx.save_for_backward(x_t, values)
-        ctx.layer = layer
-        return call_numba(packed_product, layer.pointers, layer.col, values, x_t, y_t).t()
-
-    @staticmethod
-    def backward(ctx, grad):
-        x_t, values = ctx.saved_tensors
-        layer, grad_t = ctx.layer, grad.t().contiguous()
-        grad_x = grad_values = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            by_column, zeros = values.index_select(0, layer.by_column), torch.zeros_like(x_t)
-            grad_x = call_numba(
-                packed_product, layer.pointers_t, layer.row, by_column, grad_t, zeros
-            ).t()
-        if ctx.needs_input_grad[1]:
-            empty = torch.empty_like(values)
-            grad_values = call_numba(packed_gradient, layer.pointers, layer.col, grad_t, x_t, empty)
-        if ctx.needs_input_grad[2]:
-            grad_bias = grad_t.sum(1)
-        return grad_x, grad_values, grad_bias, None
-
-
-class SparseLinear(nn.Module):
-    """A linear layer that stores its active weights only: `values` (nnz,), with a dense `bias` (out,).
-
-    `active` (nnz,) lists their places row * in_features + column, in the order of sort_into_blocks: the dense matrix
-    would be zeros(out * in) with `values` written at `active`.
-    """
-
-    def __init__(self, linear: nn.Linear, active: torch.Tensor, kernel: str):
-        super().__init__()
-        self.shape, self.kernel = tuple(linear.weight.shape), kernel
-        row, col = active // self.shape[1], active % self.shape[1]
-        order, pointers = sort_into_blocks(row, col, self.shape)
-        row, col, active = row[order], col[order], active[order]
-        self.values = nn.Parameter(linear.weight.detach().flatten()[active])
-        self.bias = linear.bias
-        self.register_buffer("active", active.int())
-        if kernel == "dense":
-            self.register_buffer("index", active, persistent=False)
-        else:
-            by_column, pointers_t = sort_into_blocks(col, row, self.shape[::-1])  # the same for W^T
-            index = (pointers, col, pointers_t, row[by_column], by_column)
-            for name, tensor in zip(("pointers", "col", "pointers_t", "row", "by_column"), index):
-                self.register_buffer(name, tensor.int(), persistent=False)
-
-    def _load_from_state_dict(self, state: dict, prefix: str, *rest) -> None:
-        if not torch.equal(state[prefix + "active"].cpu(), self.active.cpu()):
-            raise ValueError(
-                "the saved mask is not the one drawn here: another version of PyTorch or of this file?"
-            )
-        nn.Module._load_from_state_dict(self, state, prefix, *rest)
-
-    def dense_weight(self) -> torch.Tensor:
-        """The values in their places among zeros, with the shape of the dense weight."""
-        return (
-            self.values.new_zeros(math.prod(self.shape))
-            .index_copy_(0, self.index, self.values)
-            .view(self.shape)
-        )
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(batch, in) -> (batch, out)"""
-        if self.kernel == "packed":
-            return PackedLinear.apply(x, self.values, self.bias, self)
-        return F.linear(x, self.dense_weight(), self.bias)
-
-
-class SparseConv2d(nn.Module):
-    """A convolution that stores its active weights only, as SparseLinear does with the dense kernel.
-
-    `active` (nnz,) lists their places in the flattened weight (out, in, k_h, k_w).
-    """
-
-    _load_from_state_dict, dense_weight = (
-        SparseLinear._load_from_state_dict,
-        SparseLinear.dense_weight,
-    )
-
-    def __init__(self, conv: nn.Conv2d, active: torch.Tensor):
-        super().__init__()
-        self.shape, self.stride, self.padding = tuple(conv.weight.shape), conv.stride, conv.padding
-        self.values = nn.Parameter(conv.weight.detach().flatten()[active])
-        self.bias = conv.bias
-        self.register_buffer("active", active.int())
-        self.register_buffer("index", active, persistent=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(batch, in, height, width) -> (batch, out, height, width)"""
-        return F.conv2d(x, self.dense_weight(), self.bias, self.stride, self.padding)
-
-
-def sparsify(
-    network: nn.Module,
-    sparsity: float,
-    distribution: str,
-    mask_seed: int,
-    kernel: str,
-    device: torch.device,
-) -> list[dict]:
-    """Prunes a network once, at random, and moves it: each linear layer and convolution that loses weights is replaced.
-
-    The survivors keep their initial values (no rescaling). `kernel` is auto, packed or dense. Returns the layer
-    table: name, shape, active and total weights of each layer. Raises ValueError if the sparsity is out of reach.
-    """
-    shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
-    layer_sparsity = {"erdos_renyi": erdos_renyi, "uniform": uniform}[distribution](
-        shapes, sparsity
-    )
-    generator = torch.Generator().manual_seed(mask_seed)
-    table = []
-    for name in [
-        name for name, layer in network.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)
-    ]:
-        layer = network.get_submodule(
-            name
-        )  # one at a time, so that dense weights are freed on the way
-        total = layer.weight.numel()
-        count = max(1, round((1 - layer_sparsity[name + ".weight"]) * total))
-        table.append(
-            {"layer": name, "shape": list(layer.weight.shape), "active": count, "total": total}
-        )
-        if count < total:
-            permutation = torch.randperm(
-                total, generator=generator, dtype=torch.int32
-            )  # half the memory of int64
-            active = permutation[:count].long().sort().values
-            packed = device.type == "cpu" and count <= 0.25 * total
-            chosen = kernel if kernel != "auto" else "packed" if packed else "dense"
-            linear = isinstance(layer, nn.Linear)
-            network.set_submodule(
-                name, SparseLinear(layer, active, chosen) if linear else SparseConv2d(layer, active)
-            )
-    other = sum(math.prod(shape) for shape in shapes.values()) - sum(row["total"] for row in table)
-    table.append({"layer": "biases and norms", "shape": [other], "active": other, "total": other})
-    network.to(device)
-    return table
-
-
-# === END SPARSE LAYERS ===
-
-
-# === DIAGNOSTICS (identical in every file) ===
-def run_and_record(encoder: nn.Module, inputs: torch.Tensor) -> tuple[torch.Tensor, list, list]:
-    """The features of an encoder (batch, hidden), and the outputs of its linear and of its ReLU layers."""
-    linear_outputs, relu_outputs, handles = [], [], []
-    for module in encoder.modules():
-        for kinds, outputs in (
-            ((nn.Linear, SparseLinear), linear_outputs),
-            ((nn.ReLU, nn.LeakyReLU), relu_outputs),
-        ):
-            if isinstance(module, kinds):
-                handles.append(
-                    module.register_forward_hook(
-                        lambda _, __, y, outputs=outputs: outputs.append(y)
-                    )
-                )
-    with torch.no_grad():
-        features = encoder(inputs)
-    for handle in handles:
-        handle.remove()
-    return features, linear_outputs, relu_outputs
-
-
-def stable_rank(
-    features: torch.Tensor, mass: float = 0.99, threshold: float = 0.01
-) -> tuple[int, int]:
-    """Two effective ranks of features (batch, hidden).
-
-    First: how many leading singular values hold `mass` of their sum (Kumar et al. 2021; the official code). Second:
-    how many singular values of features / sqrt(batch) exceed `threshold` (section 4.1, which gives no threshold; this
-    one and the scaling are those of Lyle et al. 2022, arXiv:2204.09560).
-    """
-    singular = torch.linalg.svdvals(features.float())
-    cumulative = singular.cumsum(0) / singular.sum()
-    return int((cumulative < mass).sum()) + 1, int(
-        (singular / math.sqrt(len(features)) > threshold).sum()
-    )
-
-
-def dormant_ratio(outputs: list[torch.Tensor], tau: float = 0.1) -> float:
-    """Percentage of units in some layers' outputs (batch, units) whose mean |output| is at most tau of their layer's.
-
-    Equation 1 of the paper; Sokar et al. 2023, arXiv:2302.12902.
-    """
-    scores = [y.abs().mean(0) for y in outputs]
-    dormant = sum(int((score / (score.mean() + 1e-9) <= tau).sum()) for score in scores)
-    return 100 * dormant / sum(len(score) for score in scores)
-
-
-def measure_plasticity(
-    encoder: nn.Module, inputs: torch.Tensor, parameters: list, gradients: list
-) -> dict[str, float]:
-    """The measurements of section 4 for one network, on a batch of inputs to its encoder."""
-    features, linear_outputs, relu_outputs = run_and_record(encoder, inputs)
-    rank_99, rank_threshold = stable_rank(features)
-    return {
-        "srank_99": rank_99,
-        "srank_threshold": rank_threshold,
-        "dormant_ratio": dormant_ratio(linear_outputs),
-        "dormant_ratio_relu": dormant_ratio(relu_outputs),
-        "active_units": float(torch.cat([(y > 0).float().mean(0) for y in relu_outputs]).mean()),
-        "grad_norm": float(get_total_norm(gradients)),
-        "param_norm": float(get_total_norm(parameters)),
-        "feature_norm": float(features.norm(dim=1).mean()),
-    }
-
-
-# === END DIAGNOSTICS ===
-
-
-# === RUNS (identical in every file) ===
-def fail(message: str) -> NoReturn:
-    """Ends the program with one line for a person and exit code 2."""
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
-def open_run(args) -> tuple[Path, dict | None]:
-    """Finds or creates the run of these flags, locks it, and returns its folder and its checkpoint (or None).
-
-    The folder is runs/<env>__<exp_name>__<hash>__s<seed>; the hash covers the other flags that change results. With
-    --eval-only it is only read. A run with final returns is finished even if its checkpoints were deleted. Exits with
-    code 2 if the folder cannot be used, another process works in it, or the checkpoint is damaged or of other flags.
-    """
-    flags = {name: value for name, value in asdict(args).items() if name not in EXECUTION_FLAGS}
-    digest = hashlib.sha256(
-        json.dumps({**flags, "seed": None}, sort_keys=True).encode()
-    ).hexdigest()[:8]
-    env = args.env_id.replace("/", "-").replace(":", "-")
-    run_dir = Path(args.runs_dir) / f"{env}__{args.exp_name}__{digest}__s{args.seed}"
-    try:
-        if not args.eval_only:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            open_run.lock = FileLock(run_dir / ".lock")  # held until the process ends
-            open_run.lock.acquire(timeout=0)
-        if not args.resume and not args.eval_only and any(run_dir.glob("[!.]*")):
-            old = next(
-                path for n in range(1, 10**6) if not (path := Path(f"{run_dir}.old{n}")).exists()
-            )
-            old.mkdir()
-            for path in sorted(
-                run_dir.glob("[!.]*"), reverse=True
-            ):  # checkpoints after what they count on
-                path.rename(old / path.name)
-            print(f"the previous run of these flags is now in {old}")
-        path, metrics = run_dir / "checkpoint.pt", run_dir / "metrics.csv"
-        if not path.exists():  # killed between the two renames of save_checkpoint
-            path = run_dir / "checkpoint.previous.pt"
-        if not path.exists():
-            if args.eval_only:
-                fail(
-                    f"nothing to evaluate: no checkpoint in {run_dir}; train first, with the same flags"
-                )
-            finished = metrics.exists() and ",final/return_mean," in metrics.read_text()
-            return run_dir, {"finished": True} if finished else None
-    except Timeout:
-        fail(
-            f"another process is working in {run_dir}; wait for it, or change --seed or --exp-name"
-        )
-    except OSError as error:
-        fail(f"cannot use {run_dir} ({error.strerror}); choose another folder with --runs-dir")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        made_with = checkpoint["args"]
-    except Exception as error:
-        fail(
-            f"cannot read {path} ({type(error).__name__}); if it is damaged, delete it to go on from the one before"
-        )
-    for name, value in flags.items():
-        if made_with.get(name) != value:
-            fail(
-                f"{path} was made with --{name.replace('_', '-')} {made_with.get(name)}, not {value}; move it away"
-            )
-    return run_dir, checkpoint
-
-
-def save_checkpoint(run_dir: Path, args, state: dict) -> None:
-    """Writes checkpoint.pt so that a kill at any moment leaves a whole one, and keeps the one before it.
-
-    Every random number is drawn on the CPU, so there are three generators.
-    """
-    kind, keys, *position = np.random.get_state()
-    numpy_state = [kind, keys.tolist(), *position]
-    generators = {"python": random.getstate(), "numpy": numpy_state, "torch": torch.get_rng_state()}
-    path, temporary = run_dir / "checkpoint.pt", run_dir / "checkpoint.tmp"
-    with open(temporary, "wb") as file:
-        torch.save({**state, "args": asdict(args), "generators": generators}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    if path.exists():
-        os.replace(path, run_dir / "checkpoint.previous.pt")
-    os.replace(temporary, path)
-
-
-def restore_generators(generators: dict) -> None:
-    """Sets every global random generator to the state saved by save_checkpoint."""
-    random.setstate(generators["python"])
-    np.random.set_state(tuple(generators["numpy"]))
-    torch.set_rng_state(generators["torch"])
-
-
-def describe_run(run_dir: Path, args, layers: dict[str, list[dict]]) -> None:
-    """Prints the layer table of each network; writes args.json: flags, versions, git revision, layer tables."""
-    for network, rows in layers.items():
-        active, total = sum(row["active"] for row in rows), sum(row["total"] for row in rows)
-        print(f"{network:<26}{'shape':>14}{'density':>9}{'active':>13} /{'total':>12}")
-        for row in [*rows, {"layer": "all", "shape": [], "active": active, "total": total}]:
-            shape, density = " x ".join(map(str, row["shape"])), row["active"] / row["total"]
-            print(
-                f"  {row['layer']:<24}{shape:>14}{density:>9.4f}{row['active']:>13,} /{row['total']:>12,}"
-            )
-    how = {
-        "shell": True,
-        "cwd": Path(__file__).resolve().parent,
-        "capture_output": True,
-        "text": True,
-    }
-    revision = (
-        subprocess.run("git describe --always --dirty", **how).stdout.strip() or None
-    )  # None without git
-    packages = ("torch", "numpy", "numba", "gymnasium", "shimmy", "dm-control", "mujoco", "ale-py")
-    installed = {
-        str(package.name).lower().replace("_", "-"): package.version for package in distributions()
-    }
-    versions = {
-        "python": platform.python_version(),
-        **{name: installed.get(name) for name in packages},
-    }
-    record = {
-        "args": asdict(args),
-        "versions": versions,
-        "git_revision": revision,
-        "layers": layers,
-    }
-    (run_dir / "args.json").write_text(json.dumps(record, indent=1))
-
-
-class Metrics:
-    """Writes to metrics.csv (one flushed row a value), TensorBoard and, with --track, Weights & Biases."""
-
-    def __init__(self, run_dir: Path, args, csv_bytes: int, env_step: int):
-        self.file = open(run_dir / "metrics.csv", "a")  # noqa: SIM115
-        if os.fstat(self.file.fileno()).st_size < csv_bytes:
-            fail(
-                f"{self.file.name} lacks what came before the checkpoint; bring it back, or start with --no-resume"
-            )
-        self.file.truncate(csv_bytes)  # what came after the checkpoint will be written again
-        if csv_bytes == 0:
-            self.file.write("env_step,agent_step,update_step,metric,value\n")
-        self.tensorboard = SummaryWriter(run_dir, purge_step=env_step + 1 if csv_bytes else 0)
-        self.wandb = None
-        if args.track:
-            import wandb
-
-            where = {
-                "project": args.wandb_project,
-                "entity": args.wandb_entity,
-                "id": run_dir.name,
-                "dir": run_dir,
-            }
-            try:
-                self.wandb = wandb.init(
-                    **where, config=asdict(args), resume="allow" if csv_bytes else None
-                )
-            except wandb.Error as error:
-                fail(f"--track: {error}")
-            self.wandb.define_metric("*", step_metric="env_step")
-
-    def log(
-        self, env_step: int, agent_step: int, update_step: int, values: dict[str, float]
-    ) -> None:
-        for metric, value in values.items():
-            self.file.write(f"{env_step},{agent_step},{update_step},{metric},{float(value)!r}\n")
-            self.tensorboard.add_scalar(metric, float(value), env_step)
-        self.file.flush()
-        if self.wandb:
-            self.wandb.log({**values, "env_step": env_step})
-
-    def sync(self) -> int:
-        """Brings everything logged so far to the disk; returns the length of metrics.csv."""
-        self.tensorboard.flush()
-        os.fsync(self.file.fileno())
-        return os.fstat(self.file.fileno()).st_size
-
-    def close(self) -> None:
-        self.file.close()
-        self.tensorboard.close()
-        if self.wandb:
-            self.wandb.finish()
-
-
-def draw_learning_curve(run_dir: Path, title: str) -> None:
-    """learning_curve.png from metrics.csv: returns of training episodes and of evaluations (mean and std)."""
-    metrics = pd.read_csv(run_dir / "metrics.csv").pivot(
-        index="env_step", columns="metric", values="value"
-    )
-    axes = (figure := Figure((6, 4), layout="constrained")).subplots()
-    if "episode/return" in metrics:
-        axes.plot(
-            metrics["episode/return"].dropna(), color="0.75", lw=0.8, label="training episodes"
-        )
-    mean, std = (metrics[f"eval/return_{name}"].dropna() for name in ("mean", "std"))
-    axes.plot(mean, marker="o", ms=3, label="evaluation (mean, std over episodes)")
-    axes.fill_between(mean.index, mean - std, mean + std, alpha=0.2)
-    axes.set(xlabel="env steps", ylabel="return", title=title)
-    axes.legend(frameon=False)
-    figure.savefig(run_dir / "learning_curve.png", dpi=150)
-
-
-# === END RUNS ===
-
-
-# A linear layer, as the compiled loops see it, is a plain tuple of numpy arrays (a NamedTuple would be compiled anew in
-# every run):
+# Compiled loops: forward and backward pass of an MLP for one sample
+#
+# A linear layer is a plain tuple of numpy arrays here (a NamedTuple would be compiled anew in every
+# run):
 #   weight, weight_trace   (active weights,), views of the network's flat vectors
 #   bias, bias_trace       (out,), likewise
-#   pointers               (groups + 1,): group g of row g % out holds the weights pointers[g] <= k < pointers[g + 1],
-#                          blocks of 128 columns if the layer is sparse, whole rows if it is dense
+#   pointers               (groups + 1,): group g of row g % out holds the weights
+#                          pointers[g] <= k < pointers[g + 1]; blocks of 128 columns if the layer is
+#                          sparse, whole rows if it is dense
 #   col                    (active weights,), or empty if the layer is dense
-#   last_x, inverse_std    (in,) and (1,): input, and 1 / std in the LayerNorm behind, of the last forward pass
+#   last_x                 (in,), the input of the last forward pass
+#   inverse_std            (1,), 1 / std in the LayerNorm behind, of the last forward pass
+
+
+def loop_arrays(mlp: MLP) -> tuple[tuple, tuple]:
+    """The hidden layers and the heads of an MLP, as the loops see them."""
+    linear = nn.Linear | SparseLinear
+    hidden = tuple(layer_arrays(layer) for layer in mlp.encoder if isinstance(layer, linear))
+    return hidden, tuple(layer_arrays(head) for head in mlp.heads)
+
+
+def layer_arrays(layer: nn.Module) -> tuple[np.ndarray, ...]:
+    """A linear layer, dense or sparse, as the loops see it."""
+    if isinstance(layer, SparseLinear):
+        weight = layer.values
+        rows, columns = layer.shape
+        col = layer.index % columns
+        _, pointers = sort_into_blocks(layer.index // columns, col, layer.shape)
+    else:
+        weight = layer.weight
+        rows, columns = weight.shape
+        col = torch.empty(0)
+        pointers = torch.arange(rows + 1) * columns
+    arrays = [
+        weight.data.flatten(),
+        weight.grad.flatten(),
+        layer.bias.data,
+        layer.bias.grad,
+        pointers.to(torch.uint32),  # unsigned: numba then leaves out what an index below 0 needs
+        col.to(torch.uint32),
+        torch.zeros(columns),
+        torch.zeros(1),
+    ]
+    return tuple(array.numpy() for array in arrays)
+
+
+def check_loops(name: str, network: StreamingNetwork, state: torch.Tensor) -> None:
+    """Raises ValueError, in one sentence, if the loops do not compute what the MLP does.
+
+    Compares the gradient of the outputs' sum. The traces are zero before and after.
+    """
+    if not network.loops:
+        return
+    parameters = list(network.mlp.parameters())
+    output = network.mlp(state).sum()
+    gradients = torch.autograd.grad(output, parameters, materialize_grads=True)
+    expected = parameters_to_vector(gradients).numpy()
+    looped = network(state.numpy())
+    backward(*network.loops, np.ones_like(looped), network.decay)
+    if not np.allclose(network.traces, expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max()):
+        raise ValueError(
+            f"the compiled loops do not compute what {name}.mlp does; "
+            "change them too, or use --sparse-kernel dense"
+        )
+    network.traces[:] = 0
 
 
 @numba.njit(fastmath=REORDER, cache=True)
@@ -1236,7 +728,8 @@ def linear(layer, x):
     last_x[:] = x
     y = bias.copy()
     for group in range(len(pointers) - 1):
-        start, end = pointers[group], pointers[group + 1]
+        start = pointers[group]
+        end = pointers[group + 1]
         dot = np.float32(0)
         if len(col) > 0:
             for k in range(start, end):
@@ -1250,13 +743,15 @@ def linear(layer, x):
 
 @numba.njit(fastmath=REORDER, cache=True)
 def linear_backward(layer, grad, decay):
-    """traces <- decay * traces + gradient, for grad (out,) with respect to y; returns W^T grad, (in,)."""
+    """traces <- decay * traces + gradient, for grad (out,) of y; returns W^T grad, (in,)."""
     weight, weight_trace, bias, bias_trace, pointers, col, x, _ = layer
     grad_x = np.zeros_like(x)
     for row in range(len(bias)):
         bias_trace[row] = decay * bias_trace[row] + grad[row]
     for group in range(len(pointers) - 1):
-        start, end, g = pointers[group], pointers[group + 1], grad[group % len(bias)]
+        start = pointers[group]
+        end = pointers[group + 1]
+        g = grad[group % len(bias)]
         if len(col) > 0:
             for k in range(start, end):
                 weight_trace[k] = decay * weight_trace[k] + g * x[col[k]]
@@ -1273,11 +768,12 @@ def forward(hidden, heads, state):
     """The heads' outputs for one state, one behind the other; every layer remembers its input."""
     x = state
     for layer in hidden:
-        y, inverse_std = linear(layer, x), layer[-1]
+        y = linear(layer, x)
+        inverse_std = layer[-1]
         y -= y.mean()
-        inverse_std[0] = 1 / np.sqrt((y * y).mean() + 1e-5)
+        inverse_std[0] = 1 / np.sqrt((y * y).mean() + 1e-5)  # PyTorch's epsilon
         y *= inverse_std[0]
-        x = np.where(y > 0, y, np.float32(0.01) * y)
+        x = np.where(y > 0, y, np.float32(0.01) * y)  # leaky ReLU
     output = np.empty(0, np.float32)
     for head in heads:
         output = np.append(output, linear(head, x))
@@ -1295,25 +791,747 @@ def backward(hidden, heads, grad_output, decay):
         grad += linear_backward(head, grad_output[first : first + outputs], decay)
         first += outputs
     for i in range(len(hidden) - 1, -1, -1):
-        last_x, inverse_std = hidden[i][-2], hidden[i][-1]
-        slope = np.where(x > 0, np.float32(1), np.float32(0.01))  # leaky ReLU
+        last_x = hidden[i][-2]
+        inverse_std = hidden[i][-1]
+        slope = np.where(x > 0, np.float32(1), np.float32(0.01))  # of the leaky ReLU
         normed = x / slope
         grad *= slope
-        grad = inverse_std[0] * (grad - grad.mean() - normed * (grad * normed).mean())  # LayerNorm
-        x, grad = last_x, linear_backward(hidden[i], grad, decay)
+        along = (grad * normed).mean()
+        grad = inverse_std[0] * (grad - grad.mean() - normed * along)  # through the LayerNorm
+        x = last_x
+        grad = linear_backward(hidden[i], grad, decay)
 
 
-@numba.njit(fastmath=REORDER, cache=True)
-def bounded_step(weights, traces, delta, learning_rate, kappa):
-    """ObGD, Algorithm 3 of Elsayed et al.: weights <- weights - alpha * delta * traces; returns alpha."""
-    norm = np.float32(0)
-    for k in range(len(traces)):
-        norm += abs(traces[k])
-    alpha = learning_rate / max(1.0, learning_rate * kappa * max(1.0, abs(delta)) * norm)
-    step = np.float32(alpha * delta)
-    for k in range(len(weights)):
-        weights[k] -= step * traces[k]
-    return alpha
+# Appendix: the same in every file that has it
+
+
+# === ENVIRONMENT (identical in every file that has it) ===
+def open_env(args, render_mode: str | None = None) -> gym.Env:
+    """An environment of --env-id with flat observations and a bounded Box of actions."""
+    renderer = os.environ.get("MUJOCO_GL", "egl")
+    # MuJoCo looks for a renderer as soon as it is loaded: only films need one
+    os.environ["MUJOCO_GL"] = renderer if args.capture_video else "disabled"
+    try:
+        if args.env_id.startswith("dm_control/"):
+            import shimmy
+
+            gym.register_envs(shimmy)
+        env = gym.make(args.env_id, render_mode=render_mode, disable_env_checker=True)
+        if render_mode:  # what cannot be filmed fails now, not after training
+            env.reset(seed=0)
+            env.render()
+    except (gym.error.Error, ImportError, RuntimeError, ValueError, AttributeError) as error:
+        hint = ""
+        if args.capture_video:
+            hint = " (--capture-video needs a renderer: MUJOCO_GL=egl or osmesa)"
+        fail(f"--env-id {args.env_id}: {error}{hint}")
+    check_action_space(args, env.action_space)
+    space = env.observation_space
+    for part in space.values() if isinstance(space, gym.spaces.Dict) else [space]:
+        if not isinstance(part, gym.spaces.Box):
+            fail(
+                f"--env-id {args.env_id} has observations {part}; "
+                "this agent needs Box or a Dict of Box"
+            )
+    return gym.wrappers.FlattenObservation(env)
+
+
+def episode_limit(env: gym.Env) -> float:
+    """Env steps until an episode is cut off; infinity where there is no limit."""
+    if env.spec.max_episode_steps:
+        return env.spec.max_episode_steps
+    return 1000 if env.spec.id.startswith("dm_control/") else math.inf
+
+
+# === END ENVIRONMENT ===
+
+
+# === CONTINUOUS ACTIONS (identical in every file that has it) ===
+def check_action_space(args, space: gym.Space) -> None:
+    """Ends the program unless actions are a bounded vector."""
+    if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1 or not space.is_bounded():
+        fail(
+            f"--env-id {args.env_id} has actions {space}; "
+            "this agent needs a bounded Box of one dimension"
+        )
+
+
+# === END CONTINUOUS ACTIONS ===
+
+
+# === SPARSE LAYERS (identical in every file that has it) ===
+def erdos_renyi(shapes: dict[str, tuple[int, ...]], sparsity: float) -> dict[str, float]:
+    """Sparsity of each layer by the Erdos-Renyi rule: density ~ sum(shape) / prod(shape).
+
+    Shapes are (out, in) or (out, in, k_h, k_w). The budget counts all parameters; what each would
+    lose is rounded down, as in the official code. Biases and norms (one dimension) stay dense, and
+    so do layers whose density would pass 1; the other layers lose that much more.
+    Mocanu et al. 2018; Evci et al. 2020, arXiv:1911.11134; section 2.2 of the paper.
+    Raises ValueError if the dense parameters alone exceed the budget.
+    """
+    size = {name: math.prod(shape) for name, shape in shapes.items()}
+    budget = sum(count - math.floor(sparsity * count) for count in size.values())
+    dense = {name for name, shape in shapes.items() if len(shape) == 1}
+    while len(dense) < len(shapes):
+        rest = [name for name in shapes if name not in dense]
+        free = budget - sum(size[name] for name in dense)
+        epsilon = free / sum(sum(shapes[name]) for name in rest)
+        if epsilon <= 0:
+            raise ValueError(
+                f"sparsity {sparsity} is out of reach: biases and norms alone hold more parameters"
+            )
+        density = {name: epsilon * sum(shapes[name]) / size[name] for name in rest}
+        overfull = {name for name in rest if density[name] > 1}
+        if not overfull:
+            return {name: 0.0 if name in dense else 1 - density[name] for name in shapes}
+        dense |= overfull
+    return dict.fromkeys(shapes, 0.0)
+
+
+def uniform(shapes: dict[str, tuple[int, ...]], sparsity: float) -> dict[str, float]:
+    """The same sparsity in every weight matrix; biases and norms stay dense."""
+    return {name: 0.0 if len(shape) == 1 else sparsity for name, shape in shapes.items()}
+
+
+def random_places(
+    shape: tuple[int, ...], density: float, generator: torch.Generator
+) -> torch.Tensor:
+    """Places in the flattened weight that stay active: an exact number, at random, ascending."""
+    total = math.prod(shape)
+    count = max(1, round(density * total))
+    permutation = torch.randperm(total, generator=generator, dtype=torch.int32)  # half of int64
+    return permutation[:count].long().sort().values
+
+
+# The active weights of a layer are sorted by block of 128 columns, then by row: while a compiled
+# loop works on a block, its 128 inputs stay in the cache. Group g = block * rows + row holds the
+# weights pointers[g] <= k < pointers[g + 1].
+BLOCK = 128
+
+
+def sort_into_blocks(
+    row: torch.Tensor, col: torch.Tensor, shape: tuple[int, int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The order that sorts entries (row, col) of a matrix into blocks; pointers to the groups."""
+    rows, columns = shape
+    group = col // BLOCK * rows + row
+    groups = math.ceil(columns / BLOCK) * rows
+    sizes = torch.bincount(group, minlength=groups)
+    pointers = F.pad(sizes.cumsum(0), (1, 0))
+    return torch.argsort(group, stable=True), pointers
+
+
+class SparseLinear(nn.Module):
+    """A linear layer that stores its active weights only: `values` (nnz,), and `bias` (out,).
+
+    `active` (nnz,) lists their places row * in_features + column, in the order of
+    sort_into_blocks: the dense matrix is zeros(out * in) with `values` written at `active`.
+    `packed` is the class that multiplies without the dense matrix, or None.
+    """
+
+    def __init__(self, linear: nn.Linear, active: torch.Tensor, packed: type | None = None):
+        super().__init__()
+        self.shape = tuple(linear.weight.shape)
+        row = active // self.shape[1]
+        col = active % self.shape[1]
+        order, _ = sort_into_blocks(row, col, self.shape)
+        active = active[order]
+        self.values = nn.Parameter(linear.weight.detach().flatten()[active])
+        self.bias = linear.bias
+        self.register_buffer("active", active.int())
+        if packed:
+            self.kernel = "packed"
+            self.product = packed(row[order], col[order], self.shape)
+        else:
+            self.kernel = "dense"
+            self.register_buffer("index", active, persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(batch, in) -> (batch, out)"""
+        if self.kernel == "packed":
+            return self.product(x, self.values, self.bias)
+        return F.linear(x, dense_weight(self), self.bias)
+
+    def _load_from_state_dict(self, state: dict, prefix: str, *rest) -> None:
+        check_mask(self, state[prefix + "active"])
+        super()._load_from_state_dict(state, prefix, *rest)
+
+
+def dense_weight(layer: nn.Module) -> torch.Tensor:
+    """The values of a sparse layer in their places among zeros, in the dense weight's shape."""
+    zeros = layer.values.new_zeros(math.prod(layer.shape))
+    return zeros.index_copy_(0, layer.index, layer.values).view(layer.shape)
+
+
+def check_mask(layer: nn.Module, saved: torch.Tensor) -> None:
+    """Raises ValueError if a checkpoint was made with another mask."""
+    if not torch.equal(saved.cpu(), layer.active.cpu()):
+        raise ValueError(
+            "the saved mask is not the one drawn here: another version of PyTorch or of this file?"
+        )
+
+
+def sparsify(
+    network: nn.Module,
+    sparsity: float,
+    distribution: str,
+    mask_seed: int,
+    kernel: str,
+    device: torch.device,
+    rule: Callable = random_places,
+    packed: type | None = None,
+    convolution: type | None = None,
+) -> None:
+    """Prunes a network once, before training, and moves it to its device.
+
+    Each layer that loses weights is replaced by one that stores the survivors only, with their
+    initial values (no rescaling).
+
+    distribution: erdos_renyi or uniform, how the sparsity is spread over the layers
+    kernel: packed, dense, or auto: packed on a CPU up to a density of 0.25
+    rule(shape, density, generator): which places of a pruned weight stay active
+    packed, convolution: the classes of packed products and sparse convolutions this file has
+
+    Raises ValueError if the sparsity is out of reach.
+    """
+    shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
+    spread = {"erdos_renyi": erdos_renyi, "uniform": uniform}[distribution]
+    layer_sparsity = spread(shapes, sparsity)
+    generator = torch.Generator().manual_seed(mask_seed)
+    prunable = nn.Linear | nn.Conv2d
+    names = [name for name, layer in network.named_modules() if isinstance(layer, prunable)]
+    for name in names:
+        layer = network.get_submodule(name)  # one at a time, so that dense weights are freed early
+        total = layer.weight.numel()
+        density = 1 - layer_sparsity[name + ".weight"]
+        if round(density * total) == total:
+            continue  # dense
+        active = rule(tuple(layer.weight.shape), density, generator)
+        if isinstance(layer, nn.Conv2d):
+            sparse = convolution(layer, active)
+        else:
+            cheaper = device.type == "cpu" and len(active) <= 0.25 * total
+            use_packed = kernel == "packed" or (kernel == "auto" and cheaper)
+            sparse = SparseLinear(layer, active, packed if use_packed else None)
+        network.set_submodule(name, sparse)
+    network.to(device)
+
+
+def layer_table(network: nn.Module) -> list[dict]:
+    """What a finished network stores: a row for each layer, and one for its other parameters."""
+    table = []
+    for name, layer in network.named_modules():
+        if hasattr(layer, "active"):
+            active = layer.values.numel()
+            shape = layer.shape
+            kernel = layer.kernel
+        elif isinstance(layer, nn.Linear | nn.Conv2d):
+            active = layer.weight.numel()
+            shape = layer.weight.shape
+            kernel = "torch"
+        else:
+            continue
+        row = {"layer": name, "shape": list(shape), "active": active, "total": math.prod(shape)}
+        table.append({**row, "kernel": kernel})
+    stored = sum(parameter.numel() for parameter in network.parameters())
+    other = stored - sum(row["active"] for row in table)
+    row = {"layer": "biases, norms", "shape": [other], "active": other, "total": other}
+    return [*table, {**row, "kernel": ""}]
+
+
+# === END SPARSE LAYERS ===
+
+
+# === DIAGNOSTICS (identical in every file that has it) ===
+def run_and_record(encoder: nn.Module, inputs: torch.Tensor) -> tuple[torch.Tensor, list, list]:
+    """The features of an encoder (batch, hidden); the outputs of its linear and ReLU layers."""
+    linear_outputs = []
+    relu_outputs = []
+    handles = []
+    for module in encoder.modules():
+        if isinstance(module, nn.Linear | SparseLinear):
+            outputs = linear_outputs
+        elif isinstance(module, nn.ReLU | nn.LeakyReLU):
+            outputs = relu_outputs
+        else:
+            continue
+        hook = lambda _, __, output, outputs=outputs: outputs.append(output)  # noqa: E731
+        handles.append(module.register_forward_hook(hook))
+    with torch.no_grad():
+        features = encoder(inputs)
+    for handle in handles:
+        handle.remove()
+    return features, linear_outputs, relu_outputs
+
+
+def check_shape(what: str, output: torch.Tensor, **expected: int) -> None:
+    """Raises ValueError, in one sentence, if a network's output has not the shape of a contract.
+
+    check_shape("critic(obs, action)", q, critics=1, batch=3)
+    """
+    shape = tuple(getattr(output, "shape", [type(output).__name__]))
+    needed = tuple(expected.values())
+    if shape != needed:
+        names = ", ".join(expected)
+        raise ValueError(
+            f"{what} must return a tensor of shape ({names}); "
+            f"for a test batch it returned {shape} instead of {needed}"
+        )
+
+
+def check_encoder(network: nn.Module, part: str, inputs: torch.Tensor) -> None:
+    """Raises ValueError, in one sentence, if diagnostics cannot measure a part of a network."""
+    needs = (
+        f"diagnostics measure {type(network).__name__}.{part}: a module with nn.Linear and "
+        "nn.ReLU (or nn.LeakyReLU) layers that returns (batch, features)"
+    )
+    try:
+        encoder = network.get_submodule(part)
+    except AttributeError:
+        raise ValueError(f"{needs}; there is no such part") from None
+    features, linear_outputs, relu_outputs = run_and_record(encoder, inputs)
+    if not linear_outputs or not relu_outputs:
+        raise ValueError(f"{needs}; it lacks one of these layers")
+    if features.ndim != 2 or len(features) != len(inputs):
+        raise ValueError(f"{needs}; it returned {tuple(features.shape)}")
+
+
+def stable_rank(
+    features: torch.Tensor, mass: float = 0.99, threshold: float = 0.01
+) -> tuple[int, int]:
+    """Two effective ranks of features (batch, hidden).
+
+    First: how many leading singular values hold `mass` of their sum (Kumar et al. 2021; the
+    official code). Second: how many singular values of features / sqrt(batch) exceed `threshold`
+    (section 4.1, which gives no threshold; this one and the scaling are those of Lyle et al. 2022,
+    arXiv:2204.09560).
+    """
+    singular = torch.linalg.svdvals(features.float())
+    cumulative = singular.cumsum(0) / singular.sum()
+    rank_by_mass = int((cumulative < mass).sum()) + 1
+    rank_by_threshold = int((singular / math.sqrt(len(features)) > threshold).sum())
+    return rank_by_mass, rank_by_threshold
+
+
+def dormant_ratio(outputs: list[torch.Tensor], tau: float = 0.1) -> float:
+    """Percentage of units whose mean |output| is at most tau times that of their layer.
+
+    outputs: one tensor (batch, units) for each layer.
+    Equation 1 of the paper; Sokar et al. 2023, arXiv:2302.12902.
+    """
+    scores = [output.abs().mean(0) for output in outputs]  # (units,) each
+    dormant = sum(int((score / (score.mean() + 1e-9) <= tau).sum()) for score in scores)
+    return 100 * dormant / sum(len(score) for score in scores)
+
+
+def measure_plasticity(
+    encoder: nn.Module, inputs: torch.Tensor, parameters: list, gradients: list
+) -> dict[str, float]:
+    """The measurements of section 4 for one network, on a batch of inputs to its encoder."""
+    features, linear_outputs, relu_outputs = run_and_record(encoder, inputs)
+    rank_99, rank_threshold = stable_rank(features)
+    active_units = torch.cat([(output > 0).float().mean(0) for output in relu_outputs])
+    return {
+        "srank_99": rank_99,
+        "srank_threshold": rank_threshold,
+        "dormant_ratio": dormant_ratio(linear_outputs),
+        "dormant_ratio_relu": dormant_ratio(relu_outputs),
+        "active_units": float(active_units.mean()),
+        "grad_norm": float(get_total_norm(gradients)),
+        "param_norm": float(get_total_norm(parameters)),
+        "feature_norm": float(features.norm(dim=1).mean()),
+    }
+
+
+# === END DIAGNOSTICS ===
+
+
+# === RUNS (identical in every file that has it) ===
+# What a seed derived from (--seed, purpose, ...) is for
+TRAIN, EVAL, FINAL, DIAGNOSE = range(4)
+
+
+def derive_seed(*key: int) -> int:
+    """A seed below 2^32 for a key; zeros at the end of a key do not count."""
+    return int(np.random.SeedSequence(key).generate_state(1)[0])
+
+
+def fail(message: str) -> NoReturn:
+    """Ends the program with one line for a person and exit code 2."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def stop_unless_finite(agent_step: int, *values: torch.Tensor) -> None:
+    """Ends the program with exit code 3 if a value is infinite or not a number."""
+    if not all(value.isfinite().all() for value in values):
+        print(
+            f"error: a value is not finite at {agent_step=}; the last checkpoint is kept",
+            file=sys.stderr,
+        )
+        sys.exit(3)
+
+
+def check_flags(args) -> None:
+    """Ends the program if a flag breaks the rule that stands beside it in Args."""
+    for name, hint in get_type_hints(type(args), include_extras=True).items():
+        value = getattr(args, name)
+        if value is None:
+            continue
+        for rule in getattr(hint, "__metadata__", ()):
+            if not eval(rule, {**vars(args), "x": value, "inf": math.inf}):
+                needed = re.sub(r"\bx\b", name, rule)
+                fail(f"--{name.replace('_', '-')} {value} is not allowed: {needed}")
+    if "/" in args.exp_name:
+        fail(f"--exp-name {args.exp_name}: is part of a folder's name and cannot contain /")
+
+
+def set_up_process(args) -> None:
+    """Checks the flags; seeds the global generators; makes Ctrl-C end with one line."""
+    check_flags(args)
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    warnings.filterwarnings("ignore", module="gymnasium")  # precision of Box bounds, age of tasks
+    interrupted = "interrupted; --resume goes on from the last checkpoint"
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(interrupted))
+
+
+def run_folder(args) -> Path:
+    """runs/<env>__<exp_name>__<hash>__s<seed>; the hash covers the other flags of the results."""
+    flags = result_flags(args)
+    digest = hashlib.sha256(json.dumps({**flags, "seed": None}, sort_keys=True).encode())
+    env = args.env_id.replace("/", "-").replace(":", "-")
+    name = f"{env}__{args.exp_name}__{digest.hexdigest()[:8]}__s{args.seed}"
+    return Path(args.runs_dir) / name
+
+
+def result_flags(args) -> dict:
+    """The flags that change results."""
+    return {name: value for name, value in asdict(args).items() if name not in EXECUTION_FLAGS}
+
+
+class Run:
+    """One run: its folder, its counters, and all that is written there.
+
+    agent_step counts decisions, update_step gradient updates, episode the training episodes that
+    have begun, env_step simulator frames (decisions times the action repeat).
+    """
+
+    def __init__(self, args, action_repeat: int = 1):
+        """Finds or creates the run of these flags. Ends the program if it is finished already."""
+        self.args = args
+        self.action_repeat = action_repeat
+        self.folder = run_folder(args)
+        self.agent_step = 0
+        self.update_step = 0
+        self.episode = 0
+        self.csv_bytes = 0
+        self.lock = None
+        self.checkpoint = self.open_folder()
+        if self.checkpoint and self.checkpoint["finished"] and not args.eval_only:
+            for leftover in self.folder.glob("replay.*"):  # by a kill after the last checkpoint
+                leftover.unlink()
+            print(
+                f"this run is finished: its results are in {self.folder} "
+                "(--no-resume runs it again)"
+            )
+            sys.exit(0)
+
+    @property
+    def env_step(self) -> int:
+        return self.agent_step * self.action_repeat
+
+    def open_folder(self) -> dict | None:
+        """Locks the run's folder, and returns its checkpoint, or None where there is none.
+
+        With --eval-only it is only read. A run with final returns is finished even if its
+        checkpoints were deleted. Ends the program if the folder cannot be used, if another process
+        works in it, or if the checkpoint is damaged or of other flags.
+        """
+        args = self.args
+        path = self.folder / "checkpoint.pt"
+        try:
+            if not args.eval_only:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self.lock = FileLock(self.folder / ".lock")  # held until the process ends
+                self.lock.acquire(timeout=0)
+            if not args.resume and not args.eval_only:
+                self.move_aside()
+            if not path.exists():  # killed between the two renames of save_checkpoint
+                path = self.folder / "checkpoint.previous.pt"
+            if not path.exists():
+                if args.eval_only:
+                    fail(
+                        f"nothing to evaluate: no checkpoint in {self.folder}; "
+                        "train first, with the same flags"
+                    )
+                metrics = self.folder / "metrics.csv"
+                finished = metrics.exists() and ",final/return_mean," in metrics.read_text()
+                return {"finished": True} if finished else None
+        except Timeout:
+            fail(
+                f"another process is working in {self.folder}; "
+                "wait for it, or change --seed or --exp-name"
+            )
+        except OSError as error:
+            fail(
+                f"cannot use {self.folder} ({error.strerror}); "
+                "choose another folder with --runs-dir"
+            )
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            made_with = checkpoint["args"]
+        except Exception as error:
+            fail(
+                f"cannot read {path} ({type(error).__name__}); "
+                "if it is damaged, delete it to go on from the one before"
+            )
+        for name, value in result_flags(args).items():
+            if made_with.get(name) != value:
+                flag = name.replace("_", "-")
+                fail(
+                    f"{path} was made with --{flag} {made_with.get(name)}, not {value}; "
+                    "move it away"
+                )
+        return checkpoint
+
+    def move_aside(self) -> None:
+        """Moves everything in the folder to <folder>.old1, .old2, ..., the first that is free."""
+        files = sorted(self.folder.glob("[!.]*"), reverse=True)
+        if not files:
+            return
+        number = 1
+        while (old := Path(f"{self.folder}.old{number}")).exists():
+            number += 1
+        old.mkdir()
+        for path in files:  # checkpoint.pt is moved after metrics.csv, which it counts on
+            path.rename(old / path.name)
+        print(f"the previous run of these flags is now in {old}")
+
+    def restore(self, parts: dict) -> None:
+        """Gives the parts, the counters and the generators what the checkpoint holds, if any."""
+        if self.checkpoint is None:
+            return
+        for name, part in parts.items():
+            try:
+                part.load_state_dict(self.checkpoint.pop(name))
+            except (ValueError, KeyError, RuntimeError) as error:
+                reason = " ".join(str(error).split())
+                fail(
+                    f"{self.folder}: {name} in the checkpoint does not fit ({reason}); "
+                    "a changed file needs another --exp-name"
+                )
+        restore_generators(self.checkpoint["generators"])
+        counters = self.checkpoint["counters"]
+        self.agent_step, self.update_step, self.episode, self.csv_bytes = counters
+
+    def begin(self, layers: dict[str, list[dict]]) -> None:
+        """Prints the layer tables, writes args.json, and opens metrics.csv and the progress bar."""
+        for network, rows in layers.items():
+            print_layer_table(network, rows)
+        write_args(self.folder, self.args, layers)
+        resumed = self.checkpoint is not None
+        start = f"going on from env step {self.env_step}" if resumed else "new run"
+        print(f"{self.folder}: {start}")
+
+        self.csv = open(self.folder / "metrics.csv", "a")  # noqa: SIM115
+        if os.fstat(self.csv.fileno()).st_size < self.csv_bytes:
+            fail(
+                f"{self.csv.name} lacks what came before the checkpoint; "
+                "bring it back, or start with --no-resume"
+            )
+        self.csv.truncate(self.csv_bytes)  # what came after the checkpoint will be written again
+        if not resumed:
+            self.csv.write("env_step,agent_step,update_step,metric,value\n")
+        self.tensorboard = SummaryWriter(self.folder, purge_step=self.env_step + resumed)
+        self.wandb = start_wandb(self.folder, self.args, resumed) if self.args.track else None
+        self.saved_step = self.env_step
+        total = self.args.total_timesteps
+        self.bar = tqdm(total=total, initial=self.env_step, unit=" env steps")
+        self.bar.mininterval = 0.5 if sys.stderr.isatty() else 30
+
+    def due(self, interval: int | None) -> bool:
+        """Whether a multiple of some env steps has just been reached (0, None: never)."""
+        return bool(interval) and self.env_step % interval < self.action_repeat
+
+    def count_decision(self) -> None:
+        self.agent_step += 1
+        self.bar.update(self.action_repeat)
+
+    def log(self, prefix: str, values: dict[str, float]) -> None:
+        """Writes values as metrics <prefix>/<name>: one row each in metrics.csv, and elsewhere."""
+        named = {f"{prefix}/{name}": float(value) for name, value in values.items()}
+        steps = f"{self.env_step},{self.agent_step},{self.update_step}"
+        for metric, value in named.items():
+            self.csv.write(f"{steps},{metric},{value!r}\n")
+            self.tensorboard.add_scalar(metric, value, self.env_step)
+        self.csv.flush()
+        if self.wandb:
+            self.wandb.log({**named, "env_step": self.env_step})
+
+    def log_evaluation(self, result: dict[str, float]) -> None:
+        self.log("eval", result)
+        draw_learning_curve(self.folder, self.args.env_id)
+        self.bar.set_postfix_str(f"return {result['return_mean']:.0f}")
+
+    def log_episode(self, episode: dict, losses: dict[str, torch.Tensor]) -> None:
+        """Of a finished episode: what RecordEpisodeStatistics says, and the last losses."""
+        self.log("episode", {"return": episode["r"], "length": episode["l"]})
+        self.log("losses", losses)
+        frames = episode["l"] * self.action_repeat
+        self.log("time", {"env_steps_per_second": frames / max(episode["t"], 1e-6)})
+
+    def checkpoint_due(self) -> bool:
+        return self.env_step - self.saved_step >= self.args.checkpoint_interval
+
+    def save(self, parts: dict, finished: bool = False) -> None:
+        """Writes the state of the parts, by name, the counters and the generators."""
+        state = {name: part.state_dict() for name, part in parts.items()}
+        self.tensorboard.flush()
+        os.fsync(self.csv.fileno())  # what the checkpoint counts on is on the disk before it
+        csv_bytes = os.fstat(self.csv.fileno()).st_size
+        counters = (self.agent_step, self.update_step, self.episode, csv_bytes)
+        state = {**state, "counters": counters, "finished": finished}
+        save_checkpoint(self.folder, self.args, state)
+        self.saved_step = self.env_step
+
+    def video(self) -> Path | None:
+        """Where --capture-video puts the film of the last evaluation, or of --eval-only."""
+        if not self.args.capture_video:
+            return None
+        name = f"eval_{self.agent_step}" if self.args.eval_only else "final"
+        return self.folder / "videos" / f"{name}.mp4"
+
+    def print_result(self, result: dict[str, float]) -> None:
+        print("  ".join(f"{name} {value:.1f}" for name, value in result.items()))
+
+    def finish(self, parts: dict, result: dict[str, float]) -> None:
+        """Logs the last evaluation, saves the finished run and says where its results are."""
+        self.log("final", result)
+        self.save(parts, finished=True)
+        self.csv.close()
+        self.tensorboard.close()
+        if self.wandb:
+            self.wandb.finish()
+        self.bar.close()
+        draw_learning_curve(self.folder, self.args.env_id)
+        print(
+            f"return {result['return_mean']:.1f}; "
+            f"checkpoint, metrics.csv and learning_curve.png are in {self.folder}"
+        )
+
+
+def save_checkpoint(folder: Path, args, state: dict) -> None:
+    """Writes checkpoint.pt so that a kill leaves a whole one, and keeps the one before it.
+
+    Every random number is drawn on the CPU, so there are three generators.
+    """
+    kind, keys, *position = np.random.get_state()
+    generators = {
+        "python": random.getstate(),
+        "numpy": [kind, keys.tolist(), *position],
+        "torch": torch.get_rng_state(),
+    }
+    path = folder / "checkpoint.pt"
+    temporary = folder / "checkpoint.tmp"
+    with open(temporary, "wb") as file:
+        torch.save({**state, "args": asdict(args), "generators": generators}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    if path.exists():
+        os.replace(path, folder / "checkpoint.previous.pt")
+    os.replace(temporary, path)
+
+
+def restore_generators(generators: dict) -> None:
+    """Sets every global random generator to the state saved by save_checkpoint."""
+    random.setstate(generators["python"])
+    np.random.set_state(tuple(generators["numpy"]))
+    torch.set_rng_state(generators["torch"])
+
+
+def print_layer_table(network: str, rows: list[dict]) -> None:
+    """Shape, active and total weights, kernel and density of each layer, and of the network."""
+    table = pd.DataFrame(rows).set_index("layer")
+    table.loc["all"] = {**table[["active", "total"]].sum(), "shape": "", "kernel": ""}
+    table["density"] = table.active / table.total
+    print(network)
+    counts = dict.fromkeys(["active", "total"], "{:,}".format)
+    print(table.to_string(index_names=False, float_format="%.4f", formatters=counts))
+
+
+def write_args(folder: Path, args, layers: dict[str, list[dict]]) -> None:
+    """args.json: flags, versions of packages, git revision (None without git), layer tables."""
+    here = Path(__file__).resolve().parent
+    git = subprocess.run(
+        "git describe --always --dirty", shell=True, cwd=here, capture_output=True, text=True
+    )
+    record = {
+        "args": asdict(args),
+        "python": platform.python_version(),
+        "packages": {str(package.name): package.version for package in distributions()},
+        "git_revision": git.stdout.strip() or None,
+        "layers": layers,
+    }
+    (folder / "args.json").write_text(json.dumps(record, indent=1))
+
+
+def start_wandb(folder: Path, args, resume: bool):
+    """The Weights & Biases run of --track; its id is the folder's name."""
+    import wandb
+
+    try:
+        tracked = wandb.init(
+            project=args.wandb_project,
+            entity=args.wandb_entity,
+            id=folder.name,
+            dir=folder,
+            config=asdict(args),
+            resume="allow" if resume else None,
+        )
+    except wandb.Error as error:
+        fail(f"--track: {error}")
+    tracked.define_metric("*", step_metric="env_step")
+    return tracked
+
+
+def draw_learning_curve(folder: Path, title: str) -> None:
+    """learning_curve.png from metrics.csv: returns of training episodes and of evaluations."""
+    table = pd.read_csv(folder / "metrics.csv")
+    metrics = table.pivot(index="env_step", columns="metric", values="value")
+    figure = Figure((6, 4), layout="constrained")
+    axes = figure.subplots()
+    if "episode/return" in metrics:
+        episodes = metrics["episode/return"].dropna()
+        axes.plot(episodes, color="0.75", lw=0.8, label="training episodes")
+    mean = metrics["eval/return_mean"].dropna()
+    std = metrics["eval/return_std"].dropna()
+    axes.plot(mean, marker="o", ms=3, label="evaluation (mean, std over episodes)")
+    axes.fill_between(mean.index, mean - std, mean + std, alpha=0.2)
+    axes.set(xlabel="env steps", ylabel="return", title=title)
+    axes.legend(frameon=False)
+    figure.savefig(folder / "learning_curve.png", dpi=150)
+
+
+def write_video(path: Path, frames: list[np.ndarray], fps: float = 30) -> None:
+    """An mp4 of frames (height, width, 3) uint8, one a decision."""
+    import imageio
+
+    path.parent.mkdir(exist_ok=True)
+    imageio.mimwrite(path, frames, fps=fps, macro_block_size=None)
+
+
+def summary(returns: np.ndarray) -> dict[str, float]:
+    """Mean, standard deviation and interquartile mean of the returns of some episodes."""
+    return {
+        "return_mean": returns.mean(),
+        "return_std": returns.std(),
+        "return_iqm": trim_mean(returns, 0.25),
+    }
+
+
+# === END RUNS ===
 
 
 if __name__ == "__main__":
