@@ -28,8 +28,8 @@ OWN = {
     "drqv2_sparse": f"{CARTPOLE} {DENSE} --action-repeat 40",  # pictures are slow
     "stream_ac_sparse": SHORT,
     # A game of Pong is 3,000 env steps
-    "der_impala_sparse": f"{DENSE} --total-timesteps 4000 --learning-starts 3200"
-    " --diagnostics-interval 3600 --action-repeat 40 --batch-size 4",
+    "der_impala_sparse": f"{DENSE} --total-timesteps 4000 --learning-starts 3000"
+    " --diagnostics-interval 3600 --action-repeat 20 --batch-size 4",
 }
 
 

@@ -41,7 +41,7 @@ CASES = {
     "ddpg": HOPPER,
     "drqv2": "--env-id dm_control/cartpole-balance-v0 --action-repeat 50 --total-timesteps 6000"
     " --learning-starts 1000 --eval-interval 1000 --checkpoint-interval 1000"
-    " --diagnostics-interval 2000 --buffer-size 80 --batch-size 4",
+    " --diagnostics-interval 2000 --buffer-size 80 --batch-size 2",
     # A game ends after some 3,000 env steps
     "der": "--env-id ALE/Pong-v5 --action-repeat 40 --total-timesteps 19200 --learning-starts 1600"
     " --eval-interval 3200 --checkpoint-interval 2400 --diagnostics-interval 3200"

@@ -12,7 +12,7 @@ SOURCES = {path.stem: path.read_text() for path in sorted(AGENTS.glob("*.py"))}
 BY_AGENT = pytest.mark.parametrize("agent", SOURCES)
 START = re.compile(r"^# === ([A-Z ]+) \(identical in every file(?: that has it)?\) ===$", re.M)
 END = re.compile(r"^# === END (.+) ===$", re.M)
-APPENDIX = "# Appendix: the same in every file that has it"
+APPENDIX = "# Appendix: .*the same in every file that has it"
 LAST = 'if __name__ == "__main__":\n    train(tyro.cli(Args))\n'
 CODE = (tokenize.NAME, tokenize.OP, tokenize.NUMBER, tokenize.STRING)
 
@@ -132,7 +132,8 @@ def blocks(source: str) -> dict[str, str]:
 
 
 def uses(node: ast.AST) -> set[str]:
-    return {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
+    names = (part for part in ast.walk(node) if isinstance(part, ast.Name))
+    return {part.id for part in names if isinstance(part.ctx, ast.Load)}
 
 
 def defines(statement: ast.stmt) -> set[str]:
@@ -148,7 +149,8 @@ def unused_blocks(source: str) -> set[str]:
     rest = source
     for text in found.values():
         rest = rest.replace(text, "")
-    read = uses(ast.parse(rest))
+    own = ast.parse(rest)
+    read = uses(own) - set().union(*map(defines, own.body))
     unused = {name: ast.parse(text) for name, text in found.items()}
     while used := [
         name for name, tree in unused.items() if read & set().union(*map(defines, tree.body))
@@ -246,6 +248,7 @@ def test_a_block_that_nothing_uses_is_found():
     )
     assert unused_blocks(source) == {"CONVOLUTIONS", "CROPS"}
     assert unused_blocks(f"LIMIT\n{source}") == set()
+    assert unused_blocks(f"LIMIT = 4\nprint(LIMIT)\n{source}") == {"CONVOLUTIONS", "CROPS"}
     assert unused_blocks(source.replace("print(layer(1))", "")) == set(bodies)
 
 
