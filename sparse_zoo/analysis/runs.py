@@ -75,7 +75,7 @@ def read_table(path: str | Path, columns: list[str], flag: str) -> pd.DataFrame:
     """Columns of a table that an earlier call left; ends the program if it cannot be used."""
     try:
         table = pd.read_csv(path)[columns]
-        for name in {"value", "return", "env_step", "seed", "sparsity", "score"} & set(columns):
+        for name in {"value", "return", "env_step", "seed", "score"} & set(columns):
             table[name].astype(float)
     except UNREADABLE as error:
         fail(f"{flag} {path}: {error}")
