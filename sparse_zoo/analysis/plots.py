@@ -105,11 +105,11 @@ def add_legend(figure: Figure, handles: list, title: str) -> None:
     )
 
 
-def save(figure: Figure, folder: Path, name: str) -> None:
+def save(figure: Figure, folder: Path, name: str, dpi: int = DPI) -> None:
     """As PNG, of at most 256 colours, and as SVG."""
-    figure.savefig(folder / f"{name}.svg")
+    figure.savefig(folder / f"{name}.svg", dpi=dpi)
     path = folder / f"{name}.png"
-    figure.savefig(path, dpi=DPI)
+    figure.savefig(path, dpi=dpi)
     with Image.open(path) as image:
         image.convert("RGB").quantize(256).save(path, optimize=True)
 
