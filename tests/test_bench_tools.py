@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-FOLDER = Path(__file__).parents[1] / "sparse_zoo" / "analysis"
+FOLDER = Path(__file__).parents[1] / "sparse_zoo" / "bench"
 
 
 def run(tool: str, *flags: str) -> subprocess.CompletedProcess:

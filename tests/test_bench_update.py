@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
-SCRIPT = Path(__file__).parents[1] / "sparse_zoo" / "analysis" / "bench_update.py"
+SCRIPT = Path(__file__).parents[1] / "sparse_zoo" / "bench" / "bench_update.py"
 sys.path.insert(0, str(SCRIPT.parent))
 import bench_update  # noqa: E402
 

@@ -138,7 +138,7 @@ def cosines(products: torch.Tensor) -> np.ndarray:
 
 
 def measure(module, agent, batch, noise, next_noise, gamma: float) -> dict[str, np.ndarray]:
-    """The cosine matrices (k, k) of actor and critic on a normalised batch, for an agent of `module`."""
+    """The cosine matrices (k, k) of the actor and critic of `module` on a normalised batch."""
     alpha = [agent.alpha().detach()] if module is sac else []
     target = module.td_target(agent.actor, agent.target_critic, *alpha, batch, gamma, next_noise)
 

@@ -218,7 +218,7 @@ def read_published() -> pd.DataFrame:
 
 
 def published_curve(algorithm: str, env_id: str) -> pd.DataFrame:
-    """The published curve of the dense default network: env_step, mean, std, seeds; may be empty."""
+    """The published curve of the dense default network: env_step, mean, std, seeds; or no row."""
     table = read_published()
     task = env_id.removeprefix("dm_control/").removesuffix("-v0").replace("-", "_")
     names = [algorithm, f"{algorithm} SimBa"]

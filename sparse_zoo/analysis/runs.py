@@ -1,4 +1,4 @@
-"""Folders of runs: their flags, their metrics, and which are finished. All scripts read runs with this.
+"""Folders of runs: their flags, their metrics, which are finished. All scripts read runs with it.
 
     python sparse_zoo/analysis/runs.py runs
 

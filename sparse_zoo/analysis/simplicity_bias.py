@@ -65,7 +65,10 @@ class Args:
 
 
 def complexity(outputs: torch.Tensor) -> torch.Tensor:
-    """Mean frequency weighted by amplitude, in cycles per grid step, of functions on a grid (n, n, functions)."""
+    """Mean frequency weighted by amplitude, in cycles per grid step.
+
+    outputs: values of functions on a grid (n, n, functions)
+    """
     frequency = torch.fft.fftfreq(len(outputs), dtype=torch.float64)
     radius = torch.hypot(frequency[:, None], frequency[None, :])[:, :, None]
     amplitude = torch.fft.fft2(outputs.double(), dim=(0, 1)).abs()
@@ -77,7 +80,10 @@ def complexity(outputs: torch.Tensor) -> torch.Tensor:
 def score(
     encoder: nn.Module, inputs: int, hidden: int, heads: int, grid: int, reach: float
 ) -> float:
-    """Mean of 1 / complexity over random heads behind one encoder (points, inputs) -> (points, hidden)."""
+    """Mean of 1 / complexity over random heads behind one encoder.
+
+    encoder: (points, inputs) -> (points, hidden)
+    """
     axis = torch.linspace(-reach, reach, grid)
     points = torch.zeros(grid * grid, inputs)
     points[:, :2] = torch.cartesian_prod(axis, axis)

@@ -1,7 +1,8 @@
 """Tables 1 to 5 of the paper, from the code and the live environments, beside the paper's values.
 
     ./benchmark.sh table2
-    ./benchmark.sh all --scale paper --runner dry-run | python sparse_zoo/analysis/tables.py --table 2
+    ./benchmark.sh all --scale paper --runner dry-run >commands
+    python sparse_zoo/analysis/tables.py --table 2 <commands
 
 Our values are read off environments, Args, networks, optimisers and, for the target entropy, an
 update; the sets of widths and depths in Tables 2 and 3 are those of the commands on standard input.
@@ -107,7 +108,7 @@ DER = {
 
 
 def compare(ours: dict[str, object], papers: dict[str, str]) -> Rows:
-    """A row for each of the paper's values, in its order; floats as short as they can be written."""
+    """A row for each of the paper's values, in its order; floats as short as they can be."""
     text = {
         name: f"{value:g}" if isinstance(value, float) else str(value)
         for name, value in ours.items()
@@ -209,7 +210,10 @@ def simba(name: str, commands: str) -> Rows:
 
 
 def target_entropy(module, agent, action_dim: int) -> str:
-    """In actions, read off one update: the temperature's gradient is alpha * (entropy - target entropy)."""
+    """In actions, read off one update.
+
+    The temperature's gradient is alpha * (entropy - target entropy).
+    """
     alpha = float(agent.alpha().detach())
     obs = torch.randn(4, 3)
     batch = module.Batch(obs, torch.rand(4, action_dim), torch.rand(4), obs, torch.zeros(4))
@@ -251,7 +255,7 @@ def drqv2() -> Rows:
 
 
 def der() -> Rows:
-    """Table 5; rewards are clipped in the training loop, so their bounds are read off the source."""
+    """Table 5; rewards are clipped in the training loop, their bounds are read off the source."""
     module = import_agent("der_impala_sparse")
     args = module.Args()
     env = module.make_env(args)

@@ -1,37 +1,35 @@
-"""Time of one decision of der_impala_sparse.py and of its parts, beside the bare convolutions as PyTorch comes.
+"""Time of one decision of der_impala_sparse.py and of its parts, beside PyTorch's convolutions.
 
-    python sparse_zoo/analysis/bench_der.py
-    python sparse_zoo/analysis/bench_der.py --bf16
-    THP_MEM_ALLOC_ENABLE=1 python sparse_zoo/analysis/bench_der.py    # large memory pages for plain PyTorch as well
+    python sparse_zoo/bench/bench_der.py
+    python sparse_zoo/bench/bench_der.py --bf16
+    THP_MEM_ALLOC_ENABLE=1 python sparse_zoo/bench/bench_der.py    # large pages for PyTorch as well
 
-For each width and sparsity, in turns: `plain` is the dense encoder in PyTorch's default layout, the whole batch at
-once, with two passes without gradient and one with, in a process of its own with PyTorch's defaults; `encoder` is the
-same with our layout, parts and pages; `update` is a whole update (encoder, noisy layers, loss, Adam); `act` chooses one
-action; `replay` adds a frame, draws a batch and changes its priorities, in a replay of 100,000 frames; `env` is one
-decision of Pong. Times are medians in ms. GFLOP/s are those of `encoder`; a product of two matrices of 2048 x 2048, the
-first line, shows what PyTorch reaches here.
+For each width and sparsity, in turns: `plain` is the dense encoder in PyTorch's default layout, the
+whole batch at once, with two passes without gradient and one with, in a process of its own with
+PyTorch's defaults; `encoder` is the same with our layout, parts and pages; `update` is a whole
+update (encoder, noisy layers, loss, Adam); `act` chooses one action; `replay` adds a frame, draws a
+batch and changes its priorities, in a replay of 100,000 frames; `env` is one decision of Pong.
+Times are medians in ms. GFLOP/s are those of `encoder`; a product of two matrices of 2048 x 2048,
+the first line, shows what PyTorch reaches here.
 """
 
-import multiprocessing
 import os
-import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from multiprocessing.connection import Connection
 from pathlib import Path
-from sys import path
 
 import numpy as np
+import timing
 import torch
 import tyro
 from torch.utils.flop_counter import FlopCounterMode
 
-path.insert(0, str(Path(__file__).resolve().parents[1]))
-import der_impala_sparse as der
-
-CPU, ACTIONS = torch.device("cpu"), 6  # of Pong
+der = timing.import_agent("der_impala_sparse")
+ACTIONS = 6  # of Pong
+REPEATS = {"plain": 1, "encoder": 1, "update": 1, "act": 20, "replay": 20, "env": 20}
 
 
 @dataclass
@@ -76,7 +74,8 @@ def passes(encode: Callable[[], torch.Tensor]) -> Callable[[], None]:
 def serve_plain(connection: Connection, threads: int) -> None:
     """A process that runs the encoder as PyTorch comes, once for each width that it is sent."""
     torch.set_num_threads(threads)
-    images, encoders = torch.rand(der.Args.batch_size, der.STACK, der.SIZE, der.SIZE), {}
+    images = torch.rand(der.Args.batch_size, der.STACK, der.SIZE, der.SIZE)
+    encoders = {}
     while width := connection.recv():
         if width not in encoders:
             encoders[width] = der.impala(width, 2)
@@ -85,20 +84,24 @@ def serve_plain(connection: Connection, threads: int) -> None:
 
 
 def parts(
-    args: Args, width: float, sparsity: float, replay: der.PrioritizedReplay, env, plain: Connection
+    flags: der.Args, replay: der.PrioritizedReplay, env, plain: Connection
 ) -> dict[str, Callable]:
-    flags = der.Args(width_scale=width, sparsity=sparsity, bf16=args.bf16)
-    agent = der.Agent(flags, ACTIONS, CPU)
-    batch = replay.sample(flags.batch_size, CPU)
+    """The parts of a decision, by their names in REPEATS."""
+    agent = der.Agent(flags, ACTIONS, timing.CPU)
+    batch = replay.sample(flags.batch_size, timing.CPU)
     stack = batch.obs[0].numpy()
     last = replay.frames[(replay.added - 1) % len(replay.frames)].copy()
+
+    def run_plain() -> None:
+        plain.send(flags.width_scale)
+        plain.recv()
 
     def update() -> None:
         der.update(agent, batch, agent.network.draw_noise(), agent.network.draw_noise())
 
     def use_replay() -> None:
         replay.add(0, 0.0, False, last)
-        drawn = replay.sample(flags.batch_size, CPU)
+        drawn = replay.sample(flags.batch_size, timing.CPU)
         replay.set_priorities(drawn.index, torch.ones(flags.batch_size))
 
     def step() -> None:
@@ -107,7 +110,7 @@ def parts(
             env.reset()
 
     return {
-        "plain": lambda: (plain.send(width), plain.recv()),
+        "plain": run_plain,
         "encoder": passes(lambda: agent.network.encode(batch.obs)),
         "update": update,
         "act": lambda: der.act(agent, stack, agent.network.draw_noise()),
@@ -116,58 +119,37 @@ def parts(
     }
 
 
-def measure(functions: dict[str, Callable], turns: int) -> dict[str, float]:
-    """Median ms of each; short ones are repeated in each turn."""
-    times = {name: [] for name in functions}
-    for turn in range(turns + 1):
-        for name, function in functions.items():
-            repeats = 1 if name in ("plain", "encoder", "update") else 20
-            start = time.perf_counter()
-            for _ in range(repeats):
-                function()
-            if turn:  # the first is for warming up
-                times[name].append(1000 * (time.perf_counter() - start) / repeats)
-    return {name: statistics.median(values) for name, values in times.items()}
+def print_row(functions: dict[str, Callable], flags: der.Args, turns: int) -> None:
+    """Measures the parts of a decision and prints their times."""
+    with FlopCounterMode(display=False) as counter:
+        functions["encoder"]()
+    ms = timing.medians(timing.take_turns(functions, turns, repeats=REPEATS))
+    around = ms["replay"] + ms["env"]
+    decision = ms["update"] + ms["act"] + around
+    times = "".join(f"{ms[name]:9.2f}" for name in REPEATS)
+    print(
+        f"{flags.width_scale:5g}{flags.sparsity:10g}{times}{1000 / decision:9.2f}"
+        f"{ms['encoder'] / ms['plain']:15.3f}{around / decision:12.1%}"
+        f"{counter.get_total_flops() / ms['encoder'] / 1e6:9.0f}",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":
     args = tyro.cli(Args)
     threads = args.threads or torch.get_num_threads()
-    plain, theirs = multiprocessing.Pipe()
-    multiprocessing.get_context("spawn").Process(
-        target=serve_plain, args=(theirs, threads), daemon=True
-    ).start()
+    plain = timing.start_process(serve_plain, threads)
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the agent does
-    der.numba.set_num_threads(threads)
-    torch.set_num_threads(threads)
+    timing.set_threads(der, threads)
     env = der.make_env(der.Args())
     env.reset(seed=0)
-    names = ["plain", "encoder", "update", "act", "replay", "env"]
     matrix = torch.rand(2048, 2048)
-    print(
-        f"matrix product: {2 * 2048**3 / measure({'': lambda: matrix @ matrix}, args.turns)[''] / 1e6:.0f} GFLOP/s"
-    )
+    times = timing.take_turns({"product": lambda: matrix @ matrix}, args.turns)
+    print(f"matrix product: {2 * 2048**3 / timing.medians(times)['product'] / 1e6:.0f} GFLOP/s")
     with tempfile.TemporaryDirectory() as folder:
         replay = make_replay(folder)
-        print(
-            "width  sparsity"
-            + "".join(f"{name:>9}" for name in names)
-            + "  steps/s  encoder/plain  replay+env  GFLOP/s"
-        )
-        for width in args.width_scale:
-            for sparsity in args.sparsity:
-                functions = parts(args, width, sparsity, replay, env, plain)
-                with FlopCounterMode(display=False) as counter:
-                    functions["encoder"]()
-                ms = measure(functions, args.turns)
-                decision = ms["update"] + ms["act"] + ms["replay"] + ms["env"]
-                print(
-                    f"{width:5g}{sparsity:10g}" + "".join(f"{ms[name]:9.2f}" for name in names),
-                    end="",
-                )
-                share = (ms["replay"] + ms["env"]) / decision
-                print(
-                    f"{1000 / decision:9.2f}{ms['encoder'] / ms['plain']:15.3f}{share:12.1%}",
-                    end="",
-                )
-                print(f"{counter.get_total_flops() / ms['encoder'] / 1e6:9.0f}", flush=True)
+        names = "".join(f"{name:>9}" for name in REPEATS)
+        print(f"width  sparsity{names}  steps/s  encoder/plain  replay+env  GFLOP/s")
+        for width, sparsity in product(args.width_scale, args.sparsity):
+            flags = der.Args(width_scale=width, sparsity=sparsity, bf16=args.bf16)
+            print_row(parts(flags, replay, env, plain), flags, args.turns)

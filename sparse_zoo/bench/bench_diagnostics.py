@@ -1,24 +1,24 @@
 """What the diagnostics cost: time of one `diagnose` against the updates between two of them.
 
-    python sparse_zoo/analysis/bench_diagnostics.py --width-scale 1 4 --sparsity 0 0.9
+    python sparse_zoo/bench/bench_diagnostics.py --width-scale 1 4 --sparsity 0 0.9
 
-Both take turns in one process, on one thread and one batch (humanoid: 67 observations, 21 actions). Times are medians
-over the turns of CPU time, which other programs on the machine disturb little. The share is that of diagnose in
-diagnose + updates; acting, simulation and evaluation only make it smaller.
+Both take turns in one process, on one thread and one batch (humanoid: 67 observations, 21 actions).
+Times are medians over the turns of CPU time, which other programs on the machine disturb little.
+The share is that of diagnose in diagnose + updates; acting, simulation and evaluation only make it
+smaller.
 """
 
-import importlib
-import statistics
-import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import product
 from typing import Literal
 
+import timing
 import torch
 import tyro
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+OBS_DIM = 67
+ACTION_DIM = 21
 
 
 @dataclass
@@ -35,36 +35,26 @@ class Args:
 
 if __name__ == "__main__":
     args = tyro.cli(Args)
-    module = importlib.import_module(f"{args.agent}_simba_sparse")
-    module.numba.set_num_threads(1)
-    torch.set_num_threads(1)  # after numba, whose start sets the number for both
-    size, obs_dim, action_dim = module.Args.batch_size, 67, 21
-    for width_scale, sparsity in (
-        (width, sparsity) for width in args.width_scale for sparsity in args.sparsity
-    ):
+    module = timing.import_agent(f"{args.agent}_simba_sparse")
+    timing.set_threads(module, 1)
+    size = module.Args.batch_size
+    for width_scale, sparsity in product(args.width_scale, args.sparsity):
         flags = module.Args(width_scale=width_scale, sparsity=sparsity)
-        agent = module.Agent(flags, obs_dim, action_dim, torch.device("cpu"))
-        obs, next_obs = torch.randn(2, size, obs_dim)
-        action = 2 * torch.rand(size, action_dim) - 1
-        inputs = (agent, module.Batch(obs, action, torch.rand(size), next_obs, torch.zeros(size)))
-        inputs += (*torch.randn(2, size, action_dim), 0.99)
+        agent = module.Agent(flags, OBS_DIM, ACTION_DIM, timing.CPU)
+        obs, next_obs = torch.randn(2, size, OBS_DIM)
+        action = 2 * torch.rand(size, ACTION_DIM) - 1
+        batch = module.Batch(obs, action, torch.rand(size), next_obs, torch.zeros(size))
+        inputs = (agent, batch, *torch.randn(2, size, ACTION_DIM), 0.99)
         calls = {
-            "diagnose": lambda i=inputs: module.diagnose(*i),
-            "update": lambda i=inputs: module.update(*i, 0.005),
+            "diagnose": lambda inputs=inputs: module.diagnose(*inputs),
+            "update": lambda inputs=inputs: module.update(*inputs, 0.005),
         }
-        seconds = {name: [] for name in calls}
-        for name, call in [*calls.items()] * (args.turns + 1):
-            start = time.process_time()
-            call()
-            seconds[name].append(time.process_time() - start)
-        diagnose, update = (1000 * statistics.median(times[1:]) for times in seconds.values())
+        ms = timing.medians(timing.take_turns(calls, args.turns, time.process_time))
         updates = flags.diagnostics_interval // flags.action_repeat * flags.updates_per_step
-        share = 100 * diagnose / (diagnose + updates * update)
+        share = ms["diagnose"] / (ms["diagnose"] + updates * ms["update"])
         print(
-            f"{args.agent} width scale {width_scale:g}, sparsity {sparsity:g}: diagnose {diagnose:.1f} ms, ",
-            end="",
-        )
-        print(
-            f"update {update:.1f} ms, share of training time at the default interval: {share:.3f} %",
+            f"{args.agent} width scale {width_scale:g}, sparsity {sparsity:g}: "
+            f"diagnose {ms['diagnose']:.1f} ms, update {ms['update']:.1f} ms, "
+            f"share of training time at the default interval: {100 * share:.3f} %",
             flush=True,
         )

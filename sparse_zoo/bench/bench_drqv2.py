@@ -1,24 +1,22 @@
-"""Time of one DrQ-v2 update, ours against the code of Yarats et al. (2021), and of sampling from replay.
+"""Time of one DrQ-v2 update, ours against the code of Yarats et al. (2021), and of sampling.
 
     git clone https://github.com/facebookresearch/drqv2
-    python sparse_zoo/analysis/bench_drqv2.py --reference drqv2
-    python sparse_zoo/analysis/bench_drqv2.py --reference drqv2 --bf16
-    python sparse_zoo/analysis/bench_drqv2.py --linear --width-scale 4 --sparsity 0.8
+    python sparse_zoo/bench/bench_drqv2.py --reference drqv2
+    python sparse_zoo/bench/bench_drqv2.py --reference drqv2 --bf16
+    python sparse_zoo/bench/bench_drqv2.py --linear --width-scale 4 --sparsity 0.8
 
-Each side updates on one fixed batch, in a process of its own, in turns; theirs includes its random shifts, ours a draw
-from a replay of 20,000 frames, which is also timed alone. With --linear, ours is compared with itself where every
-sparse layer multiplies a dense weight by a mask: update without the encoder, on fixed features. Times are medians.
+Each side updates on one fixed batch, in a process of its own, in turns; theirs includes its random
+shifts, ours a draw from a replay of 20,000 frames, which is also timed alone. With --linear, ours
+is compared with itself where every sparse layer multiplies a dense weight by a mask: update without
+the encoder, on fixed features. Times are medians.
 
-Ours asks for large memory pages, theirs does not (THP_MEM_ALLOC_ENABLE=1 before the command gives them to both).
+Ours asks for large memory pages, theirs does not (THP_MEM_ALLOC_ENABLE=1 before the command gives
+them to both).
 """
 
-import importlib
-import multiprocessing
 import os
-import statistics
 import sys
 import tempfile
-import time
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,13 +25,11 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
+import timing
 import torch
 import tyro
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import drqv2_sparse as drq
-from bench_update import mask_network
-
+drq = timing.import_agent("drqv2_sparse")
 ACTION_DIM = 12  # quadruped
 
 
@@ -73,84 +69,69 @@ def make_replay(folder: str, batch_size: int) -> drq.FrameReplay:
 
 def our_side(args: Args, replay: drq.FrameReplay) -> Callable[[], None]:
     flags = drq.Args(width_scale=args.width_scale, sparsity=args.sparsity)
-    agent = drq.Agent(flags, ACTION_DIM, torch.device("cpu"))
+    agent = drq.Agent(flags, ACTION_DIM, timing.CPU)
     shape = (2, args.batch_size, ACTION_DIM)
 
     def update() -> None:
-        batch = replay.sample(args.batch_size, torch.device("cpu"))
-        drq.update(
-            agent, batch, *drq.clipped_noise(flags, shape, 500_000, "cpu"), flags.tau, args.bf16
-        )
+        batch = replay.sample(args.batch_size, timing.CPU)
+        noises = drq.clipped_noise(flags, shape, 500_000, "cpu")
+        drq.update(agent, batch, *noises, flags.tau, args.bf16)
 
     return update
 
 
 def linear_side(args: Args, masked: bool) -> Callable[[], None]:
-    """Critic and actor on fixed features; with masks, the same layers dense, multiplied by masks of their density."""
+    """Critic and actor on fixed features; with masks, the same layers dense times masks."""
     flags = drq.Args(width_scale=args.width_scale, sparsity=0.0 if masked else args.sparsity)
-    agent = drq.Agent(flags, ACTION_DIM, torch.device("cpu"))
+    agent = drq.Agent(flags, ACTION_DIM, timing.CPU)
     if masked:
         for network in (agent.critic, agent.target_critic):
-            shapes = {
-                name: tuple(parameter.shape) for name, parameter in network.named_parameters()
-            }
-            rows = [
-                {"layer": name.removesuffix(".weight"), "active": 1 - sparsity, "total": 1.0}
-                for name, sparsity in drq.erdos_renyi(shapes, args.sparsity).items()
-                if len(shapes[name]) > 1 and sparsity > 0
-            ]
-            mask_network(network, rows)
+            timing.mask_network(drq, network, args.sparsity)
     features = torch.rand(args.batch_size, drq.Encoder.features)
     agent.encoder = lambda obs, bf16: features
     agent.encoder_optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
-    reward, discount = torch.rand(args.batch_size), torch.full((args.batch_size,), 0.97)
-    batch = drq.Batch(None, 2 * torch.rand(args.batch_size, ACTION_DIM) - 1, reward, discount, None)
+    shape = (args.batch_size, ACTION_DIM)
+    reward = torch.rand(args.batch_size)
+    discount = torch.full((args.batch_size,), 0.97)
+    batch = drq.Batch(None, 2 * torch.rand(shape) - 1, reward, discount, None)
 
     def update() -> None:
-        noises = drq.clipped_noise(flags, (2, args.batch_size, ACTION_DIM), 500_000, "cpu")
-        drq.update(agent, batch, *noises, flags.tau)
+        drq.update(agent, batch, *drq.clipped_noise(flags, (2, *shape), 500_000, "cpu"), flags.tau)
 
     return update
 
 
 def their_side(args: Args) -> Callable[[], None]:
-    sys.path.insert(0, args.reference)
     for name in ("hydra", "omegaconf"):  # which their update does not use
         sys.modules.setdefault(name, types.ModuleType(name))
     sys.modules["omegaconf"].__dict__.setdefault("OmegaConf", None)
-    theirs = importlib.import_module("drqv2")
-    sizes = {"feature_dim": 50, "hidden_dim": round(1024 * args.width_scale)}
-    schedule = {
-        "stddev_schedule": "linear(1.0,0.1,500000)",
-        "stddev_clip": 0.3,
-        "num_expl_steps": 2000,
-    }
-    rest = {
-        "device": "cpu",
-        "lr": 1e-4,
-        "critic_target_tau": 0.01,
-        "update_every_steps": 2,
-        "use_tb": False,
-    }
-    agent = theirs.DrQV2Agent((9, drq.SIZE, drq.SIZE), (ACTION_DIM,), **sizes, **schedule, **rest)
-    obs, next_obs = np.random.default_rng(0).integers(
-        0, 256, (2, args.batch_size, 9, drq.SIZE, drq.SIZE), np.uint8
+    theirs = timing.import_reference(args.reference, "drqv2", "drqv2")
+    agent = theirs.DrQV2Agent(
+        (9, drq.SIZE, drq.SIZE),
+        (ACTION_DIM,),
+        device="cpu",
+        lr=1e-4,
+        feature_dim=50,
+        hidden_dim=round(1024 * args.width_scale),
+        critic_target_tau=0.01,
+        num_expl_steps=2000,
+        update_every_steps=2,
+        stddev_schedule="linear(1.0,0.1,500000)",
+        stddev_clip=0.3,
+        use_tb=False,
     )
-    action = (
-        np.random.default_rng(1).uniform(-1, 1, (args.batch_size, ACTION_DIM)).astype(np.float32)
-    )
-    reward, discount = (
-        np.ones((args.batch_size, 1), np.float32),
-        np.full((args.batch_size, 1), 0.97, np.float32),
-    )
-    return lambda: agent.update(iter([(obs, action, reward, discount, next_obs)]), 2)
+    size = (args.batch_size, 9, drq.SIZE, drq.SIZE)
+    obs, next_obs = np.random.default_rng(0).integers(0, 256, (2, *size), np.uint8)
+    action = np.random.default_rng(1).uniform(-1, 1, (args.batch_size, ACTION_DIM))
+    reward = np.ones((args.batch_size, 1), np.float32)
+    discount = np.full((args.batch_size, 1), 0.97, np.float32)
+    batch = (obs, action.astype(np.float32), reward, discount, next_obs)
+    return lambda: agent.update(iter([batch]), 2)
 
 
 def serve(connection: Connection, args: Args, side: str) -> None:
     """A process for one side, as its users would start it: times one update for each message."""
-    threads = args.threads or torch.get_num_threads()
-    drq.numba.set_num_threads(threads)
-    torch.set_num_threads(threads)
+    timing.set_threads(drq, args.threads)
     with tempfile.TemporaryDirectory() as folder:
         if side == "theirs":
             function = their_side(args)
@@ -158,44 +139,45 @@ def serve(connection: Connection, args: Args, side: str) -> None:
             function = linear_side(args, masked=side == "masked dense")
         else:
             replay = make_replay(folder, args.batch_size)
-            sample = partial(replay.sample, args.batch_size, torch.device("cpu"))
+            sample = partial(replay.sample, args.batch_size, timing.CPU)
             function = sample if side == "our sampling" else our_side(args, replay)
         function()
         connection.send("ready")
         while connection.recv():
-            start = time.perf_counter()
-            function()
-            connection.send(1000 * (time.perf_counter() - start))
+            connection.send(timing.measure(function))
+
+
+def start(args: Args, side: str) -> Connection:
+    """The process of one side, when it is ready."""
+    connection = timing.start_process(serve, args, side)
+    try:
+        connection.recv()
+    except EOFError:
+        sys.exit(1)  # the process has said why
+    return connection
 
 
 if __name__ == "__main__":
     args = tyro.cli(Args)
-    other = "masked dense" if args.linear else "theirs" if args.reference else None
     if args.reference and not (Path(args.reference) / "drqv2.py").exists():
-        print(f"error: --reference {args.reference}: no clone of drqv2", file=sys.stderr)
-        sys.exit(2)
-    times, sides, pages = {}, {}, os.environ.get("THP_MEM_ALLOC_ENABLE", "0")
-    for side in filter(None, ("ours", None if args.linear else "our sampling", other)):
-        os.environ["THP_MEM_ALLOC_ENABLE"] = (
-            pages if side == "theirs" else "1"
-        )  # as drqv2_sparse.py sets it
-        sides[side], connection = multiprocessing.Pipe()
-        multiprocessing.get_context("spawn").Process(
-            target=serve, args=(connection, args, side), daemon=True
-        ).start()
-        connection.close()
-        try:
-            sides[side].recv()
-        except EOFError:
-            sys.exit(1)  # the process has said why
-        times[side] = []
+        timing.fail(f"--reference {args.reference}: no clone of drqv2")
+    names = ["ours", "masked dense"] if args.linear else ["ours", "our sampling"]
+    if args.reference and not args.linear:
+        names.append("theirs")
+    pages = os.environ.get("THP_MEM_ALLOC_ENABLE", "0")
+    sides = {}
+    for name in names:
+        # Ours as drqv2_sparse.py sets it
+        os.environ["THP_MEM_ALLOC_ENABLE"] = pages if name == "theirs" else "1"
+        sides[name] = start(args, name)
+    times = {name: [] for name in sides}
     for _ in range(args.turns):
-        for side, connection in sides.items():
+        for name, connection in sides.items():
             connection.send("update")
-            times[side].append(connection.recv())
-    for side, values in times.items():
-        print(f"{side:<14}{statistics.median(values):9.1f} ms")
-    if other:
-        ratios = [ours / theirs for ours, theirs in zip(times["ours"], times[other])]
-        print(f"ratios of single turns: {min(ratios):.3f} to {max(ratios):.3f}")
-        print(f"ratio time={statistics.median(ratios):.3f}")
+            times[name].append(connection.recv())
+    for name, median in timing.medians(times).items():
+        print(f"{name:<14}{median:9.1f} ms")
+    if names[-1] != "our sampling":
+        found = timing.compare_turns(times["ours"], times[names[-1]])
+        print(f"ratios of single turns: {found['low']:.3f} to {found['high']:.3f}")
+        print(f"ratio time={found['ratio']:.3f}")

@@ -1,31 +1,28 @@
 """Env steps per second of Stream AC(lambda), ours against the code of Elsayed et al. (2024).
 
     git clone https://github.com/mohmdelsayed/streaming-drl
-    python sparse_zoo/analysis/bench_stream.py --reference streaming-drl --width-scale 8 --sparsity 0.9
-    python sparse_zoo/analysis/bench_stream.py --reference streaming-drl --table
+    python sparse_zoo/bench/bench_stream.py --reference streaming-drl --width-scale 8 --sparsity 0.9
+    python sparse_zoo/bench/bench_stream.py --reference streaming-drl --table
 
-Both sides act, step the environment and learn, in one process, on one thread, in turns, each with its own wrappers;
-theirs is dense at the same width. The figures are env steps per second of CPU time, medians over the turns. Without
---reference ours runs alone, followed by where its time goes.
+Both sides act, step the environment and learn, in one process, on one thread, in turns, each with
+its own wrappers; theirs is dense at the same width. The figures are env steps per second of CPU
+time, medians over the turns. Without --reference ours runs alone, followed by where its time goes.
 """
 
-import importlib
-import statistics
-import sys
 import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import ModuleType
 
 import gymnasium as gym
 import numpy as np
+import timing
 import torch
 import tyro
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import stream_ac_sparse as ours
+ours = timing.import_agent("stream_ac_sparse")
+PARTS = ("act", "environment", "normalise", "learn")
 
 
 @dataclass
@@ -49,48 +46,52 @@ class Args:
 
 
 def stream_ours(args: Args, spent: dict[str, float]) -> Iterator[None]:
-    """Trains our agent; one env step each time it is asked. Adds the CPU seconds of each part to `spent`."""
+    """Trains our agent; one env step each time it is asked.
+
+    Adds the CPU seconds of each of PARTS to `spent`.
+    """
     size = {"width_scale": args.width_scale, "sparsity": args.sparsity}
     flags = ours.Args(env_id=args.env_id, sparse_kernel=args.sparse_kernel, init="lecun", **size)
     env = ours.make_env(flags)
-    obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
+    obs_dim = env.observation_space.shape[0]
+    action_dim = env.action_space.shape[0]
     agent = ours.Agent(flags, obs_dim, action_dim)
-    norm, done, episode = ours.Normalizer(obs_dim, flags.gamma, ours.episode_limit(env)), True, 0
+    norm = ours.Normalizer(obs_dim, flags.gamma, ours.episode_limit(env))
+    done = True
+    episode = 0
     while True:
         if done:
             obs, _ = env.reset(seed=episode)
-            state, length, episode = norm.state(obs, 0), 0, episode + 1
+            state = norm.state(obs, 0)
+            length = 0
+            episode += 1
         moments = [time.process_time()]
         action, output = ours.act(agent, state, np.random.standard_normal(action_dim))
         moments.append(time.process_time())
         obs, reward, terminated, truncated, _ = env.step(action)
-        done, length = terminated or truncated, length + 1
+        done = terminated or truncated
+        length += 1
         moments.append(time.process_time())
-        next_state, reward = norm.state(obs, length), norm.scale(reward, done)
+        next_state = norm.state(obs, length)
+        reward = norm.scale(reward, done)
         moments.append(time.process_time())
         ours.update(agent, state, output, action, reward, next_state, done, done, flags)
         moments.append(time.process_time())
-        for name, start, end in zip(
-            ("act", "environment", "normalise", "learn"), moments, moments[1:]
-        ):
-            spent[name] = spent.get(name, 0.0) + end - start
+        for name, seconds in zip(PARTS, np.diff(moments)):
+            spent[name] = spent.get(name, 0.0) + seconds
         state = next_state
         yield
 
 
 def stream_theirs(args: Args, theirs: ModuleType) -> Iterator[None]:
     """Trains their agent in their wrappers, as their main function does."""
-    env = gym.wrappers.RecordEpisodeStatistics(
-        gym.wrappers.FlattenObservation(gym.make(args.env_id))
-    )
-    env = theirs.ScaleReward(gym.wrappers.ClipAction(env), gamma=0.99)
-    env = theirs.AddTimeInfo(theirs.NormalizeObservation(env))
-    sizes = (
-        env.observation_space.shape[0],
-        env.action_space.shape[0],
-        round(128 * args.width_scale),
-    )
-    agent, done = theirs.StreamAC(*sizes), True
+    env = gym.wrappers.FlattenObservation(gym.make(args.env_id))
+    env = gym.wrappers.ClipAction(gym.wrappers.RecordEpisodeStatistics(env))
+    env = theirs.NormalizeObservation(theirs.ScaleReward(env, gamma=0.99))
+    env = theirs.AddTimeInfo(env)
+    obs_dim = env.observation_space.shape[0]
+    agent = theirs.StreamAC(obs_dim, env.action_space.shape[0], round(128 * args.width_scale))
+    done = True
     while True:
         if done:
             state, _ = env.reset()
@@ -102,35 +103,56 @@ def stream_theirs(args: Args, theirs: ModuleType) -> Iterator[None]:
         yield
 
 
-def speed(stream: Iterator[None], steps: int) -> float:
-    """Env steps per second of CPU time."""
-    start = time.process_time()
-    for _ in range(steps):
-        next(stream)
-    return steps / (time.process_time() - start)
-
-
 def compare(args: Args, theirs: ModuleType | None) -> dict[str, float]:
     """Medians over the turns: speeds, their ratio, and our microseconds a step part by part."""
     spent: dict[str, float] = {}
-    streams = {"ours": stream_ours(args, spent)} | (
-        {"theirs": stream_theirs(args, theirs)} if theirs else {}
-    )
-    steps = {"ours": args.steps, "theirs": args.steps // 4}
-    speeds = {side: [] for side in streams}
+    streams = {"ours": stream_ours(args, spent)}
+    steps = {"ours": args.steps}
+    if theirs:
+        streams["theirs"] = stream_theirs(args, theirs)
+        steps["theirs"] = args.steps // 4
     for stream in streams.values():
-        speed(stream, 100)  # compiles
+        timing.measure(stream.__next__, repeats=100)  # compiles
     spent.clear()
+    speeds = {side: [] for side in streams}
     for _ in range(args.turns):
         for side, stream in streams.items():
-            speeds[side].append(speed(stream, steps[side]))
-    result = {side: statistics.median(values) for side, values in speeds.items()}
+            milliseconds = timing.measure(stream.__next__, time.process_time, steps[side])
+            speeds[side].append(1000 / milliseconds)
+    result = timing.medians(speeds)
     if theirs:
-        ratios = [a / b for a, b in zip(speeds["ours"], speeds["theirs"])]
-        result |= {"ratio": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
-    return result | {
-        part: 1e6 * seconds / (args.turns * args.steps) for part, seconds in spent.items()
-    }
+        result |= timing.compare_turns(speeds["ours"], speeds["theirs"])
+    for part in PARTS:
+        result[part] = 1e6 * spent[part] / (args.turns * args.steps)
+    return result
+
+
+def print_table(args: Args, theirs: ModuleType | None) -> None:
+    """Measures widths by sparsities; prints a row of a Markdown table for each."""
+    names = ["hidden", "sparsity", "theirs, steps/s", "ours, steps/s", "ratio", *PARTS]
+    print(f"| {' | '.join(names)} |\n" + "|---" * len(names) + "|")
+    for width_scale in (1.0, 4.0, 8.0):
+        for sparsity in (0.0, 0.9):
+            found = compare(replace(args, width_scale=width_scale, sparsity=sparsity), theirs)
+            nan = float("nan")
+            print(
+                f"| {round(128 * width_scale)} | {sparsity:g} "
+                f"| {found.get('theirs', nan):.0f} | {found['ours']:.0f} "
+                f"| {found.get('ratio', nan):.1f} "
+                f"| {' | '.join(f'{found[part]:.0f}' for part in PARTS)} |",
+                flush=True,
+            )
+
+
+def print_row(args: Args, theirs: ModuleType | None) -> None:
+    """Measures one width and sparsity."""
+    found = compare(args, theirs)
+    print("ours, microseconds: " + ", ".join(f"{part} {found[part]:.0f}" for part in PARTS))
+    print(f"ours    {found['ours']:6.0f} env steps per second")
+    if theirs:
+        print(f"theirs  {found['theirs']:6.0f} env steps per second, dense")
+        print(f"ratios of single turns: {found['low']:.1f} to {found['high']:.1f}")
+        print(f"ratio speed={found['ratio']:.2f}")
 
 
 if __name__ == "__main__":
@@ -139,42 +161,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     theirs = None
     if args.reference:
-        sys.path.insert(0, args.reference)
-        try:
-            theirs = importlib.import_module("stream_ac_continuous")
-        except ImportError as error:
-            print(
-                f"error: --reference {args.reference}: no clone of streaming-drl ({error})",
-                file=sys.stderr,
-            )
-            sys.exit(2)
-    cases = (
-        [(w, s) for w in (1.0, 4.0, 8.0) for s in (0.0, 0.9)]
-        if args.table
-        else [(args.width_scale, args.sparsity)]
-    )
-    if args.table:
-        print(
-            "| hidden | sparsity | theirs, steps/s | ours, steps/s | ratio | act | environment | normalise | learn |"
-        )
-        print("|---|---|---|---|---|---|---|---|---|")
-    for width_scale, sparsity in cases:
-        r = compare(replace(args, width_scale=width_scale, sparsity=sparsity), theirs)
-        parts = [r[part] for part in ("act", "environment", "normalise", "learn")]
-        if args.table:
-            speeds = (
-                f"{r.get('theirs', np.nan):.0f} | {r['ours']:.0f} | {r.get('ratio', np.nan):.1f}"
-            )
-            times = " | ".join(f"{part:.0f}" for part in parts)
-            print(f"| {round(128 * width_scale)} | {sparsity:g} | {speeds} | {times} |", flush=True)
-        else:
-            print(
-                "ours, microseconds: act {:.0f}, environment {:.0f}, normalise {:.0f}, learn {:.0f}".format(
-                    *parts
-                )
-            )
-            print(f"ours    {r['ours']:6.0f} env steps per second")
-            if theirs:
-                print(f"theirs  {r['theirs']:6.0f} env steps per second, dense")
-                print(f"ratios of single turns: {r['low']:.1f} to {r['high']:.1f}")
-                print(f"ratio speed={r['ratio']:.2f}")
+        theirs = timing.import_reference(args.reference, "stream_ac_continuous", "streaming-drl")
+    (print_table if args.table else print_row)(args, theirs)
