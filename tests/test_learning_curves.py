@@ -76,18 +76,14 @@ def test_every_run_is_kept_as_it_is(tmp_path):
 
 
 def test_published_curve_of_a_task():
-    curve = plots.published_curve("SAC", "dm_control/walker-walk-v0").set_index(
-        "env_step"
-    )
+    curve = plots.published_curve("SAC", "dm_control/walker-walk-v0").set_index("env_step")
     assert curve.loc[50_000, "mean"] == pytest.approx(900.1) and curve.loc[
         50_000, "std"
     ] == pytest.approx(84.5)
     assert curve.loc[50_000, "seeds"] == 10
     assert len(plots.published_curve("DDPG", "dm_control/humanoid-run-v0")) == 21
     assert len(plots.published_curve("DDPG", "Walker2d-v5")) == 0
-    pixels = plots.published_curve("DrQ-v2", "dm_control/cartpole-balance-v0").set_index(
-        "env_step"
-    )
+    pixels = plots.published_curve("DrQ-v2", "dm_control/cartpole-balance-v0").set_index("env_step")
     assert pixels.loc[60_000, "mean"] == pytest.approx(984.6)
 
 

@@ -87,9 +87,7 @@ def test_interval_of_a_known_sample():
     values = np.array([0.0, 3.0, 9.0])
     means = sorted({sum(drawn) / 3 for drawn in product(values, repeat=3)})
     assert plasticity.mean_interval(values) == pytest.approx((means[0], means[-1]))
-    assert plasticity.mean_interval(values, confidence=0.85) == pytest.approx(
-        (means[1], means[-2])
-    )
+    assert plasticity.mean_interval(values, confidence=0.85) == pytest.approx((means[1], means[-2]))
 
 
 @pytest.mark.parametrize("values", [[2.0], [2.0, math.nan, 3.0], [2.0, math.inf]])
@@ -202,7 +200,7 @@ def test_runs_left_out_are_named(tmp_path):
     assert data.run.unique().tolist() == ["a_whole"] and data.value.tolist() == [1.0]
     reasons = dict(line.split(": ", 1) for line in left_out)
     assert reasons == {
-        "b_again": "a second run of the same flags and seed",
+        "b_again": "a second run of this network, task and seed",
         "c_unfinished": "unfinished, at env step 200 of 1,000",
         "d_whole.old1": "moved aside by --no-resume",
         "e_lost": "metrics.csv: No such file or directory",

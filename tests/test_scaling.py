@@ -102,13 +102,13 @@ def test_no_interval_for_one_seed_and_one_seed_beside_several():
 
 
 def test_published_returns():
-    assert scaling.published_return("SAC", "dm_control/humanoid-run-v0", 1_000_000) == pytest.approx(
-        181.6, abs=1
-    )
+    assert scaling.published_return(
+        "SAC", "dm_control/humanoid-run-v0", 1_000_000
+    ) == pytest.approx(181.6, abs=1)
     assert scaling.published_return("DDPG", "dm_control/humanoid-run-v0", 1_000_000) is not None
-    assert scaling.published_return("DrQ-v2", "dm_control/quadruped-run-v0", 2_000_000) == pytest.approx(
-        586, abs=1
-    )
+    assert scaling.published_return(
+        "DrQ-v2", "dm_control/quadruped-run-v0", 2_000_000
+    ) == pytest.approx(586, abs=1)
     assert scaling.published_return("SAC", "dm_control/humanoid-run-v0", 1234) is None
     assert scaling.published_return("DER", "ALE/Pong-v5", 100_000) is None
 
@@ -325,10 +325,7 @@ def test_errors(tmp_path, main):
     (tmp_path / "runs" / "run1").rename(tmp_path / "runs" / "run1.old1")
     code, out, _, table = main("size")
     assert len(table) == 1 and "left out: run1.old1: moved aside by --no-resume" in out
-    assert (
-        code == 0
-        and "left out: broken: args.json: No such file or directory" in out
-    )
+    assert code == 0 and "left out: broken: args.json: No such file or directory" in out
 
 
 def test_runs_that_cannot_be_compared(tmp_path, main):

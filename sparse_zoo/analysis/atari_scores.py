@@ -22,6 +22,7 @@ import plots
 import runs
 import tyro
 from matplotlib.figure import Figure
+from runs import fail
 
 REFERENCE = Path(__file__).with_name("atari26_scores.csv")
 VARIANT = ["width_scale", "depth_scale", "sparsity"]
@@ -44,19 +45,18 @@ class Args:
 def load(runs_dir: Path) -> pd.DataFrame:
     """One row per finished run: VARIANT, game, seed, score. Ends if runs cannot be compared."""
     found, left_out = runs.load_runs(runs_dir, "der_impala_sparse")
-    found, twice = runs.keep_first(found, [*VARIANT, "env_id", "seed"])
-    runs.print_left_out(left_out + twice)
-    if not found:
-        runs.fail(f"no finished run of der_impala_sparse in {runs_dir}")
-    runs.fail_if_mixed(found, FREE)
+    columns = [*VARIANT, "game", "seed", "score", "run"]
     rows = []
     for run in found:
-        row = {name: run.flags[name] for name in VARIANT}
-        row["game"] = run.flags["env_id"].removeprefix("ALE/").removesuffix("-v5")
-        row["seed"] = run.flags["seed"]
-        row["score"] = run.final_return
-        rows.append(row)
-    return pd.DataFrame(rows)
+        game = run.flags["env_id"].removeprefix("ALE/").removesuffix("-v5")
+        size = [run.flags[name] for name in VARIANT]
+        rows.append([*size, game, run.flags["seed"], run.final_return, run.name])
+    scores, twice = runs.drop_twice(pd.DataFrame(rows, columns=columns), columns[:4])
+    runs.print_left_out(left_out + twice)
+    if scores.empty:
+        fail(f"no finished run of der_impala_sparse in {runs_dir}")
+    runs.fail_if_mixed(found, FREE)
+    return scores.drop(columns="run")
 
 
 def normalise(scores: pd.DataFrame) -> pd.DataFrame:
@@ -140,7 +140,7 @@ def improvements(scores: pd.DataFrame, baseline_width: float) -> pd.DataFrame:
     means = scores.groupby(["game", *VARIANT]).normalised.mean().unstack(VARIANT)
     baseline = (baseline_width, 1, 0.0)
     if baseline not in means:
-        runs.fail(f"no dense run of width {baseline_width:g} to compare with (--baseline-width)")
+        fail(f"no dense run of width {baseline_width:g} to compare with (--baseline-width)")
     lost = sorted(means.index[means[baseline].isna()])
     if lost:
         print(f"not drawn, for lack of a baseline run: {', '.join(lost)}")
@@ -172,12 +172,9 @@ def figure_18(percent: pd.DataFrame) -> Figure:
         style = {"color": plots.sparsity_colour(column[2]), "hatch": hatch, "edgecolor": "white"}
         ax.bar(places, percent[column], width, label=variant_name(*column), **style)
     ax.axhline(0, color="0.3", lw=0.8)
-    ax.set_yscale("symlog", linthresh=100)
-    low, high = ax.get_ylim()
-    ticks = [0, 50, *(digit * 10**power for power in range(2, 8) for digit in (1, 2, 5))]
-    ticks = [tick for tick in sorted({*ticks, *(-tick for tick in ticks)}) if low <= tick <= high]
-    ax.set_yticks(ticks, [f"{tick}" for tick in ticks])
-    ax.minorticks_off()
+    ax.set_yscale("symlog", linthresh=100, subs=[2, 5])
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_formatter("{x:g}")
     ax.set_xticks(np.arange(len(percent)), percent.index, rotation=60, ha="right", fontsize=8)
     ax.set_ylabel("gain over the dense baseline, %")
     ax.legend(frameon=False, fontsize=8)
@@ -187,10 +184,10 @@ def figure_18(percent: pd.DataFrame) -> Figure:
 if __name__ == "__main__":
     args = tyro.cli(Args)
     if args.samples < 1:
-        runs.fail(f"--samples {args.samples}: must be at least 1")
+        fail(f"--samples {args.samples}: must be at least 1")
     scores = normalise(load(Path(args.runs_dir)))
     if scores.empty:
-        runs.fail("no run of one of the 26 games of Atari-100k")
+        fail("no run of one of the 26 games of Atari-100k")
     summary = summarise(scores, args.samples)
     percent = improvements(scores, args.baseline_width)
     output = runs.make_folder(args.output)

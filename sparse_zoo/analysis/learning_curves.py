@@ -125,7 +125,14 @@ def draw_panel(ax: Axes, panel: pd.DataFrame) -> None:
             )
     ax.set(title=f"{algorithm}, {plots.task_name(env_id)}", ylabel="evaluation return")
     plots.label_env_steps(ax)
-    ax.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16))
+    ax.legend(
+        title="several seeds: mean (thick), lowest to highest",
+        title_fontsize=8,
+        fontsize=8,
+        frameon=False,
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.16),
+    )
 
 
 def draw(returns: pd.DataFrame) -> Figure:

@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator
 from plots import mean_interval
+from runs import fail
 
 # Each figure's metrics, one row each, and its panels for every environment
 METRICS = {
@@ -169,10 +170,8 @@ def load_runs(
     data = pd.concat(parts, ignore_index=True)
     if earlier:
         data = data.sort_values([name for name in ORDER if name in data], kind="stable")
-    first = data.drop_duplicates("run")
-    twice = first.run[first.duplicated([*CONFIGURATION, "seed"])]
-    left_out += [f"{name}: a second run of the same flags and seed" for name in twice]
-    return data[~data.run.isin(twice)].reset_index(drop=True), left_out
+    data, twice = runs.drop_twice(data, CONFIGURATION)
+    return data, left_out + twice
 
 
 def find_gaps(data: pd.DataFrame, metrics: tuple[str, ...]) -> list[str]:
@@ -251,7 +250,7 @@ def select_variants(data: pd.DataFrame, variants: tuple[str, ...]) -> pd.DataFra
         try:
             width_scale, sparsity = map(float, variant.split(":"))
         except ValueError:
-            runs.fail(f"--variants {variant}: must be WIDTH_SCALE:SPARSITY, such as 4:0.9")
+            fail(f"--variants {variant}: must be WIDTH_SCALE:SPARSITY, such as 4:0.9")
         matches = (data.width_scale == width_scale) & (data.critic_sparsity == sparsity)
         if not matches.any():
             print(f"not drawn: --variants {variant}: no finished run")
@@ -259,7 +258,7 @@ def select_variants(data: pd.DataFrame, variants: tuple[str, ...]) -> pd.DataFra
     if not chosen.any():
         pairs = data[["width_scale", "critic_sparsity"]].drop_duplicates().to_numpy()
         there = " ".join(f"{width:g}:{sparsity:g}" for width, sparsity in pairs)
-        runs.fail(f"--variants: no finished run; there are {there}")
+        fail(f"--variants: no finished run; there are {there}")
     return data[chosen]
 
 
@@ -304,18 +303,14 @@ def draw_against_sparsity(ax: Axes, ends: pd.DataFrame, styles: dict) -> None:
     ax.set_xlabel("sparsity (fraction removed)")
 
 
-def count_range(seeds: pd.Series) -> str:
-    return plots.count_seeds(seeds.min(), seeds.max())
-
-
 def make_legend(curves: pd.DataFrame, ends: pd.DataFrame, kinds: dict, sizes: dict) -> list[Line2D]:
     """What stands for each size at the end of training, and for each network over training."""
     handles = []
     for name, rows in ends.groupby("line", sort=False):
-        label = f"{name} ({count_range(rows.seeds)})"
+        label = f"{name} ({plots.count_seeds(*rows.seeds)})"
         handles.append(Line2D([], [], **sizes[name], ms=4, lw=1.2, label=label))
     for (sparsity, kind), rows in curves.groupby(["critic_sparsity", "kind"], sort=False):
-        label = f"{plots.sparsity_name(sparsity)}, {kind} ({count_range(rows.seeds)})"
+        label = f"{plots.sparsity_name(sparsity)}, {kind} ({plots.count_seeds(*rows.seeds)})"
         style = {"color": plots.sparsity_colour(sparsity), "ls": kinds[kind], "lw": 1.6}
         handles.append(Line2D([], [], **style, label=label))
     if len(ends) and ends.seeds.min() == 1:
@@ -357,7 +352,8 @@ def draw(
     axes = axes.T if abreast else axes
     for ax, ((metric, panel), column) in zip(axes.flat, product(rows, columns)):
         table = tables[panel]
-        own = (table[COLUMN] == column).all(axis=1) & (table.metric == metric)
+        own = (table.env_id == column[0]) & (table.algorithm == column[1])
+        own &= table.metric == metric
         if panel == "end":
             draw_against_sparsity(ax, table[own], sizes)
         else:
@@ -372,8 +368,7 @@ def draw(
             ax.set_xlabel("")
     legend = make_legend(curves, ends if "end" in panels else ends.iloc[:0], kinds, sizes)
     figure.set_figheight(figure.get_figheight() + 0.2 * len(legend))
-    seeds = pd.concat([curves.seeds, ends.seeds])
-    interval = plots.describe_interval(seeds.min(), seeds.max())
+    interval = plots.describe_interval(*curves.seeds, *ends.seeds)
     plots.add_legend(figure, legend, f"mean over seeds; {interval}")
     return figure
 
@@ -410,7 +405,7 @@ def choose_runs(args: Args) -> pd.DataFrame:
         data = data[data.reset_interval == 0]
     runs.print_left_out(left_out)
     if data.empty:
-        runs.fail(f"no {needed} in {args.runs_dir}; choose a folder of runs with --runs-dir")
+        fail(f"no {needed} in {args.runs_dir}; choose a folder of runs with --runs-dir")
     return data
 
 
@@ -422,14 +417,14 @@ if __name__ == "__main__":
     there = sorted(set(everything.metric))
     for metric in metrics:
         if metric not in there:
-            runs.fail(f"--metrics {metric}: in no finished run; there are {', '.join(there)}")
+            fail(f"--metrics {metric}: in no finished run; there are {', '.join(there)}")
     for line in find_gaps(everything, metrics):
         print(f"missing: {line}")
     data = everything[everything.metric.isin(metrics)]
     chosen = select_variants(data, args.variants) if "training" in panels else data.iloc[:0]
     count = len(chosen[["size", "sparsity"]].drop_duplicates())
     if count > MOST_NETWORKS:
-        runs.fail(
+        fail(
             f"{count} networks are more than {MOST_NETWORKS}, which can be told apart; "
             "choose some with --variants WIDTH_SCALE:SPARSITY ..."
         )

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter
 from PIL import Image
-from runs import RESULTS, read_table
+from runs import RESULTS
 
 DENSE = "#404040"
 NEUTRAL = "0.65"  # a line through points of several sparsities
@@ -134,7 +134,7 @@ def draw_points(ax: Axes, x, points: pd.DataFrame, colours, line: str = NEUTRAL,
 def draw_band(ax: Axes, x, middle, low, high, **line) -> None:
     """A curve and the band about it."""
     ax.plot(x, middle, **line)
-    ax.fill_between(x, low, high, color=line["color"], alpha=0.18, lw=0)
+    ax.fill_between(x, low, high, color=line["color"], alpha=0.13, lw=0)
 
 
 def one_seed_handle() -> Line2D:
@@ -144,26 +144,27 @@ def one_seed_handle() -> Line2D:
 # Seeds and intervals
 
 
-def count_seeds(fewest: int, most: int) -> str:
-    """one seed, 3 seeds, 1 to 4 seeds"""
+def count_seeds(*counts: int) -> str:
+    """one seed, 3 seeds, 1 to 4 seeds; of the seeds of some points"""
+    fewest = min(counts)
+    most = max(counts)
     if most == 1:
         return "one seed"
     return f"{most} seeds" if fewest == most else f"{fewest} to {most} seeds"
 
 
-def describe_interval(fewest: int, most: int) -> str:
+def describe_interval(*counts: int) -> str:
     """What the bars or bands about means over seeds are, for the legend.
 
     With three seeds a 95 % bootstrap interval of the mean ends at the lowest and the highest.
     """
-    seeds = count_seeds(fewest, most)
-    if most == 1:
+    if max(counts) == 1:
         return "one seed, so no interval"
-    if most <= MOST_EXACT:
-        return f"lowest to highest of {seeds}"
-    interval = f"95 % bootstrap interval of {seeds}"
-    few = fewest <= MOST_EXACT
-    return interval + (f" (up to {MOST_EXACT} seeds: lowest to highest)" if few else "")
+    if max(counts) <= MOST_EXACT:
+        return f"lowest to highest of {count_seeds(*counts)}"
+    interval = f"95 % bootstrap interval of {count_seeds(*counts)}"
+    few = f" (up to {MOST_EXACT} seeds: lowest to highest)" if min(counts) <= MOST_EXACT else ""
+    return interval + few
 
 
 def interquartile_mean(*tasks: np.ndarray, axis: int = -1) -> np.ndarray:
@@ -212,9 +213,7 @@ def mean_interval(values: np.ndarray, confidence: float = 0.95) -> tuple[float, 
 
 @cache
 def read_published() -> pd.DataFrame:
-    columns = ["algorithm", "task", "env_step", "mean", "std", "seeds"]
-    paths = sorted(RESULTS.glob("published_curves_*.csv"))
-    return pd.concat([read_table(path, columns, "published curves") for path in paths])
+    return pd.concat(map(pd.read_csv, sorted(RESULTS.glob("published_curves_*.csv"))))
 
 
 def published_curve(algorithm: str, env_id: str) -> pd.DataFrame:

@@ -91,37 +91,20 @@ def import_agent(name: str):
 
 
 @cache
-def read_agents() -> dict[str, tuple[frozenset[str], frozenset[str]]]:
-    """Flags of each agent, and those of them that do not change results; read off its source."""
+def read_agents() -> dict[str, frozenset[str]]:
+    """Of each agent, the flags that do not change results, read off its source."""
     agents = {}
     for path in sorted(AGENTS.glob("*.py")):
-        flags = frozenset()
-        execution = frozenset()
         for node in ast.parse(path.read_text()).body:
-            if isinstance(node, ast.ClassDef) and node.name == "Args":
-                fields = [field for field in node.body if isinstance(field, ast.AnnAssign)]
-                flags = frozenset(field.target.id for field in fields)
             if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "EXECUTION_FLAGS":
-                execution = frozenset(ast.literal_eval(node.value))
-        agents[path.stem] = (flags, execution)
+                agents[path.stem] = frozenset(ast.literal_eval(node.value))
     return agents
 
 
-def find_agent(flags: dict) -> str | None:
-    """The agent of a run: by its name, else the one that has just these flags."""
-    agents = read_agents()
-    if flags["exp_name"] in agents:
-        return flags["exp_name"]
-    found = [name for name, (own, _) in agents.items() if own == flags.keys()]
-    return found[0] if len(found) == 1 else None
-
-
-def execution_flags(agent: str | None) -> frozenset[str]:
+def execution_flags(agent: str) -> frozenset[str]:
     """Flags that do not change an agent's results; of an unknown one, those of all agents."""
     agents = read_agents()
-    if agent in agents:
-        return agents[agent][1]
-    return frozenset.intersection(*(execution for _, execution in agents.values()))
+    return agents.get(agent) or frozenset.intersection(*agents.values())
 
 
 # Runs
@@ -156,7 +139,7 @@ class Run:
 
     def settings(self) -> dict:
         """The flags that change results."""
-        execution = execution_flags(find_agent(self.flags))
+        execution = execution_flags(self.flags["exp_name"])
         return {name: value for name, value in self.flags.items() if name not in execution}
 
     def network_sparsities(self) -> tuple[float, float]:
@@ -247,17 +230,12 @@ def load_runs(
     return runs, left_out
 
 
-def keep_first(runs: list[Run], names: list[str]) -> tuple[list[Run], list[str]]:
-    """The first run of each combination of the named flags, and a line for each other."""
-    kept = {}
-    left_out = []
-    for run in runs:
-        key = tuple(run.flags[name] for name in names)
-        if key in kept:
-            left_out.append(f"{run.name}: a second run of this network, task and seed")
-        else:
-            kept[key] = run
-    return list(kept.values()), left_out
+def drop_twice(table: pd.DataFrame, keys: list[str]) -> tuple[pd.DataFrame, list[str]]:
+    """The rows of the first run of each combination of keys, and a line for each other run."""
+    first = table.drop_duplicates("run")
+    twice = first.run[first.duplicated([*keys, "seed"])]
+    lines = [f"{name}: a second run of this network, task and seed" for name in twice]
+    return table[~table.run.isin(twice)].reset_index(drop=True), lines
 
 
 def fail_if_mixed(runs: list[Run], free: list[str]) -> None:

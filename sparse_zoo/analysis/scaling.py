@@ -27,6 +27,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter, NullFormatter
 from plots import bootstrap_interval, interquartile_mean
+from runs import fail
 
 SCENARIO = ["algorithm", "env_id"]
 SIZE = ["width_scale", "depth_scale"]
@@ -92,13 +93,9 @@ def load(runs_dir: Path, earlier: tuple[str, ...] = ()) -> tuple[pd.DataFrame, l
     for algorithm, lengths in table.groupby("algorithm").env_steps.unique().items():
         if len(lengths) > 1:
             steps = " and ".join(f"{length:,}" for length in sorted(lengths))
-            runs.fail(f"{algorithm} has runs of {steps} env steps; keep such apart")
-    table = in_order(table)
-    twice = table.duplicated([*POINT, "seed"])
-    left_out += [
-        f"{name}: a second run of this network, task and seed" for name in table.run[twice]
-    ]
-    return table[~twice].reset_index(drop=True), left_out
+            fail(f"{algorithm} has runs of {steps} env steps; keep such apart")
+    table, twice = runs.drop_twice(in_order(table), POINT)
+    return table, left_out + twice
 
 
 def in_order(table: pd.DataFrame) -> pd.DataFrame:
@@ -195,7 +192,7 @@ def gains(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
         there = ", ".join(
             f"{row.width_scale:g} x {row.depth_scale:g}" for row in sizes.itertuples()
         )
-        runs.fail(
+        fail(
             "a gain is that of one size of network, and there are several "
             f"(width x depth scales: {there})"
         )
@@ -250,10 +247,10 @@ def published_return(algorithm: str, env_id: str, env_steps: int) -> float | Non
     return float(values.iloc[0]) if len(values) else None
 
 
-def mark_published(ax: Axes, table: pd.DataFrame, x: float) -> bool:
-    """Marks the published return of the task of some runs; False if there is none."""
-    first = table.iloc[0]
-    value = published_return(first.algorithm, first.env_id, first.env_steps)
+def mark_published(ax: Axes, table: pd.DataFrame, algorithm: str, env_id: str, x: float) -> bool:
+    """Marks the published return after as many env steps as our runs have; False if none is."""
+    env_steps = table.env_steps[table.algorithm == algorithm].iloc[0]
+    value = published_return(algorithm, env_id, env_steps)
     if value is None:
         return False
     ax.plot(x, value, **plots.PUBLISHED)
@@ -293,48 +290,44 @@ def make_handles(published: bool) -> list[Line2D]:
 
 def finish(figure: Figure, handles: list, points: pd.DataFrame, what: str = "") -> Figure:
     """Adds the legend, whose title says what points and bars are."""
-    fewest = points.seeds_min.min()
-    most = points.seeds_max.max()
-    if "tasks" in points and points.tasks.max() > 1:  # resampled within tasks
-        interval = f"95 % stratified bootstrap interval; {plots.count_seeds(fewest, most)} a task"
-    else:
-        interval = plots.describe_interval(fewest, most)
-    if points.seeds_max.min() == 1:
+    seeds = [*points.seeds_min, *points.seeds_max]
+    if min(points.seeds_max) == 1:
         handles = [*handles, plots.one_seed_handle()]
-    plots.add_legend(figure, handles, what or f"interquartile mean; {interval}")
+    what = what or f"interquartile mean; {plots.describe_interval(*seeds)}"
+    plots.add_legend(figure, handles, what)
     return figure
 
 
-def grid_of_scenarios(points: pd.DataFrame):
-    """A figure with a row for each algorithm and a column for each task; and its panels' points."""
-    algorithms = points.algorithm.unique()
+def grid_of_scenarios(points: pd.DataFrame, most: int = 99) -> tuple[Figure, list[tuple]]:
+    """A panel for each algorithm (down) and task (across, up to most): axes, names and points."""
     tasks = points.env_id.unique()
-    figure, axes = plots.make_grid(len(algorithms), len(tasks))
-    panels = []
-    for ax, (algorithm, env_id) in zip(axes.flat, product(algorithms, tasks)):
-        ax.set_title(f"{plots.task_name(env_id)}, {algorithm}")
-        own = (points.algorithm == algorithm) & (points.env_id == env_id)
-        panels.append((ax, algorithm, env_id, points[own]))
+    scenarios = list(product(points.algorithm.unique(), tasks))
+    across = min(most, len(tasks))
+    figure, axes = plots.make_grid(-(-len(scenarios) // across), across)
+    for ax in axes.flat[len(scenarios) :]:
+        ax.set_visible(False)
     for ax in axes[:, 0]:
         ax.set_ylabel("return")
-    return figure, axes, panels
+    panels = []
+    for ax, (algorithm, env_id) in zip(axes.flat, scenarios):
+        ax.set_title(f"{plots.task_name(env_id)}, {algorithm}")
+        own = points[(points.algorithm == algorithm) & (points.env_id == env_id)]
+        panels.append((ax, algorithm, env_id, own))
+    return figure, panels
 
 
 def draw_size(table: pd.DataFrame, points: pd.DataFrame, scale: str) -> Figure:
     """Figures 1 and 14: a row for each algorithm, a column for each task, against weights."""
-    figure, axes, panels = grid_of_scenarios(points)
+    figure, panels = grid_of_scenarios(points)
     marked = False
     for ax, algorithm, env_id, panel in panels:
-        panel = panel.sort_values("weights")
-        draw_families(ax, "weights", panel)
+        draw_families(ax, "weights", panel.sort_values("weights"))
         default = panel[(panel.width_scale == 1) & (panel.depth_scale == 1)]
         if len(default):
-            own = table[(table.algorithm == algorithm) & (table.env_id == env_id)]
-            marked |= mark_published(ax, own, default.weights.iloc[0])
+            marked |= mark_published(ax, table, algorithm, env_id, default.weights.iloc[0])
         ax.set_xscale(scale)
         ax.xaxis.set_major_formatter(EngFormatter(sep=""))
         ax.xaxis.set_minor_formatter(NullFormatter())
-    for ax in axes[-1]:
         ax.set_xlabel("weights, pruned ones included")
     return finish(figure, make_handles(marked), points)
 
@@ -376,33 +369,26 @@ def draw_aggregate(points: pd.DataFrame) -> Figure:
         ]
         row[1].set_xlabel(f"depth scale{''.join(widths)}")
         row[0].set_ylabel("return")
-    seeds = plots.count_seeds(points.seeds_min.min(), points.seeds_max.max())
     fewest = points.tasks.min()
     most = points.tasks.max()
     tasks = f"{fewest} to {most} tasks" if fewest < most else f"{most} task{'s'[: most - 1]}"
+    seeds = plots.count_seeds(*points.seeds_min, *points.seeds_max)
     what = f"interquartile mean, 95 % stratified bootstrap interval; {tasks}, {seeds} each"
     return finish(figure, make_handles(False), points, what)
 
 
 def draw_tasks(table: pd.DataFrame, points: pd.DataFrame, axis: str) -> Figure:
     """Figures 15 and 16: a panel for each algorithm and task, three in a row."""
-    panels = list(product(points.algorithm.unique(), points.env_id.unique()))
-    across = min(3, points.env_id.nunique())
-    figure, axes = plots.make_grid(-(-len(panels) // across), across)
+    figure, panels = grid_of_scenarios(points, most=3)
     marked = False
-    for ax, (algorithm, env_id) in zip(axes.flat, panels):
-        panel = points[(points.algorithm == algorithm) & (points.env_id == env_id)]
+    for ax, algorithm, env_id, panel in panels:
         if len(panel):
             draw_scaling(ax, panel, axis, "std")
-            default = panel[(panel.width_scale == 1) & (panel.sparsity == 0)]
-            if axis == "width_scale" and len(default):
-                own = table[(table.algorithm == algorithm) & (table.env_id == env_id)]
-                marked |= mark_published(ax, own, 1)
-        ax.set_title(f"{plots.task_name(env_id)}, {algorithm}")
-        ax.set(xlabel=axis.replace("_", " "), ylabel="return")
-    for ax in axes.flat[len(panels) :]:
-        ax.set_visible(False)
-    seeds = plots.count_seeds(points.seeds_min.min(), points.seeds_max.max())
+        default = panel[(panel.width_scale == 1) & (panel.sparsity == 0)]
+        if axis == "width_scale" and len(default):
+            marked |= mark_published(ax, table, algorithm, env_id, 1)
+        ax.set_xlabel(axis.replace("_", " "))
+    seeds = plots.count_seeds(*points.seeds_min, *points.seeds_max)
     return finish(figure, make_handles(marked), points, f"mean, standard deviation; {seeds}")
 
 
@@ -410,18 +396,16 @@ def draw_sparsity(points: pd.DataFrame) -> Figure:
     """Figure 3: a row for each algorithm, a column for each task, a line for each size."""
     sizes = dict(list(points.groupby(SIZE)))
     if len(sizes) > MOST_SIZES:
-        runs.fail(f"{len(sizes)} sizes of network are more than {MOST_SIZES}; keep some apart")
+        fail(f"{len(sizes)} sizes of network are more than {MOST_SIZES}; keep some apart")
     styles = plots.size_styles(list(sizes))
-    figure, axes, panels = grid_of_scenarios(points)
+    figure, panels = grid_of_scenarios(points)
     for ax, _, _, panel in panels:
         for size, line in with_bars(panel).groupby(SIZE):
             colour = styles[size]["color"]
             colours = [colour] * len(line)
             marker = styles[size]["marker"]
             plots.draw_points(ax, line.sparsity, line, colours, colour, marker=marker)
-        ax.set_xlim(-0.04, 1)
-    for ax in axes[-1]:
-        ax.set_xlabel("sparsity (0: dense)")
+        ax.set(xlim=(-0.04, 1), xlabel="sparsity (0: dense)")
     handles = []
     for (width, depth), networks in sizes.items():
         deep = f", depth scale {depth:g}" if points.depth_scale.nunique() > 1 else ""
@@ -445,7 +429,7 @@ def draw_gain(points: pd.DataFrame, scores: pd.DataFrame | None) -> Figure:
     ax.axhline(0, color="0.3", lw=0.8)
     ax.set(xlabel="sparsity", ylabel="gain over the dense network (%)", xlim=(0, 1))
     over = f"mean over {points.scenarios.max()} pairs of task and algorithm"
-    seeds = plots.count_seeds(points.seeds_min.min(), points.seeds_max.max())
+    seeds = plots.count_seeds(*points.seeds_min, *points.seeds_max)
     interval = "no interval" if points.low.isna().all() else "95 % bootstrap interval"
     ax.set_title(f"{over}\n({seeds} each; bars: {interval})", fontsize=10)
     return figure
@@ -475,7 +459,7 @@ def draw_bars(table: pd.DataFrame, points: pd.DataFrame) -> Figure:
     """
     kinds = len(points[["algorithm", "depth_scale"]].drop_duplicates())
     if kinds > 1:
-        runs.fail(
+        fail(
             f"bars are for one algorithm and depth, and there are {kinds} of them; "
             "keep such runs apart"
         )
@@ -497,7 +481,8 @@ def draw_bars(table: pd.DataFrame, points: pd.DataFrame) -> Figure:
             dots = table["return"][own & (table.width_scale == row.width_scale)]
             ax.plot([x] * len(dots), dots, ".", color="k", ms=3.5, alpha=0.6)
         if widths[0] == 1 and sparsities[0] == 0:  # the published network is the first bar
-            marked |= mark_published(ax, table[table.env_id == env_id], -0.4 + 0.5 * room)
+            algorithm = points.algorithm.iloc[0]
+            marked |= mark_published(ax, table, algorithm, env_id, -0.4 + 0.5 * room)
         ax.set_xticks(range(len(widths)), [f"{width:g}" for width in widths])
         ax.set_title(plots.task_name(env_id))
         ax.set(xlabel="width scale of the critic", ylabel="return")
@@ -507,7 +492,7 @@ def draw_bars(table: pd.DataFrame, points: pd.DataFrame) -> Figure:
         handles.append(Patch(color=colour, label=plots.sparsity_name(sparsity)))
     if marked:
         handles.append(Line2D([], [], **plots.PUBLISHED, label=LABELS["published"]))
-    interval = plots.describe_interval(points.seeds_min.min(), points.seeds_max.max())
+    interval = plots.describe_interval(*points.seeds_min, *points.seeds_max)
     return finish(figure, handles, points, f"interquartile mean; {interval}; a dot for each run")
 
 
@@ -541,7 +526,7 @@ if __name__ == "__main__":
         points = summarise(table, NETWORK if args.figure == "aggregate" else POINT)
     runs.print_left_out(left_out + gaps)
     if points.empty:
-        runs.fail(
+        fail(
             f"nothing to draw from the runs in {args.runs_dir}; "
             "choose a folder of finished runs with --runs-dir"
         )

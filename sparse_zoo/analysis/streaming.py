@@ -11,6 +11,7 @@ over seeds, which is wide for few seeds, as it should be.
 
 import sys
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Literal
 
@@ -21,6 +22,7 @@ import runs
 import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from runs import fail
 from scipy import stats
 
 KEYS = ["env_id", "width_scale", "init", "sparsity"]
@@ -47,22 +49,23 @@ class Args:
 
 def load(runs_dir: Path, earlier: tuple[str, ...] = ()) -> pd.DataFrame:
     """COLUMNS of every training episode of every finished run and of the tables `earlier`."""
-    tables = [runs.read_table(path, COLUMNS, "--earlier") for path in earlier]
     found, left_out = runs.load_runs(runs_dir, "stream_ac_sparse", ("total_timesteps", "init"))
-    found, twice = runs.keep_first(found, [*KEYS, "seed"])
-    runs.print_left_out(left_out + twice)
+    tables = [pd.DataFrame(columns=[*COLUMNS, "run"])]
     for run in found:
         episodes = run.metrics[run.metrics.metric.isin(["episode/return", "episode/length"])]
         episodes = episodes.pivot_table(index="env_step", columns="metric", values="value")
         episodes = episodes.rename(columns=lambda name: name.removeprefix("episode/"))
         flags = {name: run.flags[name] for name in [*KEYS, "seed", "total_timesteps"]}
-        tables.append(episodes.reset_index().assign(**flags).reindex(columns=COLUMNS))
-    if not sum(map(len, tables)):
-        runs.fail(f"no finished run of stream_ac_sparse with an episode that ended, in {runs_dir}")
+        tables.append(episodes.reset_index().assign(run=run.name, **flags))
+    own, twice = runs.drop_twice(pd.concat(tables), KEYS)
+    runs.print_left_out(left_out + twice)
+    tables = [runs.read_table(path, COLUMNS, "--earlier") for path in earlier]
+    episodes = pd.concat([own[COLUMNS], *tables], ignore_index=True)
+    if episodes.empty:
+        fail(f"no finished run of stream_ac_sparse with an episode that ended, in {runs_dir}")
     runs.fail_if_mixed(found, FREE)
     # A run may be among the earlier ones as well
-    episodes = pd.concat(tables, ignore_index=True)
-    return episodes.drop_duplicates([*KEYS, "seed", "env_step"], ignore_index=True)
+    return episodes.drop_duplicates([*KEYS, "seed", "env_step"], ignore_index=True).infer_objects()
 
 
 def average_bins(episodes: pd.DataFrame, size: int) -> pd.DataFrame:
@@ -114,7 +117,7 @@ def draw_curves(ax: Axes, data: pd.DataFrame) -> None:
     """Mean over seeds and a band from lowest to highest, for each network of one task and width."""
     for (init, sparsity), network in data.groupby(["init", "sparsity"]):
         curves = network.pivot(index="env_step", columns="seed", values="return")
-        count = plots.count_seeds(curves.shape[1], curves.shape[1])
+        count = plots.count_seeds(curves.shape[1])
         plots.draw_band(
             ax,
             curves.index,
@@ -135,15 +138,16 @@ def draw_curves(ax: Axes, data: pd.DataFrame) -> None:
 
 
 def draw_panels(data: pd.DataFrame) -> Figure:
-    """Learning curves: a row for each task, a column for each width."""
+    """Learning curves: a row for each task, a column for each width; one width in a single row."""
     tasks = sorted(data.env_id.unique())
     widths = sorted(data.width_scale.unique())
-    figure, axes = plots.make_grid(len(tasks), len(widths), 4, 3.2)
-    for row, task in zip(axes, tasks):
-        for ax, width in zip(row, widths):
-            draw_curves(ax, data[(data.env_id == task) & (data.width_scale == width)])
-            ax.set_title(f"{task}, {round(128 * width)} hidden units", fontsize=9)
-            ax.sharey(row[0])
+    rows = len(tasks) if len(widths) > 1 else 1
+    figure, axes = plots.make_grid(rows, len(tasks) * len(widths) // rows, 4.2, 3.3)
+    for ax, (task, width) in zip(axes.flat, product(tasks, widths)):
+        draw_curves(ax, data[(data.env_id == task) & (data.width_scale == width)])
+        ax.set_title(f"{task}, {round(128 * width)} hidden units", fontsize=9)
+        if rows > 1:
+            ax.sharey(axes[tasks.index(task), 0])
     return figure
 
 
@@ -153,15 +157,9 @@ def figure_17(data: pd.DataFrame) -> Figure:
 
 
 def figure_13(data: pd.DataFrame) -> Figure:
-    """Static sparsity, SparseInit and both, at the smallest width of SparseInit, side by side."""
+    """Static sparsity, SparseInit and both, at the smallest width of SparseInit."""
     width = data[data.init == "sparse_init"].width_scale.min()
-    data = data[data.width_scale == width]
-    tasks = sorted(data.env_id.unique())
-    figure, axes = plots.make_grid(1, len(tasks), 4.4, 3.4)
-    for ax, task in zip(axes[0], tasks):
-        draw_curves(ax, data[data.env_id == task])
-        ax.set_title(f"{task}, {round(128 * width)} hidden units", fontsize=9)
-    return figure
+    return draw_panels(data[data.width_scale == width])
 
 
 def figure_12(final: pd.DataFrame) -> Figure:
@@ -177,7 +175,7 @@ def figure_12(final: pd.DataFrame) -> Figure:
             )
             colours = [colour] * len(points)
             plots.draw_points(ax, points.index, points, colours, colour, ms=6, capsize=0)
-            label = f"{plots.sparsity_name(sparsity)} ({count_range(points.seeds)})"
+            label = f"{plots.sparsity_name(sparsity)} ({plots.count_seeds(*points.seeds)})"
             ax.plot([], [], color=colour, marker="o", label=label)
             ax.plot(network.width_scale, network["return"], "_", color=colour, ms=8)
         ax.set_xscale("log", base=2)
@@ -187,14 +185,10 @@ def figure_12(final: pd.DataFrame) -> Figure:
     return figure
 
 
-def count_range(seeds: pd.Series) -> str:
-    return plots.count_seeds(seeds.min(), seeds.max())
-
-
 if __name__ == "__main__":
     args = tyro.cli(Args)
     if args.bin < 1:
-        runs.fail(f"--bin {args.bin}: must be at least 1")
+        fail(f"--bin {args.bin}: must be at least 1")
     episodes = load(Path(args.runs_dir), args.earlier)
     data = average_bins(episodes, args.bin)
     final = final_returns(episodes)

@@ -17,12 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import pandas as pd
 import plots
 import torch
 import tyro
 from runs import fail, import_agent, make_folder
 
 CPU = torch.device("cpu")
+PAPER = Path(__file__).with_name("paper_tables.csv")
+TASKS = "dog-run", "dog-trot", "dog-walk", "humanoid-run", "humanoid-stand", "humanoid-walk"
 
 
 @dataclass
@@ -35,99 +38,28 @@ class Args:
 
 Rows = list[tuple[str, str, str]]  # what, ours, the paper's
 
-# The values of the paper
-TASKS = {
-    **dict.fromkeys(("dog-run", "dog-trot", "dog-walk"), (223, 38)),
-    **dict.fromkeys(("humanoid-run", "humanoid-stand", "humanoid-walk"), (67, 24)),
-}
-SIMBA = {
-    "Critic block type": "SimBa",
-    "Critic num blocks": "2, 4, 6, 8",
-    "Critic hidden dim": "256, 512, 1024, 1536, 2048, 2560",
-    "Critic learning rate": "0.0001",
-    "Target critic momentum (tau)": "0.005",
-    "Actor block type": "SimBa",
-    "Actor num blocks": "1, 2, 3, 4",
-    "Actor hidden dim": "64, 128, 256, 384, 512, 640",
-    "Actor learning rate": "0.0001",
-    "Initial temperature": "0.01",
-    "Temperature learning rate": "0.0001",
-    "Target entropy": "dim(A)/2",
-    "Exploration noise": "N(0, 0.1^2)",
-    "Batch size": "256",
-    "Optimizer": "AdamW",
-    "Optimizer momentum": "0.9, 0.999",
-    "Weight decay": "0.01",
-    "Discount": "heuristic",
-    "Replay ratio": "2",
-    "Clipped Double Q": "False",
-}
-DRQV2 = {
-    "Replay buffer capacity": "1000000",
-    "Action repeat": "2",
-    "Seed frames": "4000",
-    "Exploration steps": "2000",
-    "n-step returns": "3",
-    "Mini-batch size": "256",
-    "Discount": "0.99",
-    "Optimizer": "Adam",
-    "Learning rate": "0.0001",
-    "Critic Q-function soft-update rate": "0.01",
-    "Features dim.": "50",
-    "Repr. dim.": "32 x 35 x 35",
-    "Hidden dim.": "1024",
-    "Exploration stddev. clip": "0.3",
-    "Exploration stddev. schedule": "linear(1, 0.1, 500000)",
-}
 
-DER = {
-    "Gray-scaling": "True",
-    "Observation down-sampling": "84x84",
-    "Frames stacked": "4",
-    "Action repetitions": "4",
-    "Reward clipping": "[-1, 1]",
-    "Terminal on loss of life": "True",
-    "Update": "Distributional Q",
-    "Dueling": "True",
-    "Support of Q-distribution": "51",
-    "Discount factor": "0.99",
-    "Minibatch size": "32",
-    "Optimizer": "Adam",
-    "Optimizer: learning rate": "0.0001",
-    "Optimizer: epsilon": "0.00015",
-    "Exploration": "Noisy nets",
-    "Noisy nets parameter": "0.5",
-    "Training steps": "100K",
-    "Evaluation trajectories": "100",
-    "Min replay size for sampling": "1600",
-    "Updates per step": "1",
-    "Multi-step return length": "10",
-    "CNN network": "IMPALA CNN",
-    "Target network update period": "2000",
-}
-
-
-def compare(ours: dict[str, object], papers: dict[str, str]) -> Rows:
+def compare(table: int, ours: dict[str, object]) -> Rows:
     """A row for each of the paper's values, in its order; floats as short as they can be."""
-    text = {
-        name: f"{value:g}" if isinstance(value, float) else str(value)
-        for name, value in ours.items()
-    }
-    return [(name, text.get(name, "missing"), value) for name, value in papers.items()]
+    rows = []
+    papers = pd.read_csv(PAPER, dtype={"value": str})
+    for row in papers[papers.table == table].itertuples():
+        value = ours.get(row.name, "missing")
+        text = f"{value:g}" if isinstance(value, float) else str(value)
+        rows.append((row.name, text, row.value))
+    return rows
 
 
 def tasks() -> Rows:
     """Table 1, from the environments."""
     sac = import_agent("sac_simba_sparse")
-    rows = []
-    for task, (papers_obs_dim, papers_action_dim) in TASKS.items():
+    ours = {}
+    for task in TASKS:
         env = sac.make_env(sac.Args(env_id=f"dm_control/{task}-v0"))
         name = task.replace("-", " ").title()
-        obs_dim = env.observation_space.shape[0]
-        action_dim = env.action_space.shape[0]
-        rows.append((f"{name}, observation dim", str(obs_dim), str(papers_obs_dim)))
-        rows.append((f"{name}, action dim", str(action_dim), str(papers_action_dim)))
-    return rows
+        ours[f"{name}, observation dim"] = env.observation_space.shape[0]
+        ours[f"{name}, action dim"] = env.action_space.shape[0]
+    return compare(1, ours)
 
 
 def sweep(module, commands: str, flag: str) -> list:
@@ -192,20 +124,17 @@ def simba(name: str, commands: str) -> Rows:
         "Replay ratio": args.updates_per_step,
         "Clipped Double Q": args.clipped_double_q,
     }
-    papers = dict(SIMBA)
-    if name == "sac_simba_sparse":
+    if name == "ddpg_simba_sparse":
+        ours["Exploration noise"] = f"N(0, {args.exploration_noise:g}^2)"
+        rows = compare(3, ours)
+    else:
         ours["Initial temperature"] = float(agent.alpha().detach())
         ours["Temperature learning rate"] = agent.temperature_optimizer.param_groups[0]["lr"]
         ours["Target entropy"] = target_entropy(module, agent, action_dim=2)
-        del papers["Exploration noise"]
-    else:
-        ours["Exploration noise"] = f"N(0, {args.exploration_noise:g}^2)"
-        for what in ("Initial temperature", "Temperature learning rate", "Target entropy"):
-            del papers[what]
-    rows = compare(ours, papers)
+        rows = compare(2, ours)
     return [
-        (what, f"heuristic ({gamma:g})" if mine == "heuristic" else mine, paper)
-        for what, mine, paper in rows
+        (what, f"heuristic ({gamma:g})" if mine == "heuristic" else mine, papers)
+        for what, mine, papers in rows
     ]
 
 
@@ -251,7 +180,7 @@ def drqv2() -> Rows:
         "Exploration stddev. clip": args.noise_clip,
         "Exploration stddev. schedule": "linear({:g}, {:g}, {})".format(*schedule),
     }
-    return compare(ours, DRQV2)
+    return compare(4, ours)
 
 
 def der() -> Rows:
@@ -292,7 +221,7 @@ def der() -> Rows:
         "CNN network": "IMPALA CNN" if impala else " + ".join(sorted(kinds)),
         "Target network update period": args.target_interval,
     }
-    return compare(ours, DER)
+    return compare(5, ours)
 
 
 def to_markdown(rows: Rows) -> str:
