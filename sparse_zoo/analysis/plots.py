@@ -94,12 +94,13 @@ def mark_values(ax: Axes, values: list[float]) -> None:
 
 def add_legend(figure: Figure, handles: list, title: str) -> None:
     """Below the panels; the title says what points and bars are."""
-    columns = len(handles) if figure.get_figwidth() >= 8 and len(handles) <= 5 else 1
+    longest = max(len(handle.get_label()) for handle in handles)
+    columns = int(figure.get_figwidth() / (0.08 * longest + 0.7))  # inches of a label
     figure.legend(
         handles=handles,
         title=title if figure.get_figwidth() >= 8 else title.replace("; ", ";\n"),
         loc="outside lower center",
-        ncols=columns,
+        ncols=max(1, columns),
         frameon=False,
         fontsize=9,
     )
