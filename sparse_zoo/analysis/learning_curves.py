@@ -126,7 +126,7 @@ def draw_panel(ax: Axes, panel: pd.DataFrame) -> None:
     ax.set(title=f"{algorithm}, {plots.task_name(env_id)}", ylabel="evaluation return")
     plots.label_env_steps(ax)
     ax.legend(
-        title="several seeds: mean (thick), lowest to highest",
+        title="several seeds: mean (thick), lowest to highest" * (panel.seed.nunique() > 1),
         title_fontsize=8,
         fontsize=8,
         frameon=False,

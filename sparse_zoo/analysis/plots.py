@@ -48,7 +48,7 @@ def sparsity_name(sparsity: float) -> str:
 
 def size_styles(sizes: list) -> dict:
     """Marker and shade of green of each size of network, from the first (light) to the last."""
-    shades = np.linspace(0.45, 0.95, len(sizes))
+    shades = np.linspace(0.95, 0.5, len(sizes))[::-1]
     return {
         size: {"marker": marker, "color": to_hex(colormaps["Greens"](shade))}
         for size, shade, marker in zip(sizes, shades, cycle(MARKERS))
