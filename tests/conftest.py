@@ -23,6 +23,7 @@ from filelock import FileLock
 ROOT = Path(__file__).resolve().parents[1]
 AGENTS = ROOT / "sparse_zoo"
 ANALYSIS = AGENTS / "analysis"
+BENCH = AGENTS / "bench"
 DATA = ROOT / "tests" / "data"
 CPU = torch.device("cpu")
 

@@ -1,34 +1,40 @@
-"""Gradient interference: do the gradients of single transitions align or conflict? (Figure 9 of the paper)
+"""Gradient interference: do the gradients of single transitions align or conflict? (Figure 9)
 
     python sparse_zoo/analysis/gradient_interference.py runs/<a dense run> runs/<a sparse run>
 
-For k transitions of a run's replay, C[i, j] = <g_i, g_j> / (|g_i| |g_j|), where g_i is the gradient of the loss of
-transition i alone (Equation 2 of the paper; Lyle et al. 2023, arXiv:2303.01486). 1 means that i and j pull the network
-the same way, -1 opposite ways, and 0 that a small step for one leaves the loss of the other alone. Draws C for actor
-and critic, before and after training, and writes their summaries to a CSV file.
+For k transitions of a run's replay, C[i, j] = <g_i, g_j> / (|g_i| |g_j|), where g_i is the gradient
+of the loss of transition i alone (Equation 2 of the paper; Lyle et al. 2023, arXiv:2303.01486).
+1 means that i and j pull the network the same way, -1 opposite ways, and 0 that a small step for
+one leaves the loss of the other alone. Draws C for actor and critic, before and after training, and
+writes their summaries to a CSV file.
 
 The text of the paper says neither which k, which loss, nor how the transitions are ordered. Here:
- 1. k = 256, one training batch, drawn without replacement (a transition drawn twice would align with itself).
- 2. Gradients are taken over everything that is trained: active weights, biases and LayerNorm parameters.
- 3. The losses are those of training. Actor: alpha * log pi(a|s) - Q(s, a) with the entropy term for SAC, -Q(s, a) for
-    DDPG, with the critic fixed. Critic: the squared TD error, summed over the critics; the target is fixed.
- 4. "Before" is the run's seed built again: the same weights and masks, the same alpha. "After" is the checkpoint.
- 5. Both see the same transitions, noise and observation statistics (the final ones), so that they differ in the
-    networks only: actor, critic, target critic and, for SAC, alpha. Another run has another replay.
- 6. Rows and columns are in order of collection, oldest first, in all panels of a run. Nothing is sorted by similarity,
-    which would find blocks in any matrix.
- 7. A transition without gradient (DDPG clips actions, and a clipped action has none) has no cosine: grey, left out of
-    the summaries and counted there.
+ 1. k = 256, one training batch, drawn without replacement (a transition drawn twice would align
+    with itself).
+ 2. Gradients are taken over everything that is trained: active weights, biases and LayerNorm
+    parameters.
+ 3. The losses are those of training. Actor: alpha * log pi(a|s) - Q(s, a) with the entropy term for
+    SAC, -Q(s, a) for DDPG, with the critic fixed. Critic: the squared TD error, summed over the
+    critics; the target is fixed.
+ 4. "Before" is the run's seed built again: the same weights and masks, the same alpha. "After" is
+    the checkpoint.
+ 5. Both see the same transitions, noise and observation statistics (the final ones), so that they
+    differ in the networks only: actor, critic, target critic and, for SAC, alpha. Another run has
+    another replay.
+ 6. Rows and columns are in order of collection, oldest first, in all panels of a run. Nothing is
+    sorted by similarity, which would find blocks in any matrix.
+ 7. A transition without gradient (DDPG clips actions, and a clipped action has none) has no cosine:
+    grey, left out of the summaries and counted there.
 
-No gradient is ever formed: k of them would fill 112 GB at width scale 5. One backward pass over the batch gives input x
-and output gradient delta of each layer for each transition (transitions do not mix: there is no batch norm). A dense
-layer's gradient is the outer product of the two, so its part of <g_i, g_j> is (delta_i . delta_j) (x_i . x_j). A sparse
-layer has only some entries of that product; they are computed and summed chunk by chunk.
+No gradient is ever formed: k of them would fill 112 GB at width scale 5. One backward pass over the
+batch gives input x and output gradient delta of each layer for each transition (transitions do not
+mix: there is no batch norm). A dense layer's gradient is the outer product of the two, so its part
+of <g_i, g_j> is (delta_i . delta_j) (x_i . x_j). A sparse layer has only some entries of that
+product; they are computed and summed chunk by chunk.
 """
 
 import os
 import random
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,18 +42,18 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
+import plots
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
 from matplotlib.figure import Figure
+from runs import fail, import_agent, make_folder
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import ddpg_simba_sparse as ddpg
-import sac_simba_sparse as sac
-
+sac = import_agent("sac_simba_sparse")
+ddpg = import_agent("ddpg_simba_sparse")
 CPU = torch.device("cpu")
+COLOURS = 127  # odd, so that a cosine of zero has the middle one
 CHUNK = 2**13  # active weights at a time: k * CHUNK floats, 8 MB for 256 transitions
 
 
@@ -68,26 +74,31 @@ class Args:
 def record_layers(
     network: nn.Module, compute_loss: Callable
 ) -> list[tuple[nn.Module, torch.Tensor, torch.Tensor]]:
-    """Each layer with parameters, its input x (k, in) and the gradient delta (k, out) of the loss at its output."""
-    calls, handles = [], []
-    for module in network.modules():
-        if list(module.parameters(recurse=False)):
-            handles.append(
-                module.register_forward_hook(
-                    lambda module, x, y: calls.append((module, x[0].detach(), y))
-                )
-            )
+    """Each layer with parameters, its input x (k, in) and the loss's gradient delta at its output.
+
+    delta: (k, out)
+    """
+    calls = []
+
+    def record(module, inputs, output):
+        calls.append((module, inputs[0].detach(), output))
+
+    layers = [part for part in network.modules() if list(part.parameters(recurse=False))]
+    handles = [layer.register_forward_hook(record) for layer in layers]
     loss = compute_loss()
     for handle in handles:
         handle.remove()
-    deltas = torch.autograd.grad(loss, [y for _, _, y in calls])
-    return [(module, x, delta) for (module, x, _), delta in zip(calls, deltas)]
+    deltas = torch.autograd.grad(loss, [output for _, _, output in calls])
+    return [(layer, x, delta) for (layer, x, _), delta in zip(calls, deltas)]
 
 
 def sparse_products(
     layer: nn.Module, x: torch.Tensor, delta: torch.Tensor, chunk: int
 ) -> torch.Tensor:
-    """The inner products (k, k) of the gradients delta[i, row] * x[i, col] over the active weights (row, col)."""
+    """The inner products (k, k) of the gradients of a sparse layer.
+
+    They are delta[i, row] * x[i, col] over the active weights (row, col).
+    """
     x_t, delta_t = x.t().contiguous(), delta.t().contiguous()
     products = x.new_zeros(len(x), len(x), dtype=torch.float64)
     for active in layer.active.split(chunk):
@@ -99,9 +110,10 @@ def sparse_products(
 def gradient_products(
     network: nn.Module, compute_loss: Callable, chunk: int = CHUNK
 ) -> torch.Tensor:
-    """The inner products <g_i, g_j> (k, k) of the k transitions' gradients over all parameters of a network.
+    """The inner products <g_i, g_j> (k, k) of k transitions' gradients over all of a network.
 
-    `compute_loss` takes the batch through the network once and returns the mean of the k losses, or any multiple.
+    `compute_loss` takes the batch through the network once and returns the mean of the k losses, or
+    any multiple.
     """
     total = torch.zeros((), dtype=torch.float64)
     for layer, x, delta in record_layers(network, compute_loss):
@@ -126,7 +138,7 @@ def cosines(products: torch.Tensor) -> np.ndarray:
 
 
 def measure(module, agent, batch, noise, next_noise, gamma: float) -> dict[str, np.ndarray]:
-    """The cosine matrices (k, k) of actor and critic on a normalised batch, for an agent of `module`."""
+    """The cosine matrices (k, k) of the actor and critic of `module` on a normalised batch."""
     alpha = [agent.alpha().detach()] if module is sac else []
     target = module.td_target(agent.actor, agent.target_critic, *alpha, batch, gamma, next_noise)
 
@@ -145,43 +157,68 @@ def measure(module, agent, batch, noise, next_noise, gamma: float) -> dict[str, 
 
 
 def summarize(matrix: np.ndarray) -> dict[str, float]:
-    """Mean |cosine| and share of negative cosines off the diagonal, and how many transitions have no gradient."""
+    """Mean |cosine| and share of negative cosines off the diagonal.
+
+    And how many transitions have no gradient.
+    """
     pairs = matrix[~np.eye(len(matrix), dtype=bool)]
     pairs = pairs[~np.isnan(pairs)]
-    mean_abs, negative = (
-        (np.abs(pairs).mean(), (pairs < 0).mean()) if len(pairs) else (np.nan, np.nan)
-    )
     return {
-        "mean_abs": mean_abs,
-        "negative": negative,
+        "mean_abs": np.abs(pairs).mean() if len(pairs) else np.nan,
+        "negative": (pairs < 0).mean() if len(pairs) else np.nan,
         "no_gradient": int(np.isnan(matrix.diagonal()).sum()),
     }
 
 
 def read_run(run_dir: Path, samples: int) -> tuple:
-    """The folder of a run, its agent's module, its flags and its checkpoint; ends the program if it cannot serve."""
+    """The folder of a run, its agent's module, its flags and its checkpoint.
+
+    Ends the program if it cannot serve.
+    """
     path = run_dir / "checkpoint.pt"
     if not path.exists():
-        sac.fail(f"no checkpoint.pt in {run_dir}; give the folder of a run")
+        fail(f"no checkpoint.pt in {run_dir}; give the folder of a run")
     try:
         checkpoint = torch.load(path, map_location=CPU, weights_only=True, mmap=True)
     except Exception as error:
-        sac.fail(f"{path} is damaged ({type(error).__name__})")
-    if (
-        not isinstance(checkpoint, dict)
-        or not {"args", "actor", "critic", "replay", "norm"} <= checkpoint.keys()
-    ):
-        sac.fail(f"{path} is not of sac_simba_sparse.py or ddpg_simba_sparse.py")
+        fail(f"{path} is damaged ({type(error).__name__})")
+    parts = {"args", "actor", "critic", "replay", "norm"}
+    if not isinstance(checkpoint, dict) or not parts <= checkpoint.keys():
+        fail(f"{path} is not of sac_simba_sparse.py or ddpg_simba_sparse.py")
     if not checkpoint["finished"]:
-        sac.fail(f"{path} was written before the end of training; run the run's command again")
+        fail(f"{path} was written before the end of training; run the run's command again")
     module = sac if "temperature" in checkpoint else ddpg
     try:
         args = replace(module.Args(**checkpoint["args"]), device="cpu", sparse_kernel="dense")
     except TypeError as error:
-        sac.fail(f"{path} is of another version of {module.__name__}.py ({error})")
-    if samples > (filled := len(checkpoint["replay"]["columns"][0])):
-        sac.fail(f"--samples {samples}: {run_dir} has {filled} transitions in its replay")
+        fail(f"{path} is of another version of {module.__name__}.py ({error})")
+    filled = len(checkpoint["replay"]["columns"][0])
+    if samples > filled:
+        fail(f"--samples {samples}: {run_dir} has {filled} transitions in its replay")
     return run_dir, module, args, checkpoint
+
+
+def draw_batch(module, args, checkpoint: dict, samples: int, generator: torch.Generator):
+    """Some transitions of a run's replay, oldest first, with its observation statistics."""
+    replay = checkpoint["replay"]
+    filled = len(replay["columns"][0])
+    age = torch.randperm(filled, generator=generator)[:samples].sort().values
+    # A full ring's oldest transition is the one to be overwritten next
+    index = (replay["added"] + age) % filled
+    batch = module.Batch(*(column[index] for column in replay["columns"]))
+    norm = module.ObservationNorm(batch.obs.shape[1], CPU)
+    norm.load_state_dict(checkpoint["norm"])
+    return batch._replace(obs=norm(batch.obs), next_obs=norm(batch.next_obs))
+
+
+def restore_networks(module, agent, checkpoint: dict, run_dir: Path) -> None:
+    """Gives an agent the networks of a checkpoint."""
+    names = ["actor", "critic", "target_critic"] + (["temperature"] if module is sac else [])
+    try:
+        for name in names:
+            getattr(agent, name).load_state_dict(checkpoint[name])
+    except (ValueError, RuntimeError) as error:
+        fail(f"{run_dir}: {str(error).splitlines()[0]}")
 
 
 def measure_run(
@@ -189,19 +226,11 @@ def measure_run(
 ) -> tuple[str, dict[tuple[str, str], np.ndarray], list[dict]]:
     """The title of a run, its matrices by network and stage, and their summaries."""
     env = module.make_env(args)
-    obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
+    obs_dim = env.observation_space.shape[0]
+    action_dim = env.action_space.shape[0]
     gamma = module.default_gamma(env, args.action_repeat) if args.gamma is None else args.gamma
-
-    replay, generator = checkpoint["replay"], torch.Generator().manual_seed(seed)
-    filled = len(replay["columns"][0])
-    age = torch.randperm(filled, generator=generator)[:samples].sort().values
-    index = (
-        replay["added"] + age
-    ) % filled  # a full ring's oldest transition is the one to be overwritten next
-    norm = module.ObservationNorm(obs_dim, CPU)
-    norm.load_state_dict(checkpoint["norm"])
-    batch = module.Batch(*(column[index] for column in replay["columns"]))
-    batch = batch._replace(obs=norm(batch.obs), next_obs=norm(batch.next_obs))
+    generator = torch.Generator().manual_seed(seed)
+    batch = draw_batch(module, args, checkpoint, samples, generator)
     noise_std = 1.0 if module is sac else args.exploration_noise
     noise, next_noise = noise_std * torch.randn(2, samples, action_dim, generator=generator)
 
@@ -210,41 +239,31 @@ def measure_run(
     torch.manual_seed(args.seed)
     agent = module.Agent(args, obs_dim, action_dim, CPU)
     before = measure(module, agent, batch, noise, next_noise, gamma)
-    try:
-        for name in (
-            "actor",
-            "critic",
-            "target_critic",
-            *(["temperature"] if module is sac else []),
-        ):
-            getattr(agent, name).load_state_dict(checkpoint[name])
-    except (ValueError, RuntimeError) as error:
-        sac.fail(f"{run_dir}: {str(error).splitlines()[0]}")
+    restore_networks(module, agent, checkpoint, run_dir)
     after = measure(module, agent, batch, noise, next_noise, gamma)
 
-    sparsity = [
+    actor, critic = (
         args.sparsity if own is None else own for own in (args.actor_sparsity, args.critic_sparsity)
-    ]
-    env_step = checkpoint["counters"][0] * args.action_repeat
+    )
     facts = {
         "run": run_dir.resolve().name,
         "agent": "SAC" if module is sac else "DDPG",
         "env_id": args.env_id,
-    }
-    facts |= {
         "width_scale": args.width_scale,
-        "actor_sparsity": sparsity[0],
-        "critic_sparsity": sparsity[1],
+        "actor_sparsity": actor,
+        "critic_sparsity": critic,
+        "seed": args.seed,
+        "samples": samples,
     }
-    facts |= {"seed": args.seed, "samples": samples}
-    shown = (
-        f"{sparsity[0]:g}"
-        if sparsity[0] == sparsity[1]
-        else "{:g} (actor), {:g} (critic)".format(*sparsity)
+    shown = f"{actor:g}" if actor == critic else f"{actor:g} (actor), {critic:g} (critic)"
+    title = (
+        f"{facts['agent']}, {args.env_id}, width scale {args.width_scale:g}, "
+        f"sparsity {shown}, seed {args.seed}"
     )
-    title = f"{facts['agent']}, {args.env_id}, width scale {args.width_scale:g}, sparsity {shown}, seed {args.seed}"
+    env_step = checkpoint["counters"][0] * args.action_repeat
     stages = {"before training": (before, 0), f"after {env_step:,} env steps": (after, env_step)}
-    matrices, rows = {}, []
+    matrices = {}
+    rows = []
     for name in ("actor", "critic"):
         for stage, (measured, step) in stages.items():
             matrices[name, stage] = measured[name]
@@ -252,57 +271,49 @@ def measure_run(
     return title, matrices, rows
 
 
-def draw(results: list[tuple[str, dict]], output: Path) -> None:
-    """One row of matrices per run: actor before and after, critic before and after; blue aligned, red conflicting."""
-    colors = mpl.colormaps["RdBu"].with_extremes(bad="0.75")
+def draw(results: list[tuple[str, dict]]) -> Figure:
+    """One row of matrices per run: actor before and after, critic before and after.
+
+    Blue: aligned; red: conflicting. As many colours as a PNG of 256 can hold beside the text.
+    """
+    colours = mpl.colormaps["RdBu"].resampled(COLOURS).with_extremes(bad="0.75")
     figure = Figure((12, 3.6 * len(results)), layout="constrained")
-    for subfigure, (title, matrices) in zip(
-        np.atleast_1d(figure.subfigures(len(results), 1)), results
-    ):
-        subfigure.suptitle(title)
-        panels = subfigure.subplots(1, len(matrices))
-        for axes, ((network, stage), matrix) in zip(panels, matrices.items()):
-            image = axes.imshow(matrix, cmap=colors, vmin=-1, vmax=1, interpolation="none")
-            axes.set_title(
-                f"{network} {stage}\nmean |cos| {summarize(matrix)['mean_abs']:.3f}", fontsize=10
-            )
-            axes.set(xticks=[], yticks=[], xlabel="transition, oldest first")
-        subfigure.colorbar(
-            image,
-            ax=panels,
-            label="cosine of two gradients",
-            ticks=[-1, -0.5, 0, 0.5, 1],
-            shrink=0.85,
-        )
-    for suffix in (".png", ".svg"):
-        figure.savefig(output / f"gradient_interference{suffix}", dpi=200)
+    rows = np.atleast_1d(figure.subfigures(len(results), 1))
+    for row, (title, matrices) in zip(rows, results):
+        row.suptitle(title)
+        panels = row.subplots(1, len(matrices))
+        for ax, ((network, stage), matrix) in zip(panels, matrices.items()):
+            image = ax.imshow(matrix, cmap=colours, vmin=-1, vmax=1, interpolation="none")
+            mean = summarize(matrix)["mean_abs"]
+            ax.set_title(f"{network} {stage}\nmean |cos| {mean:.3f}", fontsize=10)
+            ax.set(xticks=[], yticks=[], xlabel="transition, oldest first")
+        panels[0].set_ylabel("transition, oldest at the top")
+        bar = row.colorbar(image, ax=panels, shrink=0.85, ticks=[-1, -0.5, 0, 0.5, 1])
+        bar.set_label("cosine of two gradients\n(red: they conflict, blue: they align)")
+    return figure
 
 
 if __name__ == "__main__":
     args = tyro.cli(Args)
     if not args.runs:
-        sac.fail("name at least one run folder")
+        fail("name at least one run folder")
     if args.samples < 2:
-        sac.fail(f"--samples {args.samples}: must be at least 2")
+        fail(f"--samples {args.samples}: must be at least 2")
     torch.set_num_threads(args.threads or torch.get_num_threads())
     os.environ.setdefault("MUJOCO_GL", "disabled")
-    runs = [read_run(run_dir, args.samples) for run_dir in args.runs]
-    try:
-        args.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        sac.fail(
-            f"cannot write to {args.output} ({error.strerror}); choose another folder with --output"
-        )
-    measured = [measure_run(*run, args.samples, args.seed) for run in runs]
+    loaded = [read_run(run_dir, args.samples) for run_dir in args.runs]
+    output = make_folder(args.output)
+    measured = [measure_run(*run, args.samples, args.seed) for run in loaded]
     table = pd.DataFrame([row for *_, rows in measured for row in rows])
-    table.to_csv(args.output / "gradient_interference.csv", index=False)
-    draw([(title, matrices) for title, matrices, _ in measured], args.output)
+    table.to_csv(output / "gradient_interference.csv", index=False)
+    figure = draw([(title, matrices) for title, matrices, _ in measured])
+    plots.save(figure, output, "gradient_interference", dpi=150)  # a pixel or more a transition
     for title, _, rows in measured:
         print(title)
         for row in rows:
             print(
-                "  {network:<7} env step {env_step:>9,}  mean |cos| {mean_abs:.3f}".format(**row),
-                end="  ",
+                f"  {row['network']:<7} env step {row['env_step']:>9,}  "
+                f"mean |cos| {row['mean_abs']:.3f}  negative {row['negative']:5.1%}  "
+                f"no gradient {row['no_gradient']}"
             )
-            print("negative {negative:5.1%}  no gradient {no_gradient}".format(**row))
-    print(f"figure and table are in {args.output}")
+    print(f"figure and table are in {output}")

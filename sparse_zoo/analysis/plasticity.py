@@ -1,66 +1,49 @@
-"""Figures 4 to 7 of the paper (section 4: plasticity), drawn from the metrics.csv of a folder of runs.
+"""Figures 4 to 7 of the paper (section 4: plasticity), drawn from the metrics of a folder of runs.
 
-    python sparse_zoo/analysis/plasticity.py --runs-dir runs --figure srank
-    python sparse_zoo/analysis/plasticity.py --runs-dir runs --figure over-training --variants 1:0 5:0 5:0.9
+    python sparse_zoo/analysis/plasticity.py --figure srank
+    python sparse_zoo/analysis/plasticity.py --figure over-training --variants 1:0 5:0 5:0.9
 
-Runs whose flags are equal except for the seed, and flags that do not change results, are averaged. Only finished runs
-are used; every other one is named, with the reason. Bands are 95 % bootstrap intervals of the mean over seeds.
-Docs: docs/plasticity.md.
+Runs whose flags are equal except for the seed, and flags that do not change results, are averaged.
+Only finished runs are used; every other one is named, with the reason. Bands are 95 % bootstrap
+intervals of the mean over seeds. Docs: docs/plasticity.md.
 """
 
-import json
-import re
-import sys
 from dataclasses import dataclass
-from itertools import cycle, product
+from itertools import product
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Literal
 
 import numpy as np
 import pandas as pd
-import scipy.stats
+import plots
+import runs
 import tyro
-from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import EngFormatter, LogLocator
-
-
-@dataclass
-class Args:
-    figure: Literal["srank", "over-training", "reset", "param-norm", "against-sparsity"] = (
-        "over-training"
-    )
-    """srank: Figure 4; over-training: Figure 5; reset: Figure 6; param-norm: Figure 7; against-sparsity: the critic at
-    the end of training, as in the left half of Figure 4"""
-    runs_dir: str = "runs"
-    """folder that holds one folder per run"""
-    earlier: tuple[str, ...] = ()
-    """*_runs.csv.gz files that earlier calls left, whose runs are averaged as well, by the names of their networks"""
-    metrics: tuple[str, ...] = ()
-    """one row each, by their names in metrics.csv: diagnostics/* or eval/* (default: those of the paper's figure)"""
-    variants: tuple[str, ...] = ()
-    """WIDTH_SCALE:SPARSITY of what is drawn over training, sparsity that of the critic (default: everything)"""
-    output: str = "results/plasticity"
-    """folder of the pictures and tables"""
-
+from matplotlib.ticker import LogLocator
+from plots import mean_interval
+from runs import fail
 
 # Each figure's metrics, one row each, and its panels for every environment
 METRICS = {
     "srank": ("diagnostics/critic_srank_99",),
-    "over-training": tuple(
-        f"diagnostics/{n}_{m}" for m in ("dormant_ratio", "grad_norm") for n in ("actor", "critic")
+    "over-training": (
+        "diagnostics/actor_dormant_ratio",
+        "diagnostics/critic_dormant_ratio",
+        "diagnostics/actor_grad_norm",
+        "diagnostics/critic_grad_norm",
     ),
     "reset": ("eval/return_mean",),
     "param-norm": ("diagnostics/actor_param_norm", "diagnostics/critic_param_norm"),
-    "against-sparsity": tuple(
-        f"diagnostics/critic_{m}" for m in ("srank_99", "dormant_ratio", "grad_norm", "param_norm")
+    "against-sparsity": (
+        "diagnostics/critic_srank_99",
+        "diagnostics/critic_dormant_ratio",
+        "diagnostics/critic_grad_norm",
+        "diagnostics/critic_param_norm",
     ),
 }
-PANELS = {
-    "srank": ("end", "training"),
-    "against-sparsity": ("end",),
-}  # the others: over training only
+PANELS = {"srank": ("end", "training"), "against-sparsity": ("end",)}  # the others: over training
 LABELS = {
     "srank_99": "stable rank",
     "srank_threshold": "stable rank (threshold)",
@@ -72,186 +55,137 @@ LABELS = {
     "feature_norm": "feature norm (L2)",
     "return_mean": "evaluation return",
 }
-ALGORITHMS = {"sac_simba_sparse": "SAC", "ddpg_simba_sparse": "DDPG", "drqv2_sparse": "DrQ-v2"}
-# Flags that do not change results, as in the agents
-EXECUTION_FLAGS = {
-    *("device", "threads", "runs_dir", "resume", "eval_only", "capture_video", "sparse_kernel"),
-    *("track", "wandb_project", "wandb_entity", "checkpoint_interval"),
-}
-NEEDED_FLAGS = (
-    "env_id",
-    "exp_name",
-    "seed",
-    "total_timesteps",
-    "width_scale",
-    "depth_scale",
-    "sparsity",
-)
 COLUMN = ["env_id", "algorithm"]  # one column of panels
 CONFIGURATION = [*COLUMN, "size", "sparsity", "actor_sparsity", "critic_sparsity", "reset_interval"]
-COLUMNS = [
-    "env_step",
-    "metric",
-    "value",
-    "run",
-    "seed",
-    "width_scale",
-    *CONFIGURATION,
-]  # those of *_runs.csv.gz
+# Of *_runs.csv.gz
+COLUMNS = ["env_step", "metric", "value", "run", "seed", "width_scale", *CONFIGURATION]
+ORDER = ["width_scale", "depth_scale", "critic_sparsity", "actor_sparsity", "reset_interval"]
+MOST_NETWORKS = 10  # that can be told apart in one panel
 
 
-def fail(message: str) -> NoReturn:
-    """Ends the program with one line for a person and exit code 2."""
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+@dataclass
+class Args:
+    figure: Literal["srank", "over-training", "reset", "param-norm", "against-sparsity"] = (
+        "over-training"
+    )
+    """srank: Figure 4; over-training: Figure 5; reset: Figure 6; param-norm: Figure 7;
+    against-sparsity: the critic at the end of training, as in the left half of Figure 4"""
+    runs_dir: str = "runs"
+    """folder that holds one folder per run"""
+    earlier: tuple[str, ...] = ()
+    """*_runs.csv.gz files that earlier calls left, whose runs are averaged as well, by the names of
+    their networks"""
+    metrics: tuple[str, ...] = ()
+    """one row each, by their names in metrics.csv: diagnostics/* or eval/* (default: those of the
+    paper's figure)"""
+    variants: tuple[str, ...] = ()
+    """WIDTH_SCALE:SPARSITY of what is drawn over training, sparsity that of the critic (default:
+    everything)"""
+    output: str = "results/plasticity"
+    """folder of the pictures and tables"""
 
 
-def read_run(folder: Path) -> tuple[dict, pd.DataFrame]:
-    """The flags of a finished run that change results, and its diagnostics and evaluations: env_step, metric, value.
+# From runs to tables
 
-    Sparsities become those of actor and critic, and reset_interval 0 if there is none. Raises ValueError with the
-    reason if the run cannot be used.
-    """
-    if re.search(r"\.old\d+$", folder.name):
-        raise ValueError("moved aside by --no-resume")
-    try:
-        flags = json.loads((folder / "args.json").read_text())["args"]
-        columns = ["env_step", "metric", "value"]
-        metrics = pd.read_csv(folder / "metrics.csv", usecols=columns, dtype={"value": float})
-    except OSError as error:
-        raise ValueError(f"{Path(error.filename).name}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"args.json or metrics.csv is damaged or empty ({type(error).__name__})"
-        ) from None
-    if missing := [name for name in NEEDED_FLAGS if name not in flags]:
-        raise ValueError(f"args.json has no {', '.join(missing)}")
-    kind = metrics.metric.astype(str).str.split("/").str[0]
-    if not (kind == "final").any():
-        reached = metrics.env_step.max() if len(metrics) else 0
-        raise ValueError(f"unfinished, at env step {reached:,.0f} of {flags['total_timesteps']:,}")
-    metrics = metrics[kind.isin(["diagnostics", "eval"])]
+
+def measurements(run: runs.Run) -> pd.DataFrame:
+    """The diagnostics and evaluations of a run: env_step, metric, value."""
+    kind = run.metrics.metric.str.split("/").str[0]
+    metrics = run.metrics[kind.isin(["diagnostics", "eval"])]
     if metrics.duplicated(["env_step", "metric"]).any():
-        raise ValueError("metrics.csv has some measurements twice")
-    flags = {name: value for name, value in flags.items() if name not in EXECUTION_FLAGS}
-    sparsity = flags.pop("sparsity")
-    for name in ("actor_sparsity", "critic_sparsity"):
-        flags[name] = float(sparsity if flags.get(name) is None else flags[name])
+        raise runs.UnusableError("metrics.csv has some measurements twice")
+    return metrics
+
+
+def settings(run: runs.Run) -> dict:
+    """The flags of a run that change results.
+
+    Sparsities become those of actor and critic, and reset_interval 0 if there is none.
+    """
+    flags = run.settings()
+    del flags["sparsity"]
+    flags["actor_sparsity"], flags["critic_sparsity"] = run.network_sparsities()
     flags["reset_interval"] = flags.get("reset_interval") or 0
     if flags.get("mask_seed") == flags["seed"]:  # what None means
         flags["mask_seed"] = None
-    return flags, metrics
+    return flags | {"algorithm": run.algorithm}
 
 
-def describe(runs: pd.DataFrame) -> pd.DataFrame:
-    """Adds algorithm, size and sparsity in words to runs (one row of flags each), sorted by size and sparsity.
+def describe(table: pd.DataFrame) -> pd.DataFrame:
+    """Adds size and sparsity in words to runs (a row of flags each), sorted by size and sparsity.
 
-    Runs of one column of panels with equal words and reset interval have equal flags: size names, besides width and
-    depth, every flag that differs within the column.
+    Runs of one column of panels with equal words and reset interval have equal flags: size names,
+    besides width and depth, every flag that differs within the column.
     """
-    order = [
-        "width_scale",
-        "depth_scale",
-        "critic_sparsity",
-        "actor_sparsity",
-        "reset_interval",
-        "env_id",
-        "exp_name",
+    names = [*ORDER, "env_id", "exp_name", "seed"]
+    others = [name for name in table if name not in {*names, "algorithm"}]
+    table = table.sort_values(names)
+    table["size"] = [
+        f"width x{run.width_scale:g}, depth x{run.depth_scale}" for run in table.itertuples()
     ]
-    runs = runs.sort_values([*order, "seed"])
-    runs["algorithm"] = [ALGORITHMS.get(name, name) for name in runs.exp_name]
-    runs["size"] = [
-        f"width x{run.width_scale:g}, depth x{run.depth_scale}" for run in runs.itertuples()
-    ]
-    others = [name for name in runs if name not in {*order, "seed", "algorithm", "size"}]
-    for _, column in runs.groupby(["env_id", "exp_name"]):
+    for _, column in table.groupby(["env_id", "exp_name"]):
         for name in others:
             if len({str(value) for value in column[name]}) > 1:
-                runs.loc[column.index, "size"] += [
-                    f", {name.replace('_', ' ')} {value}" for value in column[name]
-                ]
-    runs["sparsity"] = [
-        in_words(run.actor_sparsity, run.critic_sparsity) for run in runs.itertuples()
+                words = [f", {name.replace('_', ' ')} {value}" for value in column[name]]
+                table.loc[column.index, "size"] += words
+    table["sparsity"] = [
+        name_sparsities(run.actor_sparsity, run.critic_sparsity) for run in table.itertuples()
     ]
-    return runs
+    return table
 
 
-def in_words(actor_sparsity: float, critic_sparsity: float) -> str:
-    if actor_sparsity != critic_sparsity:
-        return f"actor sparsity {actor_sparsity:g}, critic {critic_sparsity:g}"
-    return f"sparsity {critic_sparsity:g}" if critic_sparsity else "dense"
+def name_sparsities(actor: float, critic: float) -> str:
+    if actor == critic:
+        return plots.sparsity_name(critic)
+    return f"actor sparsity {actor:g}, critic {critic:g}"
 
 
 def load_runs(
     runs_dir: str | Path, earlier: tuple[str, ...] = ()
 ) -> tuple[pd.DataFrame, list[str]]:
-    """Every measurement of every finished run, and one line for each folder that is left out.
+    """COLUMNS of every measurement of every finished run, and a line for each other folder.
 
-    Columns: run, seed, width_scale, those of CONFIGURATION, env_step, metric, value. Those of the tables `earlier`
-    stand behind those of the folder.
+    Those of the tables `earlier` stand behind those of the folder.
     """
-    rows, measurements, left_out = {}, {}, []
-    for folder in sorted(path for path in Path(runs_dir).glob("[!.]*") if path.is_dir()):
+    found, left_out = runs.load_runs(runs_dir)
+    flags = {}
+    values = {}
+    for run in found:
         try:
-            rows[folder.name], measurements[folder.name] = read_run(folder)
-        except ValueError as reason:
-            left_out.append(f"{folder.name}: {reason}")
+            values[run.name] = measurements(run)
+            flags[run.name] = settings(run)
+        except runs.UnusableError as reason:
+            left_out.append(f"{run.name}: {reason}")
     parts = []
-    if rows:
-        runs = describe(pd.DataFrame(list(rows.values()), index=list(rows), dtype=object))
-        runs = runs[["seed", "width_scale", *CONFIGURATION]]
-        parts = [measurements[name].assign(run=name, **flags) for name, flags in runs.iterrows()]
+    if flags:
+        table = describe(pd.DataFrame(list(flags.values()), index=list(flags), dtype=object))
+        table = table[["seed", "width_scale", *CONFIGURATION]]
+        parts = [values[name].assign(run=name, **row) for name, row in table.iterrows()]
     for path in earlier:
-        try:
-            table = pd.read_csv(path)[COLUMNS]
-        except (OSError, ValueError, KeyError) as error:
-            fail(f"--earlier {path}: {error}")
         known = {name for part in parts for name in part.run.unique()}
+        table = runs.read_table(path, COLUMNS, "--earlier")
         parts.append(table[~table.run.isin(known)])  # a run may be in the folder as well
     if not parts:
         return pd.DataFrame(), left_out
     data = pd.concat(parts, ignore_index=True)
     if earlier:
-        data = data.sort_values(
-            ["width_scale", "critic_sparsity", "actor_sparsity", "reset_interval"], kind="stable"
-        )
-    runs = data.drop_duplicates("run")
-    twice = runs.run[runs.duplicated([*CONFIGURATION, "seed"])]
-    left_out += [f"{name}: a second run of the same flags and seed" for name in twice]
-    return data[~data.run.isin(twice)].reset_index(drop=True), left_out
+        data = data.sort_values([name for name in ORDER if name in data], kind="stable")
+    data, twice = runs.drop_twice(data, CONFIGURATION)
+    return data, left_out + twice
 
 
 def find_gaps(data: pd.DataFrame, metrics: tuple[str, ...]) -> list[str]:
-    """One line for each run that lacks measurements of a metric that others of its configuration have."""
+    """A line for each run that lacks measurements that others of its configuration have."""
     lines = []
-    for metric, (_, runs) in product(metrics, data.groupby(CONFIGURATION, sort=False)):
-        finite = (
-            runs[runs.metric == metric]
-            .groupby("run")["value"]
-            .agg(lambda values: np.isfinite(values).sum())
-        )
-        steps = runs.env_step[runs.metric == metric].nunique()
-        for run in runs.run.unique():
-            if (count := finite.get(run, 0)) < max(steps, 1):
+    for metric, (_, group) in product(metrics, data.groupby(CONFIGURATION, sort=False)):
+        own = group[group.metric == metric]
+        finite = own[np.isfinite(own.value)].groupby("run").size()
+        steps = own.env_step.nunique()
+        for run in group.run.unique():
+            count = finite.get(run, 0)
+            if count < max(steps, 1):
                 lines.append(f"{run}: {count} of {steps} finite measurements of {metric}")
     return lines
-
-
-def bootstrap_interval(
-    values: np.ndarray, confidence: float = 0.95, resamples: int = 10_000
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean of values (seeds,); NaN for fewer than two or not finite ones.
-
-    The generator starts anew at each call, so that along a curve the same seeds are drawn at every step.
-    """
-    if len(values) < 2 or not np.isfinite(values).all():
-        return np.nan, np.nan
-    how = {"method": "percentile", "confidence_level": confidence, "n_resamples": resamples}
-    return tuple(
-        scipy.stats.bootstrap(
-            (values,), np.mean, rng=np.random.default_rng(0), **how
-        ).confidence_interval
-    )
 
 
 def end_value(values: np.ndarray) -> float:
@@ -260,11 +194,11 @@ def end_value(values: np.ndarray) -> float:
 
 
 def summarise(data: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
-    """Mean, interval (low, high) and number of seeds of value, for each combination of keys, in their first order."""
+    """Mean, low, high and seeds of value, for each combination of keys, in their first order."""
     rows = []
     for key, values in data.groupby(keys, sort=False)["value"]:
         values = values.to_numpy(float)
-        rows.append((*key, values.mean(), *bootstrap_interval(values), len(values)))
+        rows.append((*key, values.mean(), *mean_interval(values), len(values)))
     return pd.DataFrame(rows, columns=[*keys, "mean", "low", "high", "seeds"])
 
 
@@ -274,40 +208,36 @@ def over_training(data: pd.DataFrame) -> pd.DataFrame:
 
 
 def at_the_end(data: pd.DataFrame) -> pd.DataFrame:
-    """A row for each configuration and metric, of the end values of its runs: mean, low, high, seeds.
+    """A row for each configuration and metric, of the end values of its runs: as over_training.
 
-    x is the sparsity of the network that the metric belongs to (the critic's for returns), and line what else tells
-    configurations apart: their size, and the other network's sparsity where it differs.
+    x is the sparsity of the network that the metric belongs to (the critic's for returns), and line
+    what else tells configurations apart: size, and the other network's sparsity where it differs.
     """
-    runs = data.sort_values("env_step", kind="stable").groupby(
-        [*CONFIGURATION, "metric", "run"], sort=False
-    )["value"]
-    ends = runs.agg(lambda values: end_value(values.to_numpy())).reset_index()
-    order = data[[*CONFIGURATION, "metric"]].drop_duplicates()
-    ends = summarise(order.merge(ends), [*CONFIGURATION, "metric"])
-    ends["x"], ends["line"] = ends.critic_sparsity.astype(float), ends["size"]
-    for row in ends.itertuples():
-        own, other = ("actor", "critic") if "/actor_" in row.metric else ("critic", "actor")
-        if row.actor_sparsity != row.critic_sparsity:
-            ends.loc[row.Index, "x"] = getattr(row, f"{own}_sparsity")
-            ends.loc[row.Index, "line"] += (
-                f", {other} sparsity {getattr(row, f'{other}_sparsity'):g}"
-            )
+    keys = [*CONFIGURATION, "metric"]
+    series = data.sort_values("env_step", kind="stable").groupby([*keys, "run"], sort=False)
+    ends = series["value"].agg(lambda values: end_value(values.to_numpy())).reset_index()
+    ends = summarise(data[keys].drop_duplicates().merge(ends), keys)
+    of_actor = ends.metric.str.contains("/actor_")
+    ends["x"] = ends.critic_sparsity.where(~of_actor, ends.actor_sparsity).astype(float)
+    other = ends.actor_sparsity.where(~of_actor, ends.critic_sparsity)
+    names = np.where(of_actor, "critic", "actor")
+    ends["line"] = [
+        size if x == sparsity else f"{size}, {name} sparsity {sparsity:g}"
+        for size, x, sparsity, name in zip(ends["size"], ends.x, other, names)
+    ]
     return ends
 
 
 def with_and_without_reset(data: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
-    """The runs of networks that were trained both ways, and one line for each run that is left out."""
-    networks = data.groupby([name for name in CONFIGURATION if name != "reset_interval"])[
-        "reset_interval"
-    ]
-    both = (networks.transform("min") == 0) & (networks.transform("max") > 0)
-    rest = data[~both].drop_duplicates("run")
-    other = rest.reset_interval.map(lambda interval: "without" if interval else "with")
-    return data[both], [
-        f"{run}: no finished run of this network {word} resets"
-        for run, word in zip(rest.run, other)
-    ]
+    """The runs of networks that were trained both ways, and one line for each other run."""
+    network = [name for name in CONFIGURATION if name != "reset_interval"]
+    intervals = data.groupby(network)["reset_interval"]
+    both = (intervals.transform("min") == 0) & (intervals.transform("max") > 0)
+    lines = []
+    for row in data[~both].drop_duplicates("run").itertuples():
+        how = "without" if row.reset_interval else "with"
+        lines.append(f"{row.run}: no finished run of this network {how} resets")
+    return data[both], lines
 
 
 def select_variants(data: pd.DataFrame, variants: tuple[str, ...]) -> pd.DataFrame:
@@ -326,159 +256,146 @@ def select_variants(data: pd.DataFrame, variants: tuple[str, ...]) -> pd.DataFra
             print(f"not drawn: --variants {variant}: no finished run")
         chosen |= matches
     if not chosen.any():
-        there = data[["width_scale", "critic_sparsity"]].drop_duplicates().itertuples(index=False)
-        fail(f"--variants: no finished run; there are {' '.join(f'{w:g}:{s:g}' for w, s in there)}")
+        pairs = data[["width_scale", "critic_sparsity"]].drop_duplicates().to_numpy()
+        there = " ".join(f"{width:g}:{sparsity:g}" for width, sparsity in pairs)
+        fail(f"--variants: no finished run; there are {there}")
     return data[chosen]
+
+
+# Figures
 
 
 def name_axis(metric: str) -> str:
     """diagnostics/critic_grad_norm -> critic: gradient norm (L2)"""
     name = metric.split("/")[1]
     network, _, rest = name.partition("_")
-    return (
-        f"{network}\n{LABELS.get(rest, rest)}"
-        if network in ("actor", "critic")
-        else LABELS.get(name, name)
-    )
+    if network in ("actor", "critic"):
+        return f"{network}\n{LABELS.get(rest, rest)}"
+    return LABELS.get(name, name)
 
 
-def count_seeds(seeds: pd.Series) -> str:
-    low, high = seeds.min(), seeds.max()
-    if high == 1:
-        return "1 seed: no band"
-    if low == high:
-        return f"{high} seeds"
-    return f"{low} to {high} seeds" + (", no band where 1" if low == 1 else "")
+def name_kind(curves: pd.DataFrame) -> pd.Series:
+    """What tells networks of one critic sparsity apart: a line style each."""
+    resets = curves.reset_interval.map(lambda n: f", reset every {n:,} env steps" if n else "")
+    actors = curves.actor_sparsity.map(lambda sparsity: f", actor sparsity {sparsity:g}")
+    differs = curves.actor_sparsity != curves.critic_sparsity
+    return curves["size"] + actors.where(differs, "") + resets
 
 
-def draw_curves(ax, curves: pd.DataFrame, colours: dict) -> None:
-    """Means over training with their intervals: a colour for each network, dashed with resets, which are marked."""
-    for (size, sparsity, reset), curve in curves.groupby(
-        ["size", "sparsity", "reset_interval"], sort=False
-    ):
-        colour = colours[size, sparsity]
-        ax.plot(curve.env_step, curve["mean"], color=colour, ls="--" if reset else "-", lw=1.5)
-        ax.fill_between(curve.env_step, curve.low, curve.high, color=colour, alpha=0.2, lw=0)
-        for step in range(reset, curve.env_step.max(), reset) if reset else ():
-            ax.axvline(step, color="0.8", lw=0.8, zorder=0)
-    ax.xaxis.set_major_formatter(EngFormatter(sep=" "))
+def draw_curves(ax: Axes, curves: pd.DataFrame, styles: dict) -> None:
+    """Means over training with their intervals; the colour is the critic's sparsity."""
+    for (sparsity, kind), curve in curves.groupby(["critic_sparsity", "kind"], sort=False):
+        style = {"color": plots.sparsity_colour(sparsity), "ls": styles[kind], "lw": 1.4}
+        plots.draw_band(ax, curve.env_step, curve["mean"], curve.low, curve.high, **style)
+        interval = curve.reset_interval.iloc[0]
+        for step in range(interval, curve.env_step.max(), interval) if interval else ():
+            ax.axvline(step, color="0.85", lw=0.8, zorder=0)
+    plots.label_env_steps(ax)
 
 
-def draw_against_sparsity(ax, ends: pd.DataFrame, styles: dict) -> None:
+def draw_against_sparsity(ax: Axes, ends: pd.DataFrame, styles: dict) -> None:
     """Ends of training with their intervals against sparsity, one line for each size of network."""
-    for size, line in ends.groupby("line", sort=False):
-        error = line[["low", "high"]].sub(line["mean"], axis=0).abs().to_numpy().T
-        ax.errorbar(
-            line.x.astype(float), line["mean"], error, ms=4, lw=1.2, capsize=2, **styles[size]
-        )
+    for name, line in ends.assign(middle=ends["mean"]).groupby("line", sort=False):
+        colour = styles[name]["color"]
+        colours = [colour] * len(line)
+        plots.draw_points(ax, line.x, line, colours, colour, marker=styles[name]["marker"], ms=4)
     ax.set_xlim(-0.05, 1.0)
+    ax.set_xlabel("sparsity (fraction removed)")
 
 
-def make_legend(
-    curves: pd.DataFrame, ends: pd.DataFrame, colours: dict, styles: dict
-) -> list[Line2D]:
-    """What stands for each size of network at the end of training, and for each configuration over training."""
+def make_legend(curves: pd.DataFrame, ends: pd.DataFrame, kinds: dict, sizes: dict) -> list[Line2D]:
+    """What stands for each size at the end of training, and for each network over training."""
     handles = []
-    for size, rows in ends.groupby("line", sort=False):
-        handles.append(
-            Line2D(
-                [], [], ms=4, lw=1.2, **styles[size], label=f"{size} ({count_seeds(rows.seeds)})"
-            )
-        )
-    for (size, sparsity, reset), rows in curves.groupby(
-        ["size", "sparsity", "reset_interval"], sort=False
-    ):
-        label = f"{size}, {sparsity}" + (f", reset every {reset:,} env steps" if reset else "")
-        style = {"color": colours[size, sparsity], "ls": "--" if reset else "-"}
-        handles.append(Line2D([], [], **style, label=f"{label} ({count_seeds(rows.seeds)})"))
+    for name, rows in ends.groupby("line", sort=False):
+        label = f"{name} ({plots.count_seeds(*rows.seeds)})"
+        handles.append(Line2D([], [], **sizes[name], ms=4, lw=1.2, label=label))
+    for (sparsity, kind), rows in curves.groupby(["critic_sparsity", "kind"], sort=False):
+        label = f"{plots.sparsity_name(sparsity)}, {kind} ({plots.count_seeds(*rows.seeds)})"
+        style = {"color": plots.sparsity_colour(sparsity), "ls": kinds[kind], "lw": 1.6}
+        handles.append(Line2D([], [], **style, label=label))
+    if len(ends) and ends.seeds.min() == 1:
+        handles.append(plots.one_seed_handle())
     if curves.reset_interval.any():
-        handles.append(Line2D([], [], color="0.8", lw=0.8, label="a reset"))
+        handles.append(Line2D([], [], color="0.85", lw=0.8, label="a reset"))
     return handles
+
+
+def scale_axis(ax: Axes, metric: str) -> None:
+    """Gradient norms on a logarithmic axis; dormant units from zero on."""
+    if metric.endswith("grad_norm"):
+        ax.set_yscale("log")
+        ax.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_formatter("{x:g}")
+    if "dormant" in metric:
+        top = max(1.0, ax.get_ylim()[1])
+        ax.set_ylim(-0.04 * top, top)  # a line at zero can be seen
 
 
 def draw(
     curves: pd.DataFrame, ends: pd.DataFrame, metrics: tuple[str, ...], panels: tuple[str, ...]
 ) -> Figure:
-    """One row for each metric and panel ("end", "training"), one column for each environment and algorithm.
+    """One row for each metric and panel ("end", "training"), one column for each COLUMN.
 
     Two panels of one environment stand side by side, as in the paper.
     """
-    networks = curves[["size", "sparsity"]].drop_duplicates().itertuples(index=False, name=None)
-    colours = {network: colormaps["tab10"](index) for index, network in enumerate(networks)}
-    greys = zip(cycle("osD^v"), cycle(("0", "0.5", "0.75")))
-    styles = {
-        line: {"marker": marker, "color": grey}
-        for line, (marker, grey) in zip(ends["line"].unique(), greys)
-    }
-    handles = make_legend(curves, ends if "end" in panels else ends.iloc[:0], colours, styles)
+    curves = curves.assign(kind=name_kind(curves))
+    tables = {"end": ends, "training": curves}
+    kinds = plots.line_styles(curves.kind.unique())
+    sizes = plots.size_styles(ends["line"].unique())
     rows = list(product(metrics, panels))
-    shown = ends if "end" in panels else curves  # not the tasks that --variants leaves empty
+    shown = tables[panels[0]]  # not the tasks that --variants leaves empty
     columns = sorted(set(shown[COLUMN].itertuples(index=False, name=None)))
-    abreast = (len(rows), len(columns)) == (2, 1)
-    down, across = (1, 2) if abreast else (len(rows), len(columns))
-    figure = Figure(
-        (max(4.2 * across, 6), 2.4 * down + 0.8 + 0.2 * len(handles)), layout="constrained"
-    )
-    axes = figure.subplots(down, across, squeeze=False)
+    abreast = len(rows) == 2 and len(columns) == 1
+    shape = (1, 2) if abreast else (len(rows), len(columns))
+    figure, axes = plots.make_grid(*shape, max(4.2, 6 / shape[1]), 2.4)
     axes = axes.T if abreast else axes
-    for (row, (metric, panel)), (column, (env_id, algorithm)) in product(
-        enumerate(rows), enumerate(columns)
-    ):
-        ax, table = axes[row, column], ends if panel == "end" else curves
-        table = table[
-            (table.metric == metric) & (table.env_id == env_id) & (table.algorithm == algorithm)
-        ]
+    for ax, ((metric, panel), column) in zip(axes.flat, product(rows, columns)):
+        table = tables[panel]
+        own = (table.env_id == column[0]) & (table.algorithm == column[1])
+        own &= table.metric == metric
         if panel == "end":
-            draw_against_sparsity(ax, table, styles)
+            draw_against_sparsity(ax, table[own], sizes)
         else:
-            draw_curves(ax, table, colours)
-        if metric.endswith("grad_norm"):
-            ax.set_yscale("log")
-            ax.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
-            ax.yaxis.set_major_formatter("{x:g}")
-            ax.yaxis.set_minor_formatter("{x:g}")
-        if "dormant" in metric:
-            top = max(1.0, ax.get_ylim()[1])
-            ax.set_ylim(-0.04 * top, top)  # a line at zero can be seen
-        if row == 0 or abreast:
-            ax.set_title(f"{env_id.removeprefix('dm_control/')}, {algorithm}", fontsize=11)
-        if column == 0:
-            ax.set_ylabel(
-                name_axis(metric) + ("\n(mean of the last 10 %)" if panel == "end" else "")
-            )
-        if row == len(rows) - 1 or len(panels) > 1 or abreast:
-            ax.set_xlabel("sparsity (fraction removed)" if panel == "end" else "env steps")
-        ax.spines[["top", "right"]].set_visible(False)
-    title = "mean over seeds, with its 95 % bootstrap interval"
-    figure.legend(
-        handles=handles, loc="outside lower center", frameon=False, fontsize=9, title=title
-    )
+            draw_curves(ax, table[own], kinds)
+        scale_axis(ax, metric)
+        if abreast or ax in axes[0]:
+            ax.set_title(", ".join([plots.task_name(column[0]), column[1]]))
+        if ax in axes[:, 0]:
+            what = "\n(mean of the last 10 %)" if panel == "end" else ""
+            ax.set_ylabel(name_axis(metric) + what)
+        if ax not in axes[-1] and len(panels) == 1 and not abreast:
+            ax.set_xlabel("")
+    legend = make_legend(curves, ends if "end" in panels else ends.iloc[:0], kinds, sizes)
+    figure.set_figheight(figure.get_figheight() + 0.2 * len(legend))
+    interval = plots.describe_interval(*curves.seeds, *ends.seeds)
+    plots.add_legend(figure, legend, f"mean over seeds; {interval}")
     return figure
 
 
 def to_markdown(ends: pd.DataFrame, metrics: tuple[str, ...]) -> str:
     """A line for each configuration and a column for each metric: mean [low, high] over seeds."""
-    lines = [" | ".join(["| environment | algorithm | network | reset | seeds", *metrics]) + " |"]
-    lines += ["|---" * (5 + len(metrics)) + "|"]
+    lines = []
     for key, rows in ends.groupby(CONFIGURATION, sort=False):
         row = dict(zip(CONFIGURATION, key))
-        cells = {
-            r.metric: f"{r.mean:.4g}" + (f" [{r.low:.4g}, {r.high:.4g}]" if r.seeds > 1 else "")
-            for r in rows.itertuples()
-        }
+        cells = dict.fromkeys(metrics, "missing")
+        for end in rows.itertuples():
+            interval = f" [{end.low:.4g}, {end.high:.4g}]" if end.seeds > 1 else ""
+            cells[end.metric] = f"{end.mean:.4g}{interval}"
+        network = f"{row['size']}, {row['sparsity']}"
         reset = f"every {row['reset_interval']:,}" if row["reset_interval"] else "never"
         seeds = " / ".join(map(str, rows.seeds.unique()))
-        line = [row["env_id"], row["algorithm"], f"{row['size']}, {row['sparsity']}", reset, seeds]
-        lines.append(
-            "| " + " | ".join([*line, *(cells.get(metric, "missing") for metric in metrics)]) + " |"
-        )
-    return "\n".join(lines) + "\n"
+        lines.append([row["env_id"], row["algorithm"], network, reset, seeds, *cells.values()])
+    header = ["environment", "algorithm", "network", "reset", "seeds", *metrics]
+    return plots.markdown_table(header, lines)
 
 
-if __name__ == "__main__":
-    args = tyro.cli(Args)
-    metrics, panels = args.metrics or METRICS[args.figure], PANELS.get(args.figure, ("training",))
+def choose_runs(args: Args) -> pd.DataFrame:
+    """The measurements of --figure; names the runs that are left out, ends without any."""
     data, left_out = load_runs(args.runs_dir, args.earlier)
+    needed = "finished runs"
+    if args.figure == "reset":
+        needed += " with and without --reset-interval"
     if not data.empty and args.figure == "reset":
         data, alone = with_and_without_reset(data)
         left_out += alone
@@ -486,44 +403,41 @@ if __name__ == "__main__":
         resets = data[data.reset_interval > 0].run.unique()
         left_out += [f"{run}: has resets (see --figure reset)" for run in resets]
         data = data[data.reset_interval == 0]
-    for line in left_out:
-        print(f"left out: {line}")
+    runs.print_left_out(left_out)
     if data.empty:
-        needed = (
-            "finished runs with and without --reset-interval"
-            if args.figure == "reset"
-            else "finished runs"
-        )
         fail(f"no {needed} in {args.runs_dir}; choose a folder of runs with --runs-dir")
+    return data
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args)
+    metrics = args.metrics or METRICS[args.figure]
+    panels = PANELS.get(args.figure, ("training",))
+    everything = choose_runs(args)
+    there = sorted(set(everything.metric))
     for metric in metrics:
-        if metric not in set(data.metric):
-            fail(
-                f"--metrics {metric}: in no finished run; there are {', '.join(sorted(set(data.metric)))}"
-            )
-    for line in find_gaps(data, metrics):
+        if metric not in there:
+            fail(f"--metrics {metric}: in no finished run; there are {', '.join(there)}")
+    for line in find_gaps(everything, metrics):
         print(f"missing: {line}")
-    everything, data = data, data[data.metric.isin(metrics)]
+    data = everything[everything.metric.isin(metrics)]
     chosen = select_variants(data, args.variants) if "training" in panels else data.iloc[:0]
-    if (count := len(chosen[["size", "sparsity"]].drop_duplicates())) > 10:
+    count = len(chosen[["size", "sparsity"]].drop_duplicates())
+    if count > MOST_NETWORKS:
         fail(
-            f"{count} networks are more than 10 colours; choose some with --variants WIDTH_SCALE:SPARSITY ..."
+            f"{count} networks are more than {MOST_NETWORKS}, which can be told apart; "
+            "choose some with --variants WIDTH_SCALE:SPARSITY ..."
         )
-    curves, ends, folder = over_training(chosen), at_the_end(data), Path(args.output)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"cannot write to {folder} ({error.strerror}); choose another folder with --output")
-    picture = draw(curves, ends, metrics, panels)
-    for suffix in ("png", "svg"):
-        picture.savefig(folder / f"{args.figure}.{suffix}", dpi=150)
-    curves, ends = (table.sort_values(COLUMN, kind="stable") for table in (curves, ends))
+    curves = over_training(chosen)
+    ends = at_the_end(data)
+    folder = runs.make_folder(args.output)
+    plots.save(draw(curves, ends, metrics, panels), folder, args.figure)
+    curves = curves.sort_values(COLUMN, kind="stable")
+    ends = ends.sort_values(COLUMN, kind="stable")
     if "training" in panels:
         curves.to_csv(folder / f"{args.figure}.csv", index=False)
     ends.to_csv(folder / f"{args.figure}_end.csv", index=False)
-    gzip = {
-        "method": "gzip",
-        "mtime": 0,
-    }  # without the time, so that the same runs give the same file
-    everything.to_csv(folder / f"{args.figure}_runs.csv.gz", index=False, compression=gzip)
+    path = folder / f"{args.figure}_runs.csv.gz"
+    everything.to_csv(path, index=False, compression=runs.GZIP)
     (folder / f"{args.figure}_end.md").write_text(to_markdown(ends, metrics))
     print(f"{data.run.nunique()} runs: pictures and tables are {folder / args.figure}*")

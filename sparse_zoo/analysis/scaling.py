@@ -1,82 +1,51 @@
-"""Returns against the size and sparsity of networks: Figures 1, 2, 3, 8, 10, 14, 15 and 16 of the paper.
+"""Returns against size and sparsity: Figures 1, 2, 3, 8, 10, 14, 15 and 16 of the paper.
 
     python sparse_zoo/analysis/scaling.py --runs-dir results/cpu/fig2/runs --figure aggregate
     python sparse_zoo/analysis/scaling.py --runs-dir results/cpu/fig8/runs --figure gain
-    python sparse_zoo/analysis/scaling.py --runs-dir runs --earlier others/runs.csv --figure sparsity
+    python sparse_zoo/analysis/scaling.py --earlier others/runs.csv --figure sparsity
 
-A run's return is that of its trained policy over the last evaluation (final/return_mean). Points are interquartile
-means over seeds (and tasks) with their 95 % bootstrap interval, resampled within tasks; in Figures 15 and 16 mean and
-standard deviation over seeds, as their captions say. Unfinished runs are named and left out, and so is a point of
-Figures 2 and 8 that lacks a whole task. The CSV and Markdown tables have all of these numbers.
-Docs: docs/benchmark.md.
+A run's return is that of its trained policy over the last evaluation (final/return_mean). Points
+are interquartile means over seeds (and tasks) with their 95 % bootstrap interval, resampled within
+tasks; in Figures 15 and 16 mean and standard deviation over seeds, as their captions say.
+Unfinished runs are named and left out, and so is a point of Figures 2 and 8 that lacks a whole
+task. The CSV and Markdown tables have all of these numbers. Docs: docs/benchmark.md.
 """
 
-import json
-import re
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Literal
 
 import numpy as np
 import pandas as pd
-import scipy.stats
+import plots
+import runs
 import tyro
-from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter, NullFormatter
+from plots import bootstrap_interval, interquartile_mean
+from runs import fail
 
-PUBLISHED = sorted(
-    (Path(__file__).resolve().parents[2] / "docs" / "results").glob("published_curves_*.csv")
-)
-ALGORITHMS = {"sac_simba_sparse": "SAC", "ddpg_simba_sparse": "DDPG", "drqv2_sparse": "DrQ-v2"}
-POINT = [
-    "algorithm",
+SCENARIO = ["algorithm", "env_id"]
+SIZE = ["width_scale", "depth_scale"]
+NETWORK = ["algorithm", *SIZE, "sparsity"]
+POINT = [*SCENARIO, *SIZE, "sparsity"]  # runs that differ in their seed only
+COLUMNS = [  # those of runs.csv
     "env_id",
-    "width_scale",
-    "depth_scale",
-    "sparsity",
-]  # runs that differ in their seed only
-COLUMNS = [
-    "env_id",
-    "width_scale",
-    "depth_scale",
+    *SIZE,
     "sparsity",
     "seed",
     "run",
     "algorithm",
     "weights",
     "active",
+    "env_steps",
+    "return",
 ]
-COLUMNS += ["env_steps", "return"]  # those of runs.csv
-NETWORK = ["algorithm", "width_scale", "depth_scale", "sparsity"]
-# Flags in which the runs of one algorithm in one figure may differ
-FREE = {
-    *POINT,
-    "seed",
-    "mask_seed",
-    "device",
-    "threads",
-    "runs_dir",
-    "resume",
-    "eval_only",
-    "capture_video",
-}
-FREE |= {"sparse_kernel", "track", "wandb_project", "wandb_entity", "checkpoint_interval"}
-COLOURS = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#56B4E9",
-    "#E69F00",
-)  # that colour-blind readers tell apart
-DENSE, SPARSE, *_ = COLOURS
+MOST_SIZES = 6  # that can be told apart in one panel
 
 
 @dataclass
@@ -84,8 +53,8 @@ class Args:
     figure: Literal[
         "size", "size-linear", "aggregate", "sparsity", "width", "depth", "gain", "bars"
     ] = "aggregate"
-    """size: Figure 1; size-linear: Figure 14; aggregate: Figure 2; sparsity: Figure 3; width: Figure 15; depth: Figure
-    16; gain: Figure 8; bars: Figure 10"""
+    """size: Figure 1; size-linear: Figure 14; aggregate: Figure 2; sparsity: Figure 3; width:
+    Figure 15; depth: Figure 16; gain: Figure 8; bars: Figure 10"""
     runs_dir: str = "runs"
     """folder that holds one folder per run"""
     earlier: tuple[str, ...] = ()
@@ -96,148 +65,84 @@ class Args:
     """folder of the picture and the tables"""
 
 
-def fail(message: str) -> NoReturn:
-    """Ends the program with one line for a person and exit code 2."""
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
 def load(runs_dir: Path, earlier: tuple[str, ...] = ()) -> tuple[pd.DataFrame, list[str]]:
-    """A row for each finished run: run, seed, POINT, weights, active, env_steps, return; and a line for each other.
+    """COLUMNS of each finished run, and a line for each other.
 
-    Those of the tables `earlier` stand behind those of the folder. Ends the program if runs differ in flags that make
-    averages and comparisons meaningless; of earlier runs only the number of env steps is known.
+    Those of the tables `earlier` stand behind those of the folder. Ends the program if runs differ
+    in flags that make averages and comparisons meaningless; of earlier runs only the number of env
+    steps is known.
     """
-    rows, left_out, settings = [], [], {}
-    for folder in sorted(path for path in runs_dir.glob("[!.]*") if path.is_dir()):
-        if re.search(r"\.old\d+$", folder.name):
-            left_out.append(f"{folder.name}: moved aside by --no-resume")
-            continue
+    found, left_out = runs.load_runs(runs_dir)
+    runs.fail_if_mixed(found, POINT)
+    rows = []
+    for run in found:
+        row = {name: run.flags[name] for name in ("env_id", *SIZE, "sparsity", "seed")}
+        row |= {"run": run.name, "algorithm": run.algorithm}
+        row |= {"env_steps": run.flags["total_timesteps"], "return": run.final_return}
         try:
-            record = json.loads((folder / "args.json").read_text())
-            flags, networks = record["args"], record["layers"].values()
-            metrics = pd.read_csv(folder / "metrics.csv", usecols=["env_step", "metric", "value"])
-        except (OSError, ValueError, KeyError) as error:
-            left_out.append(
-                f"{folder.name}: no readable args.json and metrics.csv ({type(error).__name__})"
-            )
-            continue
-        final = metrics[metrics.metric == "final/return_mean"]
-        if final.empty:
-            left_out.append(
-                f"{folder.name}: unfinished, at env step {metrics.env_step.max() if len(metrics) else 0:,}"
-            )
-            continue
-        for name in flags.keys() - FREE:
-            settings.setdefault((flags["exp_name"], name), set()).add(flags[name])
-        layers = [layer for network in networks for layer in network]
-        row = {
-            name: flags[name]
-            for name in ("env_id", "width_scale", "depth_scale", "sparsity", "seed")
-        }
-        row |= {
-            "run": folder.name,
-            "algorithm": ALGORITHMS.get(flags["exp_name"], flags["exp_name"]),
-        }
-        row |= {
-            "weights": sum(layer["total"] for layer in layers),
-            "active": sum(layer["active"] for layer in layers),
-        }
-        rows.append(
-            row | {"env_steps": flags["total_timesteps"], "return": float(final.value.iloc[-1])}
-        )
-    for (agent, name), found in sorted(settings.items()):
-        if len(found) > 1:
-            flag = f"--{name.replace('_', '-')} {' and '.join(sorted(map(str, found)))}"
-            fail(f"{runs_dir} mixes runs of {agent} with {flag}; keep such runs apart")
-    try:
-        rows += [row for path in earlier for row in pd.read_csv(path)[COLUMNS].to_dict("records")]
-    except (OSError, ValueError, KeyError) as error:
-        fail(f"--earlier {' '.join(earlier)}: {error}")
+            row["weights"], row["active"] = run.count_weights()
+            rows.append(row)
+        except runs.UnusableError as reason:
+            left_out.append(f"{run.name}: {reason}")
+    for path in earlier:
+        rows += runs.read_table(path, COLUMNS, "--earlier").to_dict("records")
     if not rows:
         return pd.DataFrame(), left_out
-    runs = pd.DataFrame(rows, columns=COLUMNS).drop_duplicates(
-        "run"
-    )  # a run may be among the earlier ones as well
-    for algorithm, lengths in runs.groupby("algorithm").env_steps.unique().items():
+    # A run may be among the earlier ones as well
+    table = pd.DataFrame(rows, columns=COLUMNS).drop_duplicates("run")
+    for algorithm, lengths in table.groupby("algorithm").env_steps.unique().items():
         if len(lengths) > 1:
-            fail(
-                f"{algorithm} has runs of {' and '.join(f'{n:,}' for n in sorted(lengths))} env steps; keep such apart"
-            )
-    order = runs.algorithm.map(
-        {name: index for index, name in enumerate(ALGORITHMS.values())}
-    ).fillna(9)
-    runs = (
-        runs.assign(order=order)
-        .sort_values(["order", *POINT[1:], "seed"], ignore_index=True)
-        .drop(columns="order")
-    )
-    twice = runs.duplicated([*POINT, "seed"])
-    left_out += [f"{name}: a second run of this network, task and seed" for name in runs.run[twice]]
-    return runs[~twice].reset_index(drop=True), left_out
+            steps = " and ".join(f"{length:,}" for length in sorted(lengths))
+            fail(f"{algorithm} has runs of {steps} env steps; keep such apart")
+    table, twice = runs.drop_twice(in_order(table), POINT)
+    return table, left_out + twice
 
 
-def interquartile_mean(*tasks: np.ndarray, axis: int = -1) -> np.ndarray:
-    """Mean of the middle half of all values, whose axis `axis` runs over seeds, one array a task."""
-    return scipy.stats.trim_mean(np.concatenate(tasks, axis), 0.25, axis)
+def in_order(table: pd.DataFrame) -> pd.DataFrame:
+    """Sorted by algorithm (as in ALGORITHMS), task, size, sparsity and seed."""
+    order = {name: index for index, name in enumerate(runs.ALGORITHMS.values())}
+    table = table.assign(order=table.algorithm.map(order).fillna(len(order)))
+    table = table.sort_values(["order", *POINT[1:], "seed"], ignore_index=True)
+    return table.drop(columns="order")
 
 
-def stratified_interval(
-    tasks: list[np.ndarray], statistic: Callable = interquartile_mean
-) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of a statistic of values per seed, resampled within each task.
+def summarise(table: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+    """A row for each combination of keys.
 
-    NaN if no task has two seeds.
+    Its columns: weights, active, iqm, low, high, mean, std, tasks, fewest and most seeds.
     """
-    if max(map(len, tasks)) < 2:
-        return np.nan, np.nan
-    # A second copy of a lone value: resampling draws it always, and scipy wants two
-    how = {
-        "method": "percentile",
-        "n_resamples": 2000,
-        "rng": np.random.default_rng(0),
-        "vectorized": True,
-    }
-    sizes = [len(values) for values in tasks]
-
-    def of_sizes(*resampled: np.ndarray, axis: int = -1) -> np.ndarray:
-        return statistic(*(values[..., :size] for values, size in zip(resampled, sizes)), axis=axis)
-
-    tasks = [np.repeat(values, 2) if len(values) == 1 else values for values in tasks]
-    return tuple(scipy.stats.bootstrap(tasks, of_sizes, **how).confidence_interval)
-
-
-def summarise(runs: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
-    """A row for each combination of keys: weights, active, iqm, low, high, mean, std, tasks, fewest and most seeds."""
     rows = []
-    for key, group in runs.groupby(keys, sort=False):
+    for key, group in table.groupby(keys, sort=False):
         tasks = [task["return"].to_numpy() for _, task in group.groupby("env_id")]
-        values, seeds = np.concatenate(tasks), [len(task) for task in tasks]
-        row = dict(zip(keys, key)) | {
-            "weights": group.weights.mean(),
-            "active": group.active.mean(),
-        }
-        row["iqm"], (row["low"], row["high"]) = (
-            interquartile_mean(values),
-            stratified_interval(tasks),
-        )
-        row["mean"], row["std"] = values.mean(), values.std(ddof=1) if len(values) > 1 else np.nan
-        rows.append(row | {"tasks": len(tasks), "seeds_min": min(seeds), "seeds_max": max(seeds)})
+        values = np.concatenate(tasks)
+        row = dict(zip(keys, key))
+        row["weights"] = group.weights.mean()
+        row["active"] = group.active.mean()
+        row["iqm"] = interquartile_mean(values)
+        row["low"], row["high"] = bootstrap_interval(tasks)
+        row["mean"] = values.mean()
+        row["std"] = values.std(ddof=1) if len(values) > 1 else np.nan
+        row["tasks"] = len(tasks)
+        row["seeds_min"] = min(map(len, tasks))
+        row["seeds_max"] = max(map(len, tasks))
+        rows.append(row)
     return pd.DataFrame(rows)
 
 
-def without_gaps(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
-    """The runs of networks that were run on all tasks of their algorithm, and a line for each other network."""
-    keep, left_out = [], []
-    for algorithm, group in runs.groupby("algorithm", sort=False):
+def without_gaps(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """The runs of networks run on all tasks of their algorithm, and a line for each other one."""
+    keep = [table.iloc[:0]]
+    left_out = []
+    for algorithm, group in table.groupby("algorithm", sort=False):
         tasks = set(group.env_id)
         for (_, width, depth, sparsity), network in group.groupby(NETWORK, sort=False):
-            if lacking := sorted(tasks - set(network.env_id)):
+            lacking = sorted(tasks - set(network.env_id))
+            if lacking:
                 name = f"{algorithm}, width {width:g}, depth {depth:g}, sparsity {sparsity:g}"
                 left_out.append(f"{name}: no finished run of {' '.join(lacking)}")
             else:
                 keep.append(network)
-    return (pd.concat(keep) if keep else runs.iloc[:0]), left_out
+    return pd.concat(keep), left_out
 
 
 def find_uneven(points: pd.DataFrame) -> list[str]:
@@ -245,15 +150,16 @@ def find_uneven(points: pd.DataFrame) -> list[str]:
     most = points.seeds_max.max()
     lines = []
     for row in points[points.seeds_min < most].itertuples():
-        where = row.env_id if hasattr(row, "env_id") else "some task"
+        where = getattr(row, "env_id", "some task")
         name = f"{row.algorithm}, {where}, width {row.width_scale:g}, depth {row.depth_scale:g}"
         lines.append(f"{name}, sparsity {row.sparsity:g}: {row.seeds_min} of {most} seeds")
     return lines
 
 
 def families(points: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Dense networks, and the sparse ones with the dense one in front that has as many active weights."""
-    dense, sparse = points[points.sparsity == 0], points[points.sparsity > 0]
+    """Dense networks, and the sparse ones behind the dense one that has as many active weights."""
+    dense = points[points.sparsity == 0]
+    sparse = points[points.sparsity > 0]
     if len(dense) and len(sparse):
         ratio = dense.active / sparse.active.median()
         anchor = dense[(ratio > 0.9) & (ratio < 1.1)]
@@ -261,119 +167,11 @@ def families(points: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     return dense, sparse
 
 
-def draw_line(ax: Axes, x, points: pd.DataFrame, spread: str = "interval", **style) -> None:
-    """Interquartile means with intervals, or means with standard deviations."""
-    middle = points["mean"] if spread == "std" else points.iqm
-    low, high = (
-        (points["std"], points["std"])
-        if spread == "std"
-        else (middle - points.low, points.high - middle)
-    )
-    error = np.array([low, high], float).clip(0)
-    ax.errorbar(x, middle, error, capsize=2.5, elinewidth=1, **style)
-
-
-STYLES = {
-    "dense": {"color": DENSE, "ls": "--", "marker": "o", "ms": 5, "lw": 1.6},
-    "sparse": {"color": SPARSE, "ls": "-", "marker": "*", "ms": 9, "lw": 1.6},
-    "published": {"color": "0.2", "ls": "", "marker": "s", "ms": 5, "mfc": "white"},
-}
-
-
-def published(algorithm: str, env_id: str, env_steps: int) -> float | None:
-    """The published mean return of the default dense network after as many env steps, if there is one."""
-    table = pd.concat(map(pd.read_csv, PUBLISHED))
-    task = env_id.removeprefix("dm_control/").removesuffix("-v0").replace("-", "_")
-    rows = table[table.algorithm.isin([algorithm, f"{algorithm} SimBa"]) & (table.task == task)]
-    rows = rows[rows.env_step == env_steps]
-    return float(rows["mean"].iloc[0]) if len(rows) else None
-
-
-def mark_published(ax: Axes, runs: pd.DataFrame, x: float) -> bool:
-    first = runs.iloc[0]
-    value = published(first.algorithm, first.env_id, first.env_steps)
-    if value is not None:
-        ax.plot(x, value, **STYLES["published"])
-    return value is not None
-
-
-def task_name(env_id: str) -> str:
-    return env_id.removeprefix("dm_control/").removesuffix("-v0").replace("-", " ").title()
-
-
-def make_grid(
-    down: int, across: int, width: float = 3.3, height: float = 2.7
-) -> tuple[Figure, np.ndarray]:
-    figure = Figure((max(width * across, 5.5), height * down + 0.5), layout="constrained")
-    axes = figure.subplots(down, across, squeeze=False)
-    for ax in axes.flat:
-        ax.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def add_legend(figure: Figure, handles: list, what: str, points: pd.DataFrame) -> None:
-    """Below the panels; its title says what points and bars are, and of how many seeds."""
-    wide = figure.get_figwidth() >= 8
-    title = f"{what},{' ' if wide else chr(10)}{seeds(points)}"
-    how = {"loc": "outside lower center", "ncols": len(handles) if wide else 1, "frameon": False}
-    figure.legend(handles=handles, title=title, **how)
-
-
-def make_handles(*names: str) -> list[Line2D]:
-    labels = {
-        "dense": "dense",
-        "sparse": "sparse, as many active weights as the dense network it starts from",
-    }
-    labels["published"] = "published, dense (mean)"
-    return [Line2D([], [], **STYLES[name], label=labels[name]) for name in names]
-
-
-def seeds(points: pd.DataFrame) -> str:
-    low, high = points.seeds_min.min(), points.seeds_max.max()
-    return (
-        f"{low} to {high} seeds"
-        if low < high
-        else "1 seed, so no interval"
-        if high == 1
-        else f"{high} seeds"
-    )
-
-
-INTERVAL = "interquartile mean, 95 % stratified bootstrap interval"
-
-
-def draw_size(runs: pd.DataFrame, points: pd.DataFrame, scale: str) -> Figure:
-    """Figures 1 and 14: a row for each algorithm, a column for each task, against the number of weights."""
-    algorithms, tasks = points.algorithm.unique(), points.env_id.unique()
-    figure, axes = make_grid(len(algorithms), len(tasks))
-    marked = False
-    for (row, algorithm), (column, env_id) in product(enumerate(algorithms), enumerate(tasks)):
-        ax = axes[row, column]
-        panel = points[(points.algorithm == algorithm) & (points.env_id == env_id)].sort_values(
-            "weights"
-        )
-        for name, line in zip(("dense", "sparse"), families(panel)):
-            draw_line(ax, line.weights, line, **STYLES[name])
-        default = panel[(panel.width_scale == 1) & (panel.depth_scale == 1)]
-        if len(default):
-            own = runs[(runs.algorithm == algorithm) & (runs.env_id == env_id)]
-            marked |= mark_published(ax, own, default.weights.iloc[0])
-        ax.set_xscale(scale)
-        ax.xaxis.set_major_formatter(EngFormatter(sep=""))
-        ax.xaxis.set_minor_formatter(NullFormatter())
-        ax.set_title(f"{task_name(env_id)}, {algorithm}", fontsize=11)
-        if column == 0:
-            ax.set_ylabel("return")
-        if row == len(algorithms) - 1:
-            ax.set_xlabel("weights, pruned ones included")
-    add_legend(figure, make_handles("dense", "sparse", *["published"] * marked), INTERVAL, points)
-    return figure
-
-
 def along(points: pd.DataFrame, axis: str) -> pd.DataFrame:
-    """The networks that differ along one axis: widths at the least depth, or depths at the width that has several.
+    """The networks that differ along one axis.
 
-    None of them where no width has several depths.
+    Widths at the least depth, or depths at the width that has several; none of them where no width
+    has several depths.
     """
     if axis == "width_scale":
         line = points[points.depth_scale == points.depth_scale.min()]
@@ -383,300 +181,365 @@ def along(points: pd.DataFrame, axis: str) -> pd.DataFrame:
     return line.sort_values(axis)
 
 
+def gains(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """Mean gain over the dense network in percent of its return, for each sparsity.
+
+    Averaged over scenarios (algorithm and task), with its 95 % bootstrap interval, seeds resampled
+    within each. A scenario whose dense network has no positive mean return is named and left out.
+    """
+    sizes = table[["algorithm", *SIZE]].drop_duplicates()
+    if sizes.algorithm.duplicated().any():
+        there = ", ".join(
+            f"{row.width_scale:g} x {row.depth_scale:g}" for row in sizes.itertuples()
+        )
+        fail(
+            "a gain is that of one size of network, and there are several "
+            f"(width x depth scales: {there})"
+        )
+    dense = dict(list(table[table.sparsity == 0].groupby(SCENARIO)["return"]))
+    left_out = []
+    for scenario in sorted(set(zip(table.algorithm, table.env_id))):
+        name = ", ".join(scenario)
+        if scenario not in dense:
+            left_out.append(f"{name}: no finished run of the dense network")
+        elif dense[scenario].mean() <= 0:
+            left_out.append(f"{name}: the dense network's mean return is not positive")
+            del dense[scenario]
+    rows = []
+    for sparsity, group in table[table.sparsity > 0].groupby("sparsity"):
+        sparse = {key: part for key, part in group.groupby(SCENARIO)["return"] if key in dense}
+        lacking = sorted(dense.keys() - sparse.keys())
+        if lacking:
+            names = "; ".join(", ".join(scenario) for scenario in lacking)
+            left_out.append(f"sparsity {sparsity:g}: no finished run of {names}")
+        elif sparse:
+            pairs = [part.to_numpy() for key in sparse for part in (sparse[key], dense[key])]
+            low, high = bootstrap_interval(pairs, mean_gain)
+            row = {"sparsity": sparsity, "gain": float(mean_gain(*pairs)), "low": low, "high": high}
+            row["scenarios"] = len(sparse)
+            row["seeds_min"] = min(map(len, pairs))
+            row["seeds_max"] = max(map(len, pairs))
+            rows.append(row)
+    return pd.DataFrame(rows), left_out
+
+
+def mean_gain(*pairs: np.ndarray, axis: int = -1) -> np.ndarray:
+    """Mean over scenarios of the gain in percent; pairs: sparse, dense, sparse, dense, ..."""
+    means = [values.mean(axis) for values in pairs]
+    return np.mean(
+        [100 * (sparse / dense - 1) for sparse, dense in zip(means[::2], means[1::2])], 0
+    )
+
+
+# Figures
+
+LABELS = {
+    "dense": "dense",
+    "sparse": "sparse, as many active weights as the dense network it starts from",
+    "published": "published, dense (mean)",
+}
+
+
+def published_return(algorithm: str, env_id: str, env_steps: int) -> float | None:
+    """The published mean return of the default dense network after as many env steps, if any."""
+    curve = plots.published_curve(algorithm, env_id)
+    values = curve["mean"][curve.env_step == env_steps]
+    return float(values.iloc[0]) if len(values) else None
+
+
+def mark_published(ax: Axes, table: pd.DataFrame, algorithm: str, env_id: str, x: float) -> bool:
+    """Marks the published return after as many env steps as our runs have; False if none is."""
+    env_steps = table.env_steps[table.algorithm == algorithm].iloc[0]
+    value = published_return(algorithm, env_id, env_steps)
+    if value is None:
+        return False
+    ax.plot(x, value, **plots.PUBLISHED)
+    return True
+
+
+def with_bars(points: pd.DataFrame, spread: str = "interval") -> pd.DataFrame:
+    """What draw_points needs: interquartile means and intervals, or means and deviations."""
+    if spread == "std":
+        middle = points["mean"]
+        points = points.assign(low=middle - points["std"], high=middle + points["std"])
+    else:
+        middle = points.iqm
+    return points.assign(middle=middle, seeds=points.seeds_max)
+
+
+def draw_families(ax: Axes, x: str, points: pd.DataFrame, spread: str = "interval") -> None:
+    """Dense and sparse networks against a column, each point in the colour of its sparsity."""
+    dense, sparse = families(with_bars(points, spread))
+    for line, style in ((sparse, {"marker": "*", "ms": 9}), (dense, {"ls": "--"})):
+        colour = plots.NEUTRAL if line is sparse else plots.DENSE
+        colours = line.sparsity.map(plots.sparsity_colour)
+        plots.draw_points(ax, line[x], line, colours, colour, **style)
+
+
+def make_handles(published: bool) -> list[Line2D]:
+    """The legend of draw_families."""
+    sparse = {"color": plots.NEUTRAL, "marker": "*", "ms": 9, "mfc": plots.sparsity_colour(0.75)}
+    styles = {
+        "dense": {"color": plots.DENSE, "ls": "--", "marker": "o", "ms": 5},
+        "sparse": sparse | {"mec": sparse["mfc"]},
+    }
+    if published:
+        styles["published"] = plots.PUBLISHED
+    return [Line2D([], [], **style, label=LABELS[name]) for name, style in styles.items()]
+
+
+def finish(figure: Figure, handles: list, points: pd.DataFrame, what: str = "") -> Figure:
+    """Adds the legend, whose title says what points and bars are."""
+    seeds = [*points.seeds_min, *points.seeds_max]
+    if min(points.seeds_max) == 1:
+        handles = [*handles, plots.one_seed_handle()]
+    what = what or f"interquartile mean; {plots.describe_interval(*seeds)}"
+    plots.add_legend(figure, handles, what)
+    return figure
+
+
+def grid_of_scenarios(points: pd.DataFrame, most: int = 99) -> tuple[Figure, list[tuple]]:
+    """A panel for each algorithm (down) and task (across, up to most): axes, names and points."""
+    tasks = points.env_id.unique()
+    scenarios = list(product(points.algorithm.unique(), tasks))
+    across = min(most, len(tasks))
+    figure, axes = plots.make_grid(-(-len(scenarios) // across), across)
+    for ax in axes.flat[len(scenarios) :]:
+        ax.set_visible(False)
+    for ax in axes[:, 0]:
+        ax.set_ylabel("return")
+    panels = []
+    for ax, (algorithm, env_id) in zip(axes.flat, scenarios):
+        ax.set_title(f"{plots.task_name(env_id)}, {algorithm}")
+        own = points[(points.algorithm == algorithm) & (points.env_id == env_id)]
+        panels.append((ax, algorithm, env_id, own))
+    return figure, panels
+
+
+def draw_size(table: pd.DataFrame, points: pd.DataFrame, scale: str) -> Figure:
+    """Figures 1 and 14: a row for each algorithm, a column for each task, against weights."""
+    figure, panels = grid_of_scenarios(points)
+    marked = False
+    for ax, algorithm, env_id, panel in panels:
+        draw_families(ax, "weights", panel.sort_values("weights"))
+        default = panel[(panel.width_scale == 1) & (panel.depth_scale == 1)]
+        if len(default):
+            marked |= mark_published(ax, table, algorithm, env_id, default.weights.iloc[0])
+        ax.set_xscale(scale)
+        ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+        ax.xaxis.set_minor_formatter(NullFormatter())
+        ax.set_xlabel("weights, pruned ones included")
+    return finish(figure, make_handles(marked), points)
+
+
 def draw_scaling(ax: Axes, points: pd.DataFrame, axis: str, spread: str) -> None:
-    """Dense and sparse networks against width or depth, the sparsity written beside the sparse ones."""
+    """Dense and sparse networks against width or depth, their sparsity beside the sparse ones."""
     line = along(points, axis)
     if line.empty:
         ax.text(0.5, 0.5, "no finished runs of several depths", ha="center", transform=ax.transAxes)
         return
-    for name, family in zip(("dense", "sparse"), families(line)):
-        draw_line(ax, family[axis], family, spread, **STYLES[name])
-    for row in line[line.sparsity > 0].itertuples():
-        top = row.mean + row.std if spread == "std" else row.high
-        top = top if np.isfinite(top) else row.iqm
-        text = {
-            "xytext": (0, 4),
-            "textcoords": "offset points",
-            "fontsize": 7,
-            "color": SPARSE,
-            "ha": "center",
-        }
-        ax.annotate(f"S={row.sparsity:.2g}", (getattr(row, axis), top), **text)
-    values = sorted(line[axis].unique())
-    labels = [f"{value:g}" for value in values]
-    ax.set_xticks(values, labels, rotation=45 if max(map(len, labels)) > 4 else 0)
+    draw_families(ax, axis, line, spread)
+    for row in with_bars(line[line.sparsity > 0], spread).itertuples():
+        top = row.high if np.isfinite(row.high) else row.middle
+        ax.annotate(
+            f"S={row.sparsity:.2g}",
+            (getattr(row, axis), top),
+            xytext=(0, 4),
+            textcoords="offset points",
+            fontsize=7,
+            color=plots.sparsity_colour(row.sparsity),
+            ha="center",
+        )
+    plots.mark_values(ax, sorted(line[axis].unique()))
     ax.margins(y=0.15)
 
 
 def draw_aggregate(points: pd.DataFrame) -> Figure:
-    """Figure 2: a row for each algorithm, width at the left, depth at the right, all tasks together."""
+    """Figure 2: a row for each algorithm, width at the left, depth at the right, all tasks."""
     algorithms = points.algorithm.unique()
-    figure, axes = make_grid(len(algorithms), 2, width=4)
-    for (row, algorithm), (column, axis) in product(
-        enumerate(algorithms), enumerate(("width_scale", "depth_scale"))
-    ):
+    figure, axes = plots.make_grid(len(algorithms), 2, width=4)
+    for row, algorithm in zip(axes, algorithms):
         panel = points[points.algorithm == algorithm]
-        draw_scaling(axes[row, column], panel, axis, "interval")
-        at = [f", width scale {width:g}" for width in along(panel, axis).width_scale.unique()]
-        axes[row, column].set_xlabel(
-            f"{axis.replace('_', ' ')}{''.join(at) if axis == 'depth_scale' else ''}"
-        )
-        axes[row, column].set_title(f"{algorithm}, {axis.split('_')[0]} scaling", fontsize=11)
-        axes[row, 0].set_ylabel("return")
-    low, high = int(points.tasks.min()), int(points.tasks.max())
-    tasks = f"{low} to {high} tasks" if low < high else f"{high} task{'s' * (high > 1)}"
-    add_legend(figure, make_handles("dense", "sparse"), f"{INTERVAL}, {tasks}", points)
-    return figure
+        for ax, axis in zip(row, SIZE):
+            draw_scaling(ax, panel, axis, "interval")
+            ax.set_xlabel(axis.replace("_", " "))
+            ax.set_title(f"{algorithm}, {axis.split('_')[0]} scaling")
+        widths = [
+            f", width scale {width:g}" for width in along(panel, "depth_scale").width_scale.unique()
+        ]
+        row[1].set_xlabel(f"depth scale{''.join(widths)}")
+        row[0].set_ylabel("return")
+    fewest = points.tasks.min()
+    most = points.tasks.max()
+    tasks = f"{fewest} to {most} tasks" if fewest < most else f"{most} task{'s'[: most - 1]}"
+    seeds = plots.count_seeds(*points.seeds_min, *points.seeds_max)
+    what = f"interquartile mean, 95 % stratified bootstrap interval; {tasks}, {seeds} each"
+    return finish(figure, make_handles(False), points, what)
 
 
-def draw_tasks(runs: pd.DataFrame, points: pd.DataFrame, axis: str) -> Figure:
+def draw_tasks(table: pd.DataFrame, points: pd.DataFrame, axis: str) -> Figure:
     """Figures 15 and 16: a panel for each algorithm and task, three in a row."""
-    panels = [
-        (algorithm, env_id)
-        for algorithm in points.algorithm.unique()
-        for env_id in points.env_id.unique()
-    ]
-    across = min(3, points.env_id.nunique())
-    figure, axes = make_grid(-(-len(panels) // across), across)
+    figure, panels = grid_of_scenarios(points, most=3)
     marked = False
-    for ax, (algorithm, env_id) in zip(axes.flat, panels):
-        panel = points[(points.algorithm == algorithm) & (points.env_id == env_id)]
+    for ax, algorithm, env_id, panel in panels:
         if len(panel):
             draw_scaling(ax, panel, axis, "std")
-            default = panel[(panel.width_scale == 1) & (panel.sparsity == 0)]
-            if axis == "width_scale" and len(default):
-                own = runs[(runs.algorithm == algorithm) & (runs.env_id == env_id)]
-                marked |= mark_published(ax, own, 1)
-        ax.set(
-            title=f"{task_name(env_id)}, {algorithm}",
-            xlabel=axis.replace("_", " "),
-            ylabel="return",
-        )
-        ax.title.set_fontsize(11)
-    for ax in axes.flat[len(panels) :]:
-        ax.set_visible(False)
-    add_legend(
-        figure,
-        make_handles("dense", "sparse", *["published"] * marked),
-        "mean, standard deviation",
-        points,
-    )
-    return figure
+        default = panel[(panel.width_scale == 1) & (panel.sparsity == 0)]
+        if axis == "width_scale" and len(default):
+            marked |= mark_published(ax, table, algorithm, env_id, 1)
+        ax.set_xlabel(axis.replace("_", " "))
+    seeds = plots.count_seeds(*points.seeds_min, *points.seeds_max)
+    return finish(figure, make_handles(marked), points, f"mean, standard deviation; {seeds}")
 
 
 def draw_sparsity(points: pd.DataFrame) -> Figure:
-    """Figure 3: a row for each algorithm, a column for each task, a line for each size of network."""
-    algorithms, tasks = points.algorithm.unique(), points.env_id.unique()
-    sizes = list(points.groupby(["width_scale", "depth_scale"]))
-    if len(sizes) > len(COLOURS):
-        fail(
-            f"{len(sizes)} sizes of network are more than the {len(COLOURS)} colours; keep some of them apart"
-        )
-    figure, axes = make_grid(len(algorithms), len(tasks))
-    for (row, algorithm), (column, env_id) in product(enumerate(algorithms), enumerate(tasks)):
-        ax = axes[row, column]
-        for (_, networks), colour in zip(sizes, COLOURS):
-            line = networks[(networks.algorithm == algorithm) & (networks.env_id == env_id)]
-            draw_line(ax, line.sparsity, line, color=colour, marker="o", ms=4, lw=1.6)
-        ax.set_title(f"{task_name(env_id)}, {algorithm}", fontsize=11)
-        ax.set_xlim(-0.04, 1)
-        if column == 0:
-            ax.set_ylabel("return")
-        if row == len(algorithms) - 1:
-            ax.set_xlabel("sparsity (0: dense)")
+    """Figure 3: a row for each algorithm, a column for each task, a line for each size."""
+    sizes = dict(list(points.groupby(SIZE)))
+    if len(sizes) > MOST_SIZES:
+        fail(f"{len(sizes)} sizes of network are more than {MOST_SIZES}; keep some apart")
+    styles = plots.size_styles(list(sizes))
+    figure, panels = grid_of_scenarios(points)
+    for ax, _, _, panel in panels:
+        for size, line in with_bars(panel).groupby(SIZE):
+            colour = styles[size]["color"]
+            colours = [colour] * len(line)
+            marker = styles[size]["marker"]
+            plots.draw_points(ax, line.sparsity, line, colours, colour, marker=marker)
+        ax.set(xlim=(-0.04, 1), xlabel="sparsity (0: dense)")
     handles = []
-    for ((width, depth), networks), colour in zip(sizes, COLOURS):
+    for (width, depth), networks in sizes.items():
         deep = f", depth scale {depth:g}" if points.depth_scale.nunique() > 1 else ""
         weights = EngFormatter(places=1, sep="")(networks.weights.mean())
         label = f"width scale {width:g}{deep} ({weights} weights)"
-        handles.append(Line2D([], [], color=colour, marker="o", ms=4, label=label))
-    add_legend(figure, handles, INTERVAL, points)
-    return figure
+        handles.append(Line2D([], [], **styles[width, depth], label=label))
+    return finish(figure, handles, points)
 
 
-def gains(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
-    """Mean gain over the dense network in percent of its return, averaged over algorithms and tasks, per sparsity.
-
-    With its 95 % bootstrap interval, seeds resampled within each of them. A scenario whose dense network has no
-    positive mean return is left out, and named.
-    """
-    sizes = runs[["algorithm", "width_scale", "depth_scale"]].drop_duplicates()
-    if sizes.algorithm.duplicated().any():
-        there = ", ".join(
-            f"{width:g} x {depth:g}" for _, width, depth in sizes.itertuples(index=False)
-        )
-        fail(
-            f"a gain is that of one size of network, and there are several (width x depth scales: {there})"
-        )
-    dense = dict(list(runs[runs.sparsity == 0].groupby(["algorithm", "env_id"])))
-    left_out, rows = [], []
-    for algorithm, env_id in sorted(set(zip(runs.algorithm, runs.env_id))):
-        if (algorithm, env_id) not in dense:
-            left_out.append(f"{algorithm}, {env_id}: no finished run of the dense network")
-        elif dense[algorithm, env_id]["return"].mean() <= 0:
-            left_out.append(
-                f"{algorithm}, {env_id}: the dense network's mean return is not positive"
-            )
-            del dense[algorithm, env_id]
-
-    def mean_gain(*values: np.ndarray, axis: int = -1) -> np.ndarray:
-        means = [part.mean(axis) for part in values]
-        return np.mean([100 * (s / d - 1) for s, d in zip(means[::2], means[1::2])], 0)
-
-    for sparsity, group in runs[runs.sparsity > 0].groupby("sparsity"):
-        scenarios = {
-            key: part for key, part in group.groupby(["algorithm", "env_id"]) if key in dense
-        }
-        if lacking := sorted(dense.keys() - scenarios.keys()):
-            names = "; ".join(f"{algorithm}, {env_id}" for algorithm, env_id in lacking)
-            left_out.append(f"sparsity {sparsity:g}: no finished run of {names}")
-            continue
-        values = [
-            part["return"].to_numpy()
-            for key, own in scenarios.items()
-            for part in (own, dense[key])
-        ]
-        if values:
-            count = {"seeds_min": min(map(len, values)), "seeds_max": max(map(len, values))}
-            low, high = stratified_interval(values, mean_gain)
-            row = {
-                "sparsity": sparsity,
-                "gain": float(mean_gain(*values)),
-                "low": low,
-                "high": high,
-            }
-            rows.append(row | {"scenarios": len(scenarios)} | count)
-    return pd.DataFrame(rows), left_out
-
-
-def draw_gain(table: pd.DataFrame, scores: pd.DataFrame | None) -> Figure:
+def draw_gain(points: pd.DataFrame, scores: pd.DataFrame | None) -> Figure:
     """Figure 8: simplicity bias score at the left, gain over the dense network at the right."""
-    figure, axes = make_grid(1, 2 if scores is not None else 1, width=4, height=3)
+    figure, axes = plots.make_grid(1, 2 if scores is not None else 1, width=4, height=3)
     if scores is not None:
-        simba = (
-            scores[scores.network == "SimBa"].groupby("sparsity").score.agg(["mean", "sem", "size"])
-        )
-        axes[0, 0].errorbar(
-            simba.index, simba["mean"], simba["sem"], color=DENSE, marker="o", ms=4, capsize=2.5
-        )
-        count = simba["size"].max()
-        axes[0, 0].set(xlabel="sparsity", ylabel="simplicity bias score")
-        axes[0, 0].set_title(
-            f"at the start, {count} initialisations\n(mean, standard error)", fontsize=10
-        )
+        draw_scores(axes[0, 0], scores)
+        axes[0, 0].set_title("at the start", fontsize=10)
     ax = axes[0, -1]
-    error = np.array([table.gain - table.low, table.high - table.gain]).clip(0)
-    ax.bar(
-        table.sparsity,
-        table.gain,
-        0.06,
-        color=SPARSE,
-        yerr=error,
-        capsize=2.5,
-        error_kw={"elinewidth": 1},
-    )
+    colours = points.sparsity.map(plots.sparsity_colour)
+    error = np.array([points.gain - points.low, points.high - points.gain]).clip(0)
+    style = {"capsize": 2.5, "error_kw": {"elinewidth": 1, "ecolor": plots.NEUTRAL}}
+    ax.bar(points.sparsity, points.gain, 0.06, color=colours, yerr=error, **style)
     ax.axhline(0, color="0.3", lw=0.8)
     ax.set(xlabel="sparsity", ylabel="gain over the dense network (%)", xlim=(0, 1))
-    over = f"mean over {table.scenarios.max()} pairs of task and algorithm"
-    ax.set_title(f"{over}\n({seeds(table)}; 95 % bootstrap interval)", fontsize=10)
+    over = f"mean over {points.scenarios.max()} pairs of task and algorithm"
+    seeds = plots.count_seeds(*points.seeds_min, *points.seeds_max)
+    interval = "no interval" if points.low.isna().all() else "95 % bootstrap interval"
+    ax.set_title(f"{over}\n({seeds} each; bars: {interval})", fontsize=10)
     return figure
 
 
-def draw_bars(runs: pd.DataFrame, points: pd.DataFrame) -> Figure:
-    """Figure 10: a panel for each task, groups of bars by width, a bar for each sparsity, a dot for each seed."""
-    if len(kinds := points[["algorithm", "depth_scale"]].drop_duplicates()) > 1:
+def draw_scores(ax: Axes, scores: pd.DataFrame) -> None:
+    """Simplicity bias score of SimBa against sparsity, and of the plain MLP as a line."""
+    simba = scores[scores.network == "SimBa"].groupby("sparsity").score.agg(["mean", "sem", "size"])
+    points = pd.DataFrame({"middle": simba["mean"], "seeds": simba["size"]})
+    points = points.assign(low=simba["mean"] - simba["sem"], high=simba["mean"] + simba["sem"])
+    colours = points.index.map(plots.sparsity_colour)
+    plots.draw_points(ax, points.index, points, colours)
+    count = simba["size"].max()
+    label = f"SimBa critic: mean, bars: standard error\nof {count} initialisations"
+    ax.plot([], [], color=plots.NEUTRAL, marker="o", mfc=plots.sparsity_colour(0.6), label=label)
+    mlp = scores.score[scores.network == "MLP"]
+    if len(mlp):
+        ax.axhline(mlp.mean(), color=plots.DENSE, ls=":", label="plain MLP, dense: mean")
+    ax.set(xlabel="sparsity (0: dense)", ylabel="simplicity bias score")
+    ax.legend(frameon=False, fontsize=8)
+
+
+def draw_bars(table: pd.DataFrame, points: pd.DataFrame) -> Figure:
+    """Figure 10: a panel for each task, groups of bars by width, a bar for each sparsity.
+
+    A dot for each run.
+    """
+    kinds = len(points[["algorithm", "depth_scale"]].drop_duplicates())
+    if kinds > 1:
         fail(
-            f"bars are for one algorithm and depth, and there are {len(kinds)} of them; keep such runs apart"
+            f"bars are for one algorithm and depth, and there are {kinds} of them; "
+            "keep such runs apart"
         )
-    tasks, widths, sparsities = (
-        sorted(points[name].unique()) for name in ("env_id", "width_scale", "sparsity")
-    )
-    figure, axes = make_grid(1, len(tasks), width=4, height=3)
-    room, marked = 0.8 / len(sparsities), False
-    colours = dict(zip(sparsities, colormaps["viridis"](np.linspace(0.1, 0.85, len(sparsities)))))
+    tasks = sorted(points.env_id.unique())
+    widths = sorted(points.width_scale.unique())
+    sparsities = sorted(points.sparsity.unique())
+    figure, axes = plots.make_grid(1, len(tasks), width=4, height=3)
+    room = 0.8 / len(sparsities)
+    marked = False
     for ax, env_id in zip(axes.flat, tasks):
-        panel = points[points.env_id == env_id]
-        for index, sparsity in enumerate(sparsities):
-            bars = panel[panel.sparsity == sparsity]
-            x = (
-                np.array([widths.index(width) for width in bars.width_scale])
-                + (index + 0.5) * room
-                - 0.4
-            )
-            error = np.array([bars.iqm - bars.low, bars.high - bars.iqm]).clip(0)
-            how = {"color": colours[sparsity], "error_kw": {"elinewidth": 1}, "capsize": 2.5}
-            ax.bar(x, bars.iqm, 0.9 * room, yerr=error, **how)
-            for place, width in zip(x, bars.width_scale):
-                own = runs[
-                    (runs.env_id == env_id)
-                    & (runs.sparsity == sparsity)
-                    & (runs.width_scale == width)
-                ]
-                ax.plot(np.full(len(own), place), own["return"], ".", color="k", ms=3.5, alpha=0.6)
+        for row in points[points.env_id == env_id].itertuples():
+            x = widths.index(row.width_scale) + (sparsities.index(row.sparsity) + 0.5) * room - 0.4
+            error = np.array([[row.iqm - row.low], [row.high - row.iqm]]).clip(0)
+            style = {"color": plots.sparsity_colour(row.sparsity), "capsize": 2.5}
+            if row.seeds_max == 1:
+                style |= {"fill": False, "edgecolor": style["color"], "lw": 1.5}
+            ax.bar(x, row.iqm, 0.9 * room, yerr=error, ecolor=plots.NEUTRAL, **style)
+            own = (table.env_id == env_id) & (table.sparsity == row.sparsity)
+            dots = table["return"][own & (table.width_scale == row.width_scale)]
+            ax.plot([x] * len(dots), dots, ".", color="k", ms=3.5, alpha=0.6)
         if widths[0] == 1 and sparsities[0] == 0:  # the published network is the first bar
-            marked |= mark_published(ax, runs[runs.env_id == env_id], -0.4 + 0.5 * room)
+            algorithm = points.algorithm.iloc[0]
+            marked |= mark_published(ax, table, algorithm, env_id, -0.4 + 0.5 * room)
         ax.set_xticks(range(len(widths)), [f"{width:g}" for width in widths])
-        ax.set(title=task_name(env_id), xlabel="width scale of the critic", ylabel="return")
-    names = [f"sparsity {sparsity:g}" if sparsity else "dense" for sparsity in sparsities]
-    handles = [
-        Patch(color=colours[sparsity], label=name) for sparsity, name in zip(sparsities, names)
-    ]
-    add_legend(
-        figure,
-        handles + make_handles(*["published"] * marked),
-        f"{INTERVAL}, a dot for each run",
-        points,
-    )
-    return figure
+        ax.set_title(plots.task_name(env_id))
+        ax.set(xlabel="width scale of the critic", ylabel="return")
+    handles = []
+    for sparsity in sparsities:
+        colour = plots.sparsity_colour(sparsity)
+        handles.append(Patch(color=colour, label=plots.sparsity_name(sparsity)))
+    if marked:
+        handles.append(Line2D([], [], **plots.PUBLISHED, label=LABELS["published"]))
+    interval = plots.describe_interval(*points.seeds_min, *points.seeds_max)
+    return finish(figure, handles, points, f"interquartile mean; {interval}; a dot for each run")
+
+
+def draw(figure: str, table: pd.DataFrame, points: pd.DataFrame, scores) -> Figure:
+    """The picture of --figure."""
+    match figure:
+        case "size" | "size-linear":
+            return draw_size(table, points, "log" if figure == "size" else "linear")
+        case "aggregate":
+            return draw_aggregate(points)
+        case "sparsity":
+            return draw_sparsity(points)
+        case "width" | "depth":
+            return draw_tasks(table, points, f"{figure}_scale")
+        case "gain":
+            return draw_gain(points, scores)
+        case "bars":
+            return draw_bars(table, points)
 
 
 if __name__ == "__main__":
     args = tyro.cli(Args)
-    runs, left_out = load(Path(args.runs_dir), args.earlier)
-    if not runs.empty and args.figure == "aggregate":
-        runs, gaps = without_gaps(runs)
-        left_out += gaps
-    table = pd.DataFrame()
-    if not runs.empty and args.figure == "gain":
-        table, gaps = gains(runs)
-        left_out += gaps
-    elif not runs.empty:
-        table = summarise(runs, NETWORK if args.figure == "aggregate" else POINT)
-    for line in left_out:
-        print(f"left out: {line}")
-    if table.empty:
+    table, left_out = load(Path(args.runs_dir), args.earlier)
+    gaps = []
+    points = pd.DataFrame()
+    if not table.empty and args.figure == "aggregate":
+        table, gaps = without_gaps(table)
+    if not table.empty and args.figure == "gain":
+        points, gaps = gains(table)
+    elif not table.empty:
+        points = summarise(table, NETWORK if args.figure == "aggregate" else POINT)
+    runs.print_left_out(left_out + gaps)
+    if points.empty:
         fail(
-            f"nothing to draw from the runs in {args.runs_dir}; choose a folder of finished runs with --runs-dir"
+            f"nothing to draw from the runs in {args.runs_dir}; "
+            "choose a folder of finished runs with --runs-dir"
         )
-    for line in find_uneven(table) if args.figure != "gain" else ():
+    for line in find_uneven(points) if args.figure != "gain" else ():
         print(f"fewer seeds: {line}")
-    try:
-        scores = pd.read_csv(args.scores) if args.scores else None
-    except (OSError, ValueError) as error:
-        fail(f"--scores {args.scores}: {error}")
-    try:
-        (folder := Path(args.output)).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"cannot write to {folder} ({error.strerror}); choose another folder with --output")
-    match args.figure:
-        case "size" | "size-linear":
-            picture = draw_size(runs, table, "log" if args.figure == "size" else "linear")
-        case "aggregate":
-            picture = draw_aggregate(table)
-        case "sparsity":
-            picture = draw_sparsity(table)
-        case "width" | "depth":
-            picture = draw_tasks(runs, table, f"{args.figure}_scale")
-        case "gain":
-            picture = draw_gain(table, scores)
-        case "bars":
-            picture = draw_bars(runs, table)
-    for suffix in ("png", "svg"):
-        picture.savefig(folder / f"{args.figure}.{suffix}", dpi=150)
-    runs.to_csv(folder / "runs.csv", index=False)
-    table.to_csv(folder / f"{args.figure}.csv", index=False)
-    text = table.map(lambda value: f"{value:.4g}" if isinstance(value, float) else value)
-    lines = [list(table), ["---"] * len(table.columns), *text.to_numpy().tolist()]
-    markdown = "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
+    scores = None
+    if args.scores:
+        scores = runs.read_table(args.scores, ["network", "sparsity", "score"], "--scores")
+    folder = runs.make_folder(args.output)
+    plots.save(draw(args.figure, table, points, scores), folder, args.figure)
+    table.to_csv(folder / "runs.csv", index=False)
+    points.to_csv(folder / f"{args.figure}.csv", index=False)
+    cells = points.map(lambda value: f"{value:.4g}" if isinstance(value, float) else value)
+    markdown = plots.markdown_table(list(points), cells.to_numpy().tolist())
     (folder / f"{args.figure}.md").write_text(markdown)
-    print(f"{len(runs)} runs: {args.figure}.png, .svg, .csv and .md and runs.csv are in {folder}")
+    print(f"{len(table)} runs: {args.figure}.png, .svg, .csv and .md and runs.csv are in {folder}")

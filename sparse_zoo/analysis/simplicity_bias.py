@@ -2,37 +2,42 @@
 
     python sparse_zoo/analysis/simplicity_bias.py --width-scale 5 --grid 100 --inits 3
 
-The score of a network family is the mean over random initialisations of 1 / complexity, and the complexity of a
-function is the mean frequency of its Fourier transform, weighted by amplitude (Lee et al. 2024, arXiv:2410.09754,
-after Teney et al. 2024). The paper gives no more; chosen here:
- - The network is the SimBa critic on humanoid (67 observations, 21 actions). Two of its 88 inputs run over a regular
-   grid on [-100, 100]^2, the others are zero; observation statistics are those at the start, mean 0 and variance 1.
- - Frequencies are Euclidean, in cycles per grid step (at most 1/2 along an axis); the constant component is left out.
-   The score of a function with jumps grows with the logarithm of the grid's size, so that scores can be compared on one
-   grid only; 300 x 300 gives the differences of the paper's Figure 8.
- - Every initialisation of the encoder is followed by --heads random heads (unit vectors, as orthogonal initialisation
-   gives), whose scores are averaged: they cost nothing and take most of the noise away.
- - Plain MLP, for comparison: two hidden layers of 512 units, ReLU, orthogonal weights of gain sqrt(2), no biases.
+The score of a network family is the mean over random initialisations of 1 / complexity, and the
+complexity of a function is the mean frequency of its Fourier transform, weighted by amplitude (Lee
+et al. 2024, arXiv:2410.09754, after Teney et al. 2024). The paper gives no more; chosen here:
+ - The network is the SimBa critic on humanoid (67 observations, 21 actions). Two of its 88 inputs
+   run over a regular grid on [-100, 100]^2, the others are zero; observation statistics are those
+   at the start, mean 0 and variance 1.
+ - Frequencies are Euclidean, in cycles per grid step (at most 1/2 along an axis); the constant
+   component is left out. The score of a function with jumps grows with the logarithm of the grid's
+   size, so that scores can be compared on one grid only; 300 x 300 gives the differences of the
+   paper's Figure 8.
+ - Every initialisation of the encoder is followed by --heads random heads (unit vectors, as
+   orthogonal initialisation gives), whose scores are averaged: they cost nothing and take most of
+   the noise away.
+ - Plain MLP, for comparison: two hidden layers of 512 units, ReLU, orthogonal weights of gain
+   sqrt(2), no biases.
 """
 
-import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numba
 import numpy as np
 import pandas as pd
+import plots
 import torch
 import torch.nn as nn
 import tyro
 from matplotlib.figure import Figure
+from runs import fail, import_agent, make_folder
+from scaling import draw_scores
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import sac_simba_sparse as sac
-
-INPUTS = 67 + 21  # observations and actions of humanoid
+sac = import_agent("sac_simba_sparse")
+OBSERVATIONS = 67  # humanoid
+ACTIONS = 21
+INPUTS = OBSERVATIONS + ACTIONS
 
 
 @dataclass
@@ -60,7 +65,10 @@ class Args:
 
 
 def complexity(outputs: torch.Tensor) -> torch.Tensor:
-    """Mean frequency weighted by amplitude, in cycles per grid step, of functions on a grid (n, n, functions)."""
+    """Mean frequency weighted by amplitude, in cycles per grid step.
+
+    outputs: values of functions on a grid (n, n, functions)
+    """
     frequency = torch.fft.fftfreq(len(outputs), dtype=torch.float64)
     radius = torch.hypot(frequency[:, None], frequency[None, :])[:, :, None]
     amplitude = torch.fft.fft2(outputs.double(), dim=(0, 1)).abs()
@@ -72,7 +80,10 @@ def complexity(outputs: torch.Tensor) -> torch.Tensor:
 def score(
     encoder: nn.Module, inputs: int, hidden: int, heads: int, grid: int, reach: float
 ) -> float:
-    """Mean of 1 / complexity over random heads behind one encoder (points, inputs) -> (points, hidden)."""
+    """Mean of 1 / complexity over random heads behind one encoder.
+
+    encoder: (points, inputs) -> (points, hidden)
+    """
     axis = torch.linspace(-reach, reach, grid)
     points = torch.zeros(grid * grid, inputs)
     points[:, :2] = torch.cartesian_prod(axis, axis)
@@ -92,7 +103,7 @@ def plain_mlp(inputs: int, hidden: int = 512) -> nn.Module:
 def simba_encoder(args: Args, sparsity: float, seed: int) -> tuple[nn.Module, int]:
     """The critic's encoder, pruned as in training, and its width."""
     hidden = 4 * round(128 * args.width_scale)
-    critic = sac.Critic(67, 21, hidden, 2 * args.depth_scale, count=1)
+    critic = sac.Critic(OBSERVATIONS, ACTIONS, hidden, 2 * args.depth_scale, count=1)
     sac.sparsify(critic, sparsity, args.sparsity_distribution, seed, "auto", torch.device("cpu"))
     return critic.encoders[0], hidden
 
@@ -102,60 +113,42 @@ def measure(args: Args) -> pd.DataFrame:
     rows = []
     for network, sparsity in [("MLP", 0.0), *(("SimBa", sparsity) for sparsity in args.sparsities)]:
         began = time.time()
+        values = []
         for seed in range(args.inits):
             torch.manual_seed(seed)
-            encoder, hidden = (
-                (plain_mlp(INPUTS), 512)
-                if network == "MLP"
-                else simba_encoder(args, sparsity, seed)
-            )
-            value = score(encoder, INPUTS, hidden, args.heads, args.grid, args.reach)
-            rows.append({"network": network, "sparsity": sparsity, "seed": seed, "score": value})
-        values = [row["score"] for row in rows[-args.inits :]]
+            if network == "MLP":
+                encoder, hidden = plain_mlp(INPUTS), 512
+            else:
+                encoder, hidden = simba_encoder(args, sparsity, seed)
+            values.append(score(encoder, INPUTS, hidden, args.heads, args.grid, args.reach))
+            row = {"network": network, "sparsity": sparsity, "seed": seed, "score": values[-1]}
+            rows.append(row)
         error = np.std(values, ddof=1) / args.inits**0.5 if args.inits > 1 else float("nan")
-        print(
-            f"{network} {sparsity:.2f}: {np.mean(values):.2f} +- {error:.2f} ({time.time() - began:.0f} s)",
-            flush=True,
-        )
+        took = f"({time.time() - began:.0f} s)"
+        print(f"{network} {sparsity:.2f}: {np.mean(values):.2f} +- {error:.2f} {took}", flush=True)
     return pd.DataFrame(rows)
 
 
 def draw(table: pd.DataFrame, args: Args) -> Figure:
-    """Score against sparsity, mean and standard error over initialisations, with the plain MLP as a line."""
-    axes = (figure := Figure((6, 4), layout="constrained")).subplots()
-    simba = table[table.network == "SimBa"].groupby("sparsity").score.agg(["mean", "sem"])
-    axes.errorbar(
-        simba.index, simba["mean"], simba["sem"], marker="o", capsize=3, label="SimBa critic"
-    )
-    mlp = table[table.network == "MLP"].score.mean()
-    axes.axhline(mlp, color="0.5", ls="--", label="plain MLP, dense")
-    axes.set(xlabel="sparsity", ylabel="simplicity bias score")
+    """Score against sparsity, with the plain MLP as a line."""
+    figure, axes = plots.make_grid(1, 1, 6, 3.5)
+    draw_scores(axes[0, 0], table)
     where = f"{args.grid} x {args.grid} points on [-{args.reach:g}, {args.reach:g}]$^2$"
-    axes.set_title(
-        f"width scale {args.width_scale:g}, {where}, {args.inits} initialisations", fontsize=10
-    )
-    axes.legend(frameon=False)
+    axes[0, 0].set_title(f"width scale {args.width_scale:g}, {where}", fontsize=10)
     return figure
 
 
 if __name__ == "__main__":
     args = tyro.cli(Args)
     if args.inits < 1 or args.heads < 1 or args.grid < 2:
-        sac.fail("--inits and --heads must be at least 1, --grid at least 2")
+        fail("--inits and --heads must be at least 1, --grid at least 2")
     if not all(0 <= sparsity < 1 for sparsity in args.sparsities):
-        sac.fail(f"--sparsities {args.sparsities}: each must be at least 0 and below 1")
+        fail(f"--sparsities {args.sparsities}: each must be at least 0 and below 1")
     threads = args.threads or torch.get_num_threads()
     numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
     torch.set_num_threads(threads)
-    output = Path(args.output)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        sac.fail(
-            f"cannot write to {output} ({error.strerror}); choose another folder with --output"
-        )
+    output = make_folder(args.output)
     table = measure(args)
     table.to_csv(output / "scores.csv", index=False)
-    for kind in ("png", "svg"):
-        draw(table, args).savefig(output / f"simplicity_bias.{kind}", dpi=150)
+    plots.save(draw(table, args), output, "simplicity_bias")
     print(f"figure and scores are in {output}")

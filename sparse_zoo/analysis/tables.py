@@ -1,27 +1,31 @@
-"""Tables 1 to 5 of the paper, printed from the code and the live environments, beside the paper's own values.
+"""Tables 1 to 5 of the paper, from the code and the live environments, beside the paper's values.
 
     ./benchmark.sh table2
-    ./benchmark.sh all --scale paper --runner dry-run | python sparse_zoo/analysis/tables.py --table 2
+    ./benchmark.sh all --scale paper --runner dry-run >commands
+    python sparse_zoo/analysis/tables.py --table 2 <commands
 
-Our values are read off environments, Args, networks, optimisers and, for the target entropy, an update; the sets of
-widths and depths in Tables 2 and 3 are those of the commands on standard input. Rows that differ are marked.
-Docs: docs/benchmark.md.
+Our values are read off environments, Args, networks, optimisers and, for the target entropy, an
+update; the sets of widths and depths in Tables 2 and 3 are those of the commands on standard input.
+Rows that differ are marked. Docs: docs/benchmark.md.
 """
 
-import importlib
 import os
 import re
 import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Literal
 
+import pandas as pd
+import plots
 import torch
 import tyro
+from runs import fail, import_agent, make_folder
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 CPU = torch.device("cpu")
+PAPER = Path(__file__).with_name("paper_tables.csv")
+TASKS = "dog-run", "dog-trot", "dog-walk", "humanoid-run", "humanoid-stand", "humanoid-walk"
 
 
 @dataclass
@@ -34,153 +38,75 @@ class Args:
 
 Rows = list[tuple[str, str, str]]  # what, ours, the paper's
 
-# The values of the paper
-TASKS = {
-    **dict.fromkeys(("dog-run", "dog-trot", "dog-walk"), (223, 38)),
-    **dict.fromkeys(("humanoid-run", "humanoid-stand", "humanoid-walk"), (67, 24)),
-}
-SIMBA = {
-    "Critic block type": "SimBa",
-    "Critic num blocks": "2, 4, 6, 8",
-    "Critic hidden dim": "256, 512, 1024, 1536, 2048, 2560",
-    "Critic learning rate": "0.0001",
-    "Target critic momentum (tau)": "0.005",
-    "Actor block type": "SimBa",
-    "Actor num blocks": "1, 2, 3, 4",
-    "Actor hidden dim": "64, 128, 256, 384, 512, 640",
-    "Actor learning rate": "0.0001",
-    "Initial temperature": "0.01",
-    "Temperature learning rate": "0.0001",
-    "Target entropy": "dim(A)/2",
-    "Exploration noise": "N(0, 0.1^2)",
-    "Batch size": "256",
-    "Optimizer": "AdamW",
-    "Optimizer momentum": "0.9, 0.999",
-    "Weight decay": "0.01",
-    "Discount": "heuristic",
-    "Replay ratio": "2",
-    "Clipped Double Q": "False",
-}
-DRQV2 = {
-    "Replay buffer capacity": "1000000",
-    "Action repeat": "2",
-    "Seed frames": "4000",
-    "Exploration steps": "2000",
-    "n-step returns": "3",
-    "Mini-batch size": "256",
-    "Discount": "0.99",
-    "Optimizer": "Adam",
-    "Learning rate": "0.0001",
-    "Critic Q-function soft-update rate": "0.01",
-    "Features dim.": "50",
-    "Repr. dim.": "32 x 35 x 35",
-    "Hidden dim.": "1024",
-    "Exploration stddev. clip": "0.3",
-    "Exploration stddev. schedule": "linear(1, 0.1, 500000)",
-}
 
-DER = {
-    "Gray-scaling": "True",
-    "Observation down-sampling": "84x84",
-    "Frames stacked": "4",
-    "Action repetitions": "4",
-    "Reward clipping": "[-1, 1]",
-    "Terminal on loss of life": "True",
-    "Update": "Distributional Q",
-    "Dueling": "True",
-    "Support of Q-distribution": "51",
-    "Discount factor": "0.99",
-    "Minibatch size": "32",
-    "Optimizer": "Adam",
-    "Optimizer: learning rate": "0.0001",
-    "Optimizer: epsilon": "0.00015",
-    "Exploration": "Noisy nets",
-    "Noisy nets parameter": "0.5",
-    "Training steps": "100K",
-    "Evaluation trajectories": "100",
-    "Min replay size for sampling": "1600",
-    "Updates per step": "1",
-    "Multi-step return length": "10",
-    "CNN network": "IMPALA CNN",
-    "Target network update period": "2000",
-}
-
-
-def fail(message: str) -> NoReturn:
-    """Ends the program with one line for a person and exit code 2."""
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
-def compare(ours: dict[str, object], papers: dict[str, str]) -> Rows:
-    """A row for each of the paper's values, in its order; floats as short as they can be written."""
-    text = {
-        name: f"{value:g}" if isinstance(value, float) else str(value)
-        for name, value in ours.items()
-    }
-    return [(name, text.get(name, "missing"), value) for name, value in papers.items()]
+def compare(table: int, ours: dict[str, object]) -> Rows:
+    """A row for each of the paper's values, in its order; floats as short as they can be."""
+    rows = []
+    papers = pd.read_csv(PAPER, dtype={"value": str})
+    for row in papers[papers.table == table].itertuples():
+        value = ours.get(row.name, "missing")
+        text = f"{value:g}" if isinstance(value, float) else str(value)
+        rows.append((row.name, text, row.value))
+    return rows
 
 
 def tasks() -> Rows:
     """Table 1, from the environments."""
-    sac, rows = importlib.import_module("sac_simba_sparse"), []
-    for task, paper in TASKS.items():
+    sac = import_agent("sac_simba_sparse")
+    ours = {}
+    for task in TASKS:
         env = sac.make_env(sac.Args(env_id=f"dm_control/{task}-v0"))
-        ours = (env.observation_space.shape[0], env.action_space.shape[0])
-        for what, mine, theirs in zip(("observation dim", "action dim"), ours, paper):
-            rows.append((f"{task.replace('-', ' ').title()}, {what}", str(mine), str(theirs)))
-    return rows
+        name = task.replace("-", " ").title()
+        ours[f"{name}, observation dim"] = env.observation_space.shape[0]
+        ours[f"{name}, action dim"] = env.action_space.shape[0]
+    return compare(1, ours)
+
+
+def sweep(module, commands: str, flag: str) -> list:
+    """The values of a flag in the commands of an agent."""
+    own = [line for line in commands.splitlines() if f"/{module.__name__}.py" in line]
+    if not own:
+        fail(
+            f"no command of {module.__name__}.py on standard input; "
+            "pipe ./benchmark.sh all --runner dry-run into this"
+        )
+    pattern = f"--{flag.replace('_', '-')} (\\S+)"
+    return sorted({float(match) for line in own for match in re.findall(pattern, line)})
 
 
 def sizes(module, commands: str) -> dict[str, str]:
     """Blocks and hidden units of the networks that the commands train, built on no device."""
-    own = [line for line in commands.splitlines() if f"/{module.__name__}.py" in line]
-    if not own:
-        fail(
-            f"no command of {module.__name__}.py on standard input; pipe ./benchmark.sh all --runner dry-run into this"
-        )
     found = {}
-    for flag in ("width_scale", "depth_scale"):
-        values = {
-            match
-            for line in own
-            for match in re.findall(f"--{flag.replace('_', '-')} (\\S+)", line)
-        }
-        for value in sorted(values, key=float):
-            flags = module.Args(**{flag: float(value) if flag == "width_scale" else int(value)})
-            with torch.device("meta"):
-                agent = module.Agent(flags, 67, 21, torch.device("meta"))
-            for name, encoder in (
-                ("Actor", agent.actor.encoder),
-                ("Critic", agent.critic.encoders[0]),
-            ):
-                blocks = sum(isinstance(part, module.ResidualBlock) for part in encoder)
-                what, size = (
-                    ("hidden dim", encoder[0].out_features)
-                    if flag == "width_scale"
-                    else ("num blocks", blocks)
-                )
-                found.setdefault(f"{name} {what}", []).append(str(size))
+    for width in sweep(module, commands, "width_scale"):
+        for name, encoder in meta_encoders(module, width_scale=width).items():
+            found.setdefault(f"{name} hidden dim", []).append(str(encoder[0].out_features))
+    for depth in sweep(module, commands, "depth_scale"):
+        for name, encoder in meta_encoders(module, depth_scale=int(depth)).items():
+            blocks = sum(isinstance(part, module.ResidualBlock) for part in encoder)
+            found.setdefault(f"{name} num blocks", []).append(str(blocks))
     return {name: ", ".join(values) for name, values in found.items()}
+
+
+def meta_encoders(module, **flags) -> dict:
+    """Encoders of actor and critic, without memory for their weights."""
+    with torch.device("meta"):
+        return encoders(module.Agent(module.Args(**flags), 67, 21, torch.device("meta")))
+
+
+def encoders(agent) -> dict:
+    return {"Actor": agent.actor.encoder, "Critic": agent.critic.encoders[0]}
 
 
 def simba(name: str, commands: str) -> Rows:
     """Tables 2 and 3."""
-    module = importlib.import_module(name)
+    module = import_agent(name)
     args = module.Args(width_scale=0.125)
     agent = module.Agent(args, 3, 2, CPU)
-    optimizer, settings = (
-        type(agent.critic_optimizer).__name__,
-        agent.critic_optimizer.param_groups[0],
-    )
-    kinds = {
-        type(part).__name__
-        for network in (agent.actor.encoder, agent.critic.encoders[0])
-        for part in network
-    }
-    block = (
-        "SimBa" if kinds == {"Linear", "ResidualBlock", "LayerNorm"} else " + ".join(sorted(kinds))
-    )
+    optimizer = type(agent.critic_optimizer).__name__
+    settings = agent.critic_optimizer.param_groups[0]
+    kinds = {type(part).__name__ for encoder in encoders(agent).values() for part in encoder}
+    simba_block = kinds == {"Linear", "ResidualBlock", "LayerNorm"}
+    block = "SimBa" if simba_block else " + ".join(sorted(kinds))
     env = module.make_env(args)
     gamma = module.default_gamma(env, args.action_repeat) if args.gamma is None else args.gamma
     ours = {
@@ -198,35 +124,37 @@ def simba(name: str, commands: str) -> Rows:
         "Replay ratio": args.updates_per_step,
         "Clipped Double Q": args.clipped_double_q,
     }
-    papers = dict(SIMBA)
-    if name == "sac_simba_sparse":
+    if name == "ddpg_simba_sparse":
+        ours["Exploration noise"] = f"N(0, {args.exploration_noise:g}^2)"
+        rows = compare(3, ours)
+    else:
         ours["Initial temperature"] = float(agent.alpha().detach())
         ours["Temperature learning rate"] = agent.temperature_optimizer.param_groups[0]["lr"]
         ours["Target entropy"] = target_entropy(module, agent, action_dim=2)
-        del papers["Exploration noise"]
-    else:
-        ours["Exploration noise"] = f"N(0, {args.exploration_noise:g}^2)"
-        for what in ("Initial temperature", "Temperature learning rate", "Target entropy"):
-            del papers[what]
-    rows = compare(ours, papers)
+        rows = compare(2, ours)
     return [
-        (what, f"heuristic ({gamma:g})" if mine == "heuristic" else mine, paper)
-        for what, mine, paper in rows
+        (what, f"heuristic ({gamma:g})" if mine == "heuristic" else mine, papers)
+        for what, mine, papers in rows
     ]
 
 
 def target_entropy(module, agent, action_dim: int) -> str:
-    """In actions, read off one update: the temperature's gradient is alpha * (entropy - target entropy)."""
-    alpha, obs = float(agent.alpha().detach()), torch.randn(4, 3)
+    """In actions, read off one update.
+
+    The temperature's gradient is alpha * (entropy - target entropy).
+    """
+    alpha = float(agent.alpha().detach())
+    obs = torch.randn(4, 3)
     batch = module.Batch(obs, torch.rand(4, action_dim), torch.rand(4), obs, torch.zeros(4))
     entropy = module.update(agent, batch, *torch.randn(2, 4, action_dim), 0.99, 0.005)["entropy"]
     ratio = float(entropy - agent.temperature["log_alpha"].grad / alpha) / action_dim
-    return f"{'-' * (ratio < 0)}dim(A)/{1 / abs(ratio):.3g}"
+    sign = "-" if ratio < 0 else ""
+    return f"{sign}dim(A)/{1 / abs(ratio):.3g}"
 
 
 def drqv2() -> Rows:
     """Table 4."""
-    drq = importlib.import_module("drqv2_sparse")
+    drq = import_agent("drqv2_sparse")
     args = drq.Args()
     agent = drq.Agent(args, 12, CPU)
     with torch.no_grad():
@@ -252,16 +180,17 @@ def drqv2() -> Rows:
         "Exploration stddev. clip": args.noise_clip,
         "Exploration stddev. schedule": "linear({:g}, {:g}, {})".format(*schedule),
     }
-    return compare(ours, DRQV2)
+    return compare(4, ours)
 
 
 def der() -> Rows:
-    """Table 5; rewards are clipped in the training loop, so their bounds are read off the source."""
-    module = importlib.import_module("der_impala_sparse")
+    """Table 5; rewards are clipped in the training loop, their bounds are read off the source."""
+    module = import_agent("der_impala_sparse")
     args = module.Args()
     env = module.make_env(args)
     agent = module.Agent(args, int(env.action_space.n), CPU)
-    settings, frame = agent.optimizer.param_groups[0], env.reset(seed=0)[0]
+    settings = agent.optimizer.param_groups[0]
+    frame, _ = env.reset(seed=0)
     kinds = {type(part).__name__ for part in agent.network.encoder}
     impala = kinds == {"Conv2d", "MaxPool2d", "ResidualBlock", "ReLU"}
     noisy = any(noise.any() for pair in agent.network.draw_noise() for noise in pair)
@@ -292,26 +221,16 @@ def der() -> Rows:
         "CNN network": "IMPALA CNN" if impala else " + ".join(sorted(kinds)),
         "Target network update period": args.target_interval,
     }
-    return compare(ours, DER)
+    return compare(5, ours)
 
 
 def to_markdown(rows: Rows) -> str:
-    rows = [
-        (*row, "" if row[1] == row[2] or row[1].startswith(f"{row[2]} (") else "differs")
-        for row in rows
-    ]
-    rows = [("", "here", "the paper", ""), *rows]
-    widths = [max(3, *(len(row[column]) for row in rows)) for column in range(4)]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |"
-        for row in rows
-    ]
-    return (
-        "\n".join(
-            [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]
-        )
-        + "\n"
-    )
+    """The rows, those that differ marked."""
+    marked = []
+    for what, ours, papers in rows:
+        same = ours == papers or ours.startswith(f"{papers} (")
+        marked.append([what, ours, papers, "" if same else "differs"])
+    return plots.markdown_table(["", "here", "the paper", ""], marked)
 
 
 if __name__ == "__main__":
@@ -319,23 +238,19 @@ if __name__ == "__main__":
     warnings.filterwarnings("ignore", category=UserWarning, module="gymnasium")
     os.environ.setdefault("MUJOCO_GL", "disabled")
     torch.manual_seed(0)
-    commands = (
-        "" if sys.stdin.isatty() else sys.stdin.read()
-    )  # always, or who writes them dies of a broken pipe
+    # Read for every table, or who writes them dies of a broken pipe
+    commands = "" if sys.stdin.isatty() else sys.stdin.read()
     match args.table:
         case 1:
             rows = tasks()
-        case 2 | 3:
-            rows = simba("sac_simba_sparse" if args.table == 2 else "ddpg_simba_sparse", commands)
+        case 2:
+            rows = simba("sac_simba_sparse", commands)
+        case 3:
+            rows = simba("ddpg_simba_sparse", commands)
         case 4:
             rows = drqv2()
         case 5:
             rows = der()
     text = to_markdown(rows)
-    folder = Path(args.output)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "table.md").write_text(text)
-    except OSError as error:
-        fail(f"cannot write to {folder} ({error.strerror}); choose another folder with --output")
+    (make_folder(args.output) / "table.md").write_text(text)
     print(f"Table {args.table}\n\n{text}")

@@ -54,7 +54,7 @@ def test_scores_improvements_and_what_is_missing(tmp_path, run):
     code, out, err = run()
     assert code == 0, err
     for words in (
-        "Alien-1.0-0.0-2 is at env step 400 of 400000",
+        "Alien-1.0-0.0-2: unfinished, at env step 400 of 400,000",
         "left out: Tetris",
         "baseline run: Freeway",
     ):
@@ -89,15 +89,15 @@ def test_aggregates_by_formula():
 
 def test_bootstrap_draws_seeds_within_each_game():
     # No spread within a game, much between games: a stratified interval has no width
-    flat = atari_scores.bootstrap([np.full(5, 0.1), np.full(5, 0.9)], 100)
+    flat = atari_scores.intervals([np.full(5, 0.1), np.full(5, 0.9)], 100)
     assert all(low == pytest.approx(high) for low, high in flat.values())
     # One game: the interval of the mean is about 1.96 standard errors on each side
     scores = np.random.default_rng(1).normal(0.5, 0.1, 400)
-    low, high = atari_scores.bootstrap([scores], 2000)["mean"]
+    low, high = atari_scores.intervals([scores], 2000)["mean"]
     error = scores.std() / 20
     assert low == pytest.approx(scores.mean() - 1.96 * error, abs=0.25 * error)
     assert high == pytest.approx(scores.mean() + 1.96 * error, abs=0.25 * error)
-    assert np.isnan(atari_scores.bootstrap([np.ones(1), np.zeros(1)], 10)["iqm"]).all()
+    assert np.isnan(atari_scores.intervals([np.ones(1), np.zeros(1)], 10)["iqm"]).all()
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_bootstrap_draws_seeds_within_each_game():
         ([("Pong", 3.0, 0.0, 1, 1.0)], "no dense run of width 1"),
         (
             [("Pong", 1.0, 0.0, 1, 1.0), ("Pong", 1.0, 0.8, 1, 1.0, {"n_step": 3})],
-            "differ n_step 10 3",
+            "mixes --n-step 10 3",
         ),
         ([("Tetris", 1.0, 0.0, 1, 1.0)], "26 games"),
     ],
@@ -136,8 +136,8 @@ def test_runs_that_cannot_be_used_are_named(tmp_path, run):
     (tmp_path / "runs" / "Boxing-1-0-1" / "args.json").write_text("{")
     code, out, err = run()
     assert code == 0, err
-    assert "left out: z is a second run of this network, game and seed" in out
-    assert "left out: Boxing-1-0-1 has no readable args.json (JSONDecodeError)" in out
+    assert "left out: z: a second run of this network, task and seed" in out
+    assert "left out: Boxing-1-0-1: args.json is damaged (JSONDecodeError)" in out
     assert pd.read_csv(tmp_path / "out" / "scores.csv").score.tolist() == [5.0]
     for flags in (("--samples", "0"), ("--output", "/proc/x")):
         code, _, err = run(*flags)

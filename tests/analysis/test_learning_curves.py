@@ -5,6 +5,7 @@ from pathlib import Path
 import conftest
 import imageio
 import pandas as pd
+import plots
 import pytest
 from analysis import learning_curves
 from conftest import check_error
@@ -35,7 +36,7 @@ def test_every_run_is_kept_as_it_is(tmp_path, main):
     write_run(tmp_path / "runs", "just_begun", 3, 0.8, {})
     code, out, err = main(SCRIPT, "--runs-dir", "runs", "--output", "out")
     assert code == 0, err
-    assert "left out: just_begun has no returns yet" in out
+    assert "left out: just_begun: no returns yet" in out
     table = pd.read_csv(tmp_path / "out" / "returns.csv.gz")
     assert list(zip(table.seed, table.sparsity, table.env_step, table.value)) == [
         (1, 0.0, 0, 30.5),
@@ -56,18 +57,14 @@ def test_every_run_is_kept_as_it_is(tmp_path, main):
 
 
 def test_published_curve_of_a_task():
-    curve = learning_curves.published("sac_simba_sparse", "dm_control/walker-walk-v0").set_index(
-        "env_step"
-    )
+    curve = plots.published_curve("SAC", "dm_control/walker-walk-v0").set_index("env_step")
     assert curve.loc[50_000, "mean"] == pytest.approx(900.1) and curve.loc[
         50_000, "std"
     ] == pytest.approx(84.5)
     assert curve.loc[50_000, "seeds"] == 10
-    assert len(learning_curves.published("ddpg_simba_sparse", "dm_control/humanoid-run-v0")) == 21
-    assert len(learning_curves.published("ddpg_simba_sparse", "Walker2d-v5")) == 0
-    pixels = learning_curves.published("drqv2_sparse", "dm_control/cartpole-balance-v0").set_index(
-        "env_step"
-    )
+    assert len(plots.published_curve("DDPG", "dm_control/humanoid-run-v0")) == 21
+    assert len(plots.published_curve("DDPG", "Walker2d-v5")) == 0
+    pixels = plots.published_curve("DrQ-v2", "dm_control/cartpole-balance-v0").set_index("env_step")
     assert pixels.loc[60_000, "mean"] == pytest.approx(984.6)
 
 
@@ -85,10 +82,11 @@ def test_networks_of_two_widths_are_two_lines():
     table = pd.concat([table.assign(env_step=step, value=step / 100) for step in (0, 10_000)])
     axes = learning_curves.draw(table).axes[0]
     lines = [line for line in axes.lines if len(line.get_xdata()) == 2]
-    assert len(lines) == 4 and len({line.get_color() for line in lines}) == 3
+    assert len(lines) == 5  # one for each run and the mean of two
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 3
     assert [text.get_text() for text in axes.get_legend().get_texts()][:3] == [
-        "dense, width scale 0.5, seed 1",
-        "sparsity 0.8, width scale 0.5, seed 1",
+        "dense, width scale 0.5, one seed (1)",
+        "sparsity 0.8, width scale 0.5, one seed (1)",
         "sparsity 0.8, width scale 1, 2 seeds",
     ]
 

@@ -42,19 +42,19 @@ def test_the_folder_is_the_one_that_the_agent_opens(tmp_path, module, env_id):
 
 def test_state(tmp_path):
     run = plan.parse_command(COMMAND.format("sac_simba_sparse", "x/y-v0", 3, tmp_path))
-    assert plan.state(run) == "absent"
+    assert plan.find_state(run) == "absent"
     write_metrics(run.folder)
-    assert plan.state(run) == "just started"
+    assert plan.find_state(run) == "at env step 0 of 1,000,000"
     write_metrics(run.folder, (0, "eval/return_mean", 1.0), (12_000, "losses/alpha", 0.1))
-    assert plan.state(run) == "at env step 12,000 of 1,000,000"
+    assert plan.find_state(run) == "at env step 12,000 of 1,000,000"
     write_metrics(
         run.folder, *((1_000_000, f"final/return_{name}", 0.1) for name in ("mean", "std"))
     )
-    assert plan.state(run) == "finished"
+    assert plan.find_state(run) == "finished"
     (run.folder / "checkpoint.tmp").touch()  # killed while it wrote the last checkpoint
-    assert plan.state(run) == "at env step 1,000,000 of 1,000,000"
+    assert plan.find_state(run) == "finished"
     (run.folder / "metrics.csv").write_bytes(b"\xff\n")
-    assert plan.state(run) == "just started"
+    assert plan.find_state(run).startswith("damaged: metrics.csv is damaged")
 
 
 def test_finished_runs_are_linked_and_the_others_named(tmp_path, run_plan):

@@ -55,7 +55,7 @@ def test_figures_and_numbers(tmp_path, main):
     write_run(tmp_path / "runs", {400: 1.0}, seed=4, finished=False)
     code, text, out = main("--figures", "13")
     assert code == 0 and [path.name for path in out.glob("*.png")] == ["figure_13.png"]
-    assert "left out: run7 is at env step 400 of 1000" in text
+    assert "left out: run7: unfinished, at env step 400 of 1,000" in text
     assert (
         "no final return: Ant-v4, width scale 1, dense, seed 3: no episode ended in its last tenth"
         in text
@@ -85,13 +85,13 @@ def test_runs_that_cannot_be_averaged(tmp_path, main):
     write_run(tmp_path / "runs", {950: 5.0}, finished=False, seed=2)
     (tmp_path / "runs" / "run2" / "metrics.csv").write_text("")
     code, text, out = main("--figures", "12")
-    assert code == 0 and "left out: run2 is at env step 0 of 1000" in text
-    assert "left out: run0.old1 was moved aside by --no-resume" in text
+    assert code == 0 and "left out: run2: metrics.csv is damaged or empty (EmptyDataError)" in text
+    assert "left out: run0.old1: moved aside by --no-resume" in text
     assert pd.read_csv(out / "final_returns.csv")["mean"].tolist() == [5]
     write_run(tmp_path / "runs", {950: 5.0}, seed=3, gamma=0.9)
     write_run(tmp_path / "runs", {950: 5.0}, seed=4, gamma=0.99)
     code, text, _ = main("--figures", "12")
-    assert code == 2 and text.count("\n") == 1 and "differ in {'gamma': ['0.9', '0.99']}" in text
+    assert code == 2 and text.count("\n") == 1 and "--gamma 0.9 and 0.99" in text
 
 
 def test_runs_that_cannot_be_used_are_named(tmp_path, main):
@@ -103,8 +103,8 @@ def test_runs_that_cannot_be_used_are_named(tmp_path, main):
     write_run(tmp_path / "runs", {950: 5.0}, name="d", seed=3)
     (tmp_path / "runs" / "d" / "args.json").write_text('{"args"')
     code, text, out = main()
-    assert code == 0 and "left out: b is a second run of this network, task and seed" in text
-    assert "left out: d has no readable args.json (JSONDecodeError)" in text
+    assert code == 0 and "left out: b: a second run of this network, task and seed" in text
+    assert "left out: d: args.json is damaged (JSONDecodeError)" in text
     assert "not drawn: figure 13, for lack of a finished run with --init sparse_init" in text
     assert pd.read_csv(out / "final_returns.csv")["values"].tolist() == [5]
     assert main("--figures", "13")[0] == 2
@@ -116,7 +116,7 @@ def test_no_episode_in_the_last_tenth_and_runs_of_other_names(tmp_path, main):
     fork = tmp_path / "runs" / "b" / "args.json"
     fork.write_text(fork.read_text().replace("stream_ac_sparse", "my_stream"))
     code, text, out = main("--figures", "12", "17")
-    assert code == 0 and "left out: b is a run of my_stream" in text
+    assert code == 0 and "left out: b: a run of my_stream" in text
     assert "not drawn: figure 12, for lack of a final return with --init lecun" in text
     assert [path.name for path in out.glob("*.png")] == ["figure_17.png"]
 

@@ -8,17 +8,17 @@ from subprocess import CompletedProcess
 
 import pandas as pd
 import pytest
-from conftest import ANALYSIS, ROOT, Process, check_error
+from conftest import BENCH, ROOT, Process, check_error
 
 
 def run(tool: str, *flags: str) -> CompletedProcess:
-    return Process(ANALYSIS / tool, *flags).finish()
+    return Process(BENCH / tool, *flags).finish()
 
 
 def test_kernels():
     done = run("bench_kernels.py", "--shape", "512", "256", "--batch-size", "16", "--repeats", "1")
     assert done.returncode == 0, done.stderr
-    times = dict(re.findall(r"^\| (.+?) \| ([\d.]+) \|$", done.stdout, re.M))
+    times = dict(re.findall(r"^\| (.+?) +\| ([\d.]+) +\|$", done.stdout, re.M))
     forward = {name.partition(": ")[2] for name in times if name.startswith("forward")}
     assert forward == {"dense", "CSR matrix", "embedding_bag", "packed without blocks", "packed"}
     assert len(times) == 9 and all(0 <= float(ms) < 1000 for ms in times.values())

@@ -6,7 +6,7 @@ import sys
 
 import pandas as pd
 import pytest
-from analysis import bench_update
+import bench_update
 from torch.utils.flop_counter import FlopCounterMode
 
 

@@ -1,0 +1,237 @@
+"""How every figure looks, and the statistics that figures and tables show.
+
+Colours mean the same everywhere: dense networks are dark grey, and each sparsity has its own colour
+of one map, from blue (little) to yellow (much). A hollow point is that of one seed.
+"""
+
+import math
+from collections.abc import Callable
+from functools import cache
+from itertools import cycle
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import scipy.stats
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import EngFormatter
+from PIL import Image
+from runs import RESULTS
+
+DENSE = "#404040"
+NEUTRAL = "0.65"  # a line through points of several sparsities
+PUBLISHED = {"color": "#2a9d8f", "ls": "", "marker": "s", "ms": 4.5}
+LINE_STYLES = ["-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3))]
+MARKERS = "osD^vP"
+DPI = 110
+MOST_EXACT = 3  # seeds up to which the interval of their mean reaches from lowest to highest
+
+
+# Colours and panels
+
+
+def sparsity_colour(sparsity: float) -> str:
+    """Dark grey for dense networks; equal ratios of active weights are equal steps of the map."""
+    if sparsity == 0:
+        return DENSE
+    position = math.log(max(1 - sparsity, 0.05)) / math.log(0.05)
+    return to_hex(colormaps["plasma"](0.05 + 0.82 * position))
+
+
+def sparsity_name(sparsity: float) -> str:
+    return f"sparsity {sparsity:g}" if sparsity else "dense"
+
+
+def size_styles(sizes: list) -> dict:
+    """Marker and shade of green of each size of network, from the first (light) to the last."""
+    shades = np.linspace(0.95, 0.5, len(sizes))[::-1]
+    return {
+        size: {"marker": marker, "color": to_hex(colormaps["Greens"](shade))}
+        for size, shade, marker in zip(sizes, shades, cycle(MARKERS))
+    }
+
+
+def line_styles(names: list) -> dict:
+    """The line style of each of some names."""
+    return dict(zip(names, cycle(LINE_STYLES)))
+
+
+def task_name(env_id: str) -> str:
+    """dm_control/walker-walk-v0 -> Walker Walk, ALE/Pong-v5 -> Pong"""
+    task = env_id.removeprefix("dm_control/").removeprefix("ALE/")
+    for version in ("-v0", "-v5"):
+        task = task.removesuffix(version)
+    return task if task != task.lower() else task.replace("-", " ").title()
+
+
+def make_grid(
+    down: int, across: int, width: float = 3.3, height: float = 2.7
+) -> tuple[Figure, np.ndarray]:
+    """A figure and its panels (down, across)."""
+    figure = Figure((max(width * across, 5.5), height * down + 0.5), layout="constrained")
+    axes = figure.subplots(down, across, squeeze=False)
+    for ax in axes.flat:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.title.set_fontsize(11)
+    return figure, axes
+
+
+def label_env_steps(ax: Axes) -> None:
+    ax.set_xlabel("env steps")
+    ax.xaxis.set_major_formatter(EngFormatter(sep=" "))
+
+
+def mark_values(ax: Axes, values: list[float]) -> None:
+    """Ticks of the x axis at just these values."""
+    labels = [f"{value:g}" for value in values]
+    ax.set_xticks(values, labels, rotation=45 if max(map(len, labels)) > 4 else 0)
+    ax.minorticks_off()
+
+
+def add_legend(figure: Figure, handles: list, title: str) -> None:
+    """Below the panels; the title says what points and bars are."""
+    longest = max(len(handle.get_label()) for handle in handles)
+    columns = int(figure.get_figwidth() / (0.08 * longest + 0.7))  # inches of a label
+    figure.legend(
+        handles=handles,
+        title=title if figure.get_figwidth() >= 8 else title.replace("; ", ";\n"),
+        loc="outside lower center",
+        ncols=max(1, columns),
+        frameon=False,
+        fontsize=9,
+    )
+
+
+def save(figure: Figure, folder: Path, name: str, dpi: int = DPI) -> None:
+    """As PNG, of at most 256 colours, and as SVG."""
+    figure.savefig(folder / f"{name}.svg", dpi=dpi)
+    path = folder / f"{name}.png"
+    figure.savefig(path, dpi=dpi)
+    with Image.open(path) as image:
+        image.convert("RGB").quantize(256).save(path, optimize=True)
+
+
+# Points, bars, bands
+
+
+def draw_points(ax: Axes, x, points: pd.DataFrame, colours, line: str = NEUTRAL, **style) -> None:
+    """Points with bars, joined by a line; hollow where there is one seed.
+
+    points: middle, low, high, seeds. colours: that of each point.
+    """
+    style = {"marker": "o", "ms": 5, "lw": 1.4, "ls": "-"} | style
+    ax.plot(x, points.middle, color=line, lw=style["lw"], ls=style["ls"])
+    style |= {"lw": 0, "elinewidth": 1.2, "capsize": 2.5}
+    for place, point, colour in zip(x, points.itertuples(), colours):
+        bars = np.array([[point.middle - point.low], [point.high - point.middle]]).clip(0)
+        face = "white" if point.seeds == 1 else colour
+        ax.errorbar(place, point.middle, bars, color=colour, mfc=face, **style)
+
+
+def draw_band(ax: Axes, x, middle, low, high, **line) -> None:
+    """A curve and the band about it."""
+    ax.plot(x, middle, **line)
+    ax.fill_between(x, low, high, color=line["color"], alpha=0.13, lw=0)
+
+
+def one_seed_handle() -> Line2D:
+    return Line2D([], [], color=DENSE, ls="", marker="o", mfc="white", label="hollow: one seed")
+
+
+# Seeds and intervals
+
+
+def count_seeds(*counts: int) -> str:
+    """one seed, 3 seeds, 1 to 4 seeds; of the seeds of some points"""
+    fewest = min(counts)
+    most = max(counts)
+    if most == 1:
+        return "one seed"
+    return f"{most} seeds" if fewest == most else f"{fewest} to {most} seeds"
+
+
+def describe_interval(*counts: int) -> str:
+    """What the bars or bands about means over seeds are, for the legend.
+
+    With three seeds a 95 % bootstrap interval of the mean ends at the lowest and the highest.
+    """
+    if max(counts) == 1:
+        return "one seed, so no interval"
+    if max(counts) <= MOST_EXACT:
+        return f"lowest to highest of {count_seeds(*counts)}"
+    interval = f"95 % bootstrap interval of {count_seeds(*counts)}"
+    few = f" (up to {MOST_EXACT} seeds: lowest to highest)" if min(counts) <= MOST_EXACT else ""
+    return interval + few
+
+
+def interquartile_mean(*tasks: np.ndarray, axis: int = -1) -> np.ndarray:
+    """Mean of the middle half of all values; `axis` of each task's array runs over seeds."""
+    return scipy.stats.trim_mean(np.concatenate(tasks, axis), 0.25, axis)
+
+
+def bootstrap_interval(
+    tasks: list[np.ndarray],
+    statistic: Callable = interquartile_mean,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of a statistic of values per seed, resampled within each task.
+
+    NaN if no task has two seeds, or a value is not finite. The generator starts anew at each call,
+    so that along a curve the same seeds are drawn at every step.
+    """
+    if max(map(len, tasks)) < 2 or not np.isfinite(np.concatenate(tasks)).all():
+        return np.nan, np.nan
+    sizes = [len(values) for values in tasks]
+
+    def of_sizes(*resampled: np.ndarray, axis: int = -1) -> np.ndarray:
+        return statistic(*(values[..., :size] for values, size in zip(resampled, sizes)), axis=axis)
+
+    result = scipy.stats.bootstrap(
+        # A second copy of a lone value: resampling draws it always, and scipy wants two
+        [np.repeat(values, 2) if len(values) == 1 else values for values in tasks],
+        of_sizes,
+        method="percentile",
+        confidence_level=confidence,
+        n_resamples=resamples,
+        rng=np.random.default_rng(0),
+        vectorized=True,
+    )
+    return tuple(result.confidence_interval)
+
+
+def mean_interval(values: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
+    """Bootstrap interval of the mean of values (seeds,)."""
+    return bootstrap_interval([values], np.mean, confidence, resamples=10_000)
+
+
+# Published numbers
+
+
+@cache
+def read_published() -> pd.DataFrame:
+    return pd.concat(map(pd.read_csv, sorted(RESULTS.glob("published_curves_*.csv"))))
+
+
+def published_curve(algorithm: str, env_id: str) -> pd.DataFrame:
+    """The published curve of the dense default network: env_step, mean, std, seeds; or no row."""
+    table = read_published()
+    task = env_id.removeprefix("dm_control/").removesuffix("-v0").replace("-", "_")
+    names = [algorithm, f"{algorithm} SimBa"]
+    return table[table.algorithm.isin(names) & (table.task == task)]
+
+
+# Tables
+
+
+def markdown_table(header: list[str], rows: list[list]) -> str:
+    """Rows of cells as a Markdown table, in columns of equal width."""
+    cells = [list(map(str, row)) for row in (header, *rows)]
+    widths = [max(3, *map(len, column)) for column in zip(*cells)]
+    cells.insert(1, ["-" * width for width in widths])
+    lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths)) for row in cells]
+    return "".join(f"| {line} |\n" for line in lines)

@@ -1,0 +1,295 @@
+"""Folders of runs: their flags, their metrics, which are finished. All scripts read runs with it.
+
+    python sparse_zoo/analysis/runs.py runs
+
+prints a line for each run: task, agent, width, sparsity, seed, env steps, last return, state.
+"""
+
+import ast
+import importlib
+import json
+import re
+import sys
+import zlib
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import NoReturn
+
+import pandas as pd
+import tyro
+
+AGENTS = Path(__file__).resolve().parents[1]
+RESULTS = AGENTS.parent / "docs" / "results"
+sys.path.insert(0, str(AGENTS))  # for import_agent, in the scripts of bench/ too
+
+ALGORITHMS = {
+    "sac_simba_sparse": "SAC",
+    "ddpg_simba_sparse": "DDPG",
+    "drqv2_sparse": "DrQ-v2",
+    "stream_ac_sparse": "Stream AC",
+    "der_impala_sparse": "DER",
+}
+FINAL = "final/return_mean"
+NOT_RUNS = {"logs", "slurm"}  # folders that benchmark.sh makes beside the runs
+UNREADABLE = (OSError, EOFError, ValueError, KeyError, TypeError, zlib.error)
+GZIP = {"method": "gzip", "mtime": 0}  # without the time: the same runs give the same file
+NUMBER = (int, float)
+KINDS = {
+    "exp_name": str,
+    "env_id": str,
+    "seed": int,
+    "width_scale": NUMBER,
+    "depth_scale": NUMBER,
+    "init": str,
+    "sparsity": NUMBER,
+    "total_timesteps": int,
+    "actor_sparsity": NUMBER,
+    "critic_sparsity": NUMBER,
+    "reset_interval": int,
+}
+ALWAYS = ("env_id", "exp_name", "seed", "width_scale", "sparsity")
+
+
+class UnusableError(Exception):
+    """Why a run cannot be used, in a few words."""
+
+
+def fail(message: str) -> NoReturn:
+    """Ends the program with one line for a person and exit code 2."""
+    print("error:", message.replace("\n", " "), file=sys.stderr)
+    sys.exit(2)
+
+
+def make_folder(path: str | Path) -> Path:
+    """The folder of --output; ends the program if it cannot be made."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"cannot write to {folder} ({error.strerror}); choose another folder with --output")
+    return folder
+
+
+def read_table(path: str | Path, columns: list[str], flag: str) -> pd.DataFrame:
+    """Columns of a table that an earlier call left; ends the program if it cannot be used."""
+    try:
+        table = pd.read_csv(path)[columns]
+        for name in {"value", "return", "env_step", "seed", "score"} & set(columns):
+            table[name].astype(float)
+    except UNREADABLE as error:
+        fail(f"{flag} {path}: {error}")
+    return table
+
+
+# Agents
+
+
+def import_agent(name: str):
+    """The module of an agent."""
+    return importlib.import_module(name)
+
+
+@cache
+def read_agents() -> dict[str, frozenset[str]]:
+    """Of each agent, the flags that do not change results, read off its source."""
+    agents = {}
+    for path in sorted(AGENTS.glob("*.py")):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "EXECUTION_FLAGS":
+                agents[path.stem] = frozenset(ast.literal_eval(node.value))
+    return agents
+
+
+def execution_flags(agent: str) -> frozenset[str]:
+    """Flags that do not change an agent's results; of an unknown one, those of all agents."""
+    agents = read_agents()
+    return agents.get(agent) or frozenset.intersection(*agents.values())
+
+
+# Runs
+
+
+@dataclass
+class Run:
+    folder: Path
+    flags: dict
+    """all flags, by their names in Args"""
+    layers: dict
+    """layer tables of the networks"""
+    metrics: pd.DataFrame
+    """env_step, metric, value"""
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def algorithm(self) -> str:
+        return ALGORITHMS.get(self.flags["exp_name"], self.flags["exp_name"])
+
+    @property
+    def state(self) -> str:
+        return describe_state(self.metrics, self.flags.get("total_timesteps"))
+
+    @property
+    def final_return(self) -> float:
+        """Mean return of the trained policy over the last evaluation."""
+        return float(self.metrics.value[self.metrics.metric == FINAL].iloc[-1])
+
+    def settings(self) -> dict:
+        """The flags that change results."""
+        execution = execution_flags(self.flags["exp_name"])
+        return {name: value for name, value in self.flags.items() if name not in execution}
+
+    def network_sparsities(self) -> tuple[float, float]:
+        """Sparsity of the actor and of the critic."""
+        own = [self.flags.get(name) for name in ("actor_sparsity", "critic_sparsity")]
+        actor, critic = (self.flags["sparsity"] if value is None else value for value in own)
+        return float(actor), float(critic)
+
+    def count_weights(self) -> tuple[int, int]:
+        """Weights before pruning, and active ones, of all networks."""
+        try:
+            rows = [row for network in self.layers.values() for row in network]
+            return sum(row["total"] for row in rows), sum(row["active"] for row in rows)
+        except (AttributeError, KeyError, TypeError):
+            raise UnusableError("args.json has no layer tables") from None
+
+
+def read_metrics(folder: Path) -> pd.DataFrame:
+    """env_step, metric and value of a run's metrics.csv, without a last line that is cut off."""
+    kinds = {"env_step": float, "metric": str, "value": float}
+    try:
+        metrics = pd.read_csv(folder / "metrics.csv", usecols=list(kinds), dtype=kinds)
+        metrics = metrics.dropna(subset=["env_step", "metric"])
+        return metrics.astype({"env_step": int})[list(kinds)]
+    except OSError as error:
+        raise UnusableError(f"metrics.csv: {error.strerror}") from None
+    except ValueError as error:
+        raise UnusableError(f"metrics.csv is damaged or empty ({type(error).__name__})") from None
+
+
+def describe_state(metrics: pd.DataFrame, total: int | None) -> str:
+    """finished, or how far a run is. Finished is a run whose metrics have a final return."""
+    if (metrics.metric == FINAL).any():
+        return "finished"
+    reached = metrics.env_step.max() if len(metrics) else 0
+    return f"at env step {reached:,}" + (f" of {total:,}" if total else "")
+
+
+def load_run(folder: Path, needed: tuple[str, ...] = ()) -> Run:
+    """A run, finished or not. Raises UnusableError if a file or one of the needed flags is bad."""
+    if re.search(r"\.old\d+$", folder.name):
+        raise UnusableError("moved aside by --no-resume")
+    try:
+        record = json.loads((folder / "args.json").read_text())
+        flags = dict(record["args"])
+    except OSError as error:
+        raise UnusableError(f"args.json: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UnusableError(f"args.json is damaged ({type(error).__name__})") from None
+    bad = []
+    for name in {*ALWAYS, *needed} | (KINDS.keys() & flags.keys()):
+        optional = name not in ALWAYS and name not in needed
+        if not isinstance(flags.get(name), KINDS[name]) and not (optional and flags[name] is None):
+            bad.append(name)
+    if bad:
+        raise UnusableError(f"args.json has no {', '.join(sorted(bad))}")
+    return Run(folder, flags, record.get("layers"), read_metrics(folder))
+
+
+def list_folders(runs_dir: str | Path) -> list[Path]:
+    """The folders of runs in a folder, by name."""
+    paths = sorted(Path(runs_dir).glob("[!.]*"))
+    return [path for path in paths if path.is_dir() and path.name not in NOT_RUNS]
+
+
+def load_runs(
+    runs_dir: str | Path,
+    exp_name: str | None = None,
+    needed: tuple[str, ...] = ("total_timesteps", "depth_scale"),
+    unfinished: bool = False,
+) -> tuple[list[Run], list[str]]:
+    """The finished runs of a folder (of one agent, if named), and a line for each other run.
+
+    With `unfinished`, those that are not finished too.
+    """
+    runs = []
+    left_out = []
+    for folder in list_folders(runs_dir):
+        try:
+            run = load_run(folder, needed)
+            if exp_name and run.flags["exp_name"] != exp_name:
+                raise UnusableError(f"a run of {run.flags['exp_name']}")
+            if not unfinished and run.state != "finished":
+                raise UnusableError(f"unfinished, {run.state}")
+            runs.append(run)
+        except UnusableError as reason:
+            left_out.append(f"{folder.name}: {reason}")
+    return runs, left_out
+
+
+def drop_twice(table: pd.DataFrame, keys: list[str]) -> tuple[pd.DataFrame, list[str]]:
+    """The rows of the first run of each combination of keys, and a line for each other run."""
+    first = table.drop_duplicates("run")
+    twice = first.run[first.duplicated([*keys, "seed"])]
+    lines = [f"{name}: a second run of this network, task and seed" for name in twice]
+    return table[~table.run.isin(twice)].reset_index(drop=True), lines
+
+
+def fail_if_mixed(runs: list[Run], free: list[str]) -> None:
+    """Ends the program if runs of one agent differ in flags that change results and are not free.
+
+    Seeds are always free.
+    """
+    free = {*free, "seed", "mask_seed"}
+    found = {}
+    for run in runs:
+        for name in run.settings().keys() - free:
+            values = found.setdefault((run.flags["exp_name"], name), [])
+            if run.flags[name] not in values:
+                values.append(run.flags[name])
+    for (agent, name), values in sorted(found.items()):
+        if len(values) > 1:
+            folder = runs[0].folder.parent
+            flag = f"--{name.replace('_', '-')} {' and '.join(sorted(map(str, values)))}"
+            fail(f"{folder} mixes runs of {agent} with {flag}; keep such runs apart")
+
+
+def print_left_out(lines: list[str]) -> None:
+    for line in lines:
+        print(f"left out: {line}")
+
+
+# Index
+
+
+def describe_run(run: Run) -> dict:
+    """What the index says of a run."""
+    returns = run.metrics[run.metrics.metric.isin(["eval/return_mean", FINAL])].value
+    actor, critic = run.network_sparsities()
+    return {
+        "task": run.flags["env_id"],
+        "agent": run.flags["exp_name"],
+        "width": f"{run.flags['width_scale']:g}",
+        "sparsity": f"{actor:g}" if actor == critic else f"{actor:g}/{critic:g}",
+        "seed": run.flags["seed"],
+        "env steps": f"{run.metrics.env_step.max():,}" if len(run.metrics) else 0,
+        "last return": f"{returns.iloc[-1]:.1f}" if len(returns) else "none",
+        "state": run.state,
+    }
+
+
+def print_index(runs_dir: Path) -> None:
+    """A line for each run of a folder."""
+    runs, left_out = load_runs(runs_dir, needed=(), unfinished=True)
+    if not runs and not left_out:
+        fail(f"no runs in {runs_dir}")
+    if runs:
+        print(pd.DataFrame([describe_run(run) for run in runs]).to_string(index=False))
+    print_left_out(left_out)
+
+
+if __name__ == "__main__":
+    print_index(tyro.cli(tyro.conf.Positional[Path], default=Path("runs")))

@@ -1,0 +1,183 @@
+"""CPU milliseconds of an update and of a frame of every agent, from which hours are estimated.
+
+    python sparse_zoo/bench/bench_costs.py
+
+On one thread: CPU time does not count what other programs take. An update is all that an agent does
+with one batch; a frame is one simulator frame of training: acting, simulating and drawing, over the
+frames of a decision. Each row of docs/results/costs.csv is the mean over --seconds of work. Rows of
+agents that were not asked for stay. benchmark.sh estimates core hours from it.
+"""
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import bench_drqv2
+import bench_stream
+import numpy as np
+import pandas as pd
+import timing
+import torch
+import tyro
+from bench_update import make_update
+
+TASKS = {
+    "simba": ("humanoid-run", "dog-run", "cheetah-run", "walker-run"),
+    "drqv2": ("quadruped-run", "hopper-hop", "cartpole-swingup"),
+    "stream": ("Walker2d-v4", "Ant-v4"),
+}
+SIMBA_SIZES = [(0.25, 0), (0.5, 0), (1, 0), (2, 0), (1, 0.9), (2, 0.9), (4, 0.8), (4, 0.9)]
+COLUMNS = ["agent", "what", "env_id", "width_scale", "depth_scale", "sparsity", "batch_size", "ms"]
+
+
+def milliseconds(function: Callable[[], None], seconds: float) -> float:
+    """Mean CPU time of a call, after one that is not counted."""
+    function()
+    start = time.process_time()
+    calls = 0
+    spent = 0.0
+    while spent < seconds or calls < 2:
+        function()
+        calls += 1
+        spent = time.process_time() - start
+    return 1000 * spent / calls
+
+
+def update_row(width_scale: float, sparsity: float, batch_size: int, ms: float) -> dict:
+    size = {"width_scale": width_scale, "depth_scale": 1, "sparsity": sparsity}
+    return {"what": "update", **size, "batch_size": batch_size, "ms": ms}
+
+
+def frame_row(args, env, choose_action: Callable, seconds: float) -> dict:
+    """The cost of a simulator frame of training."""
+    env.reset(seed=0)
+
+    def step() -> None:
+        *_, terminated, truncated, _ = env.step(choose_action())
+        if terminated or truncated:
+            env.reset()
+
+    ms = milliseconds(step, seconds) / args.action_repeat
+    return {"what": "frame", "env_id": args.env_id, "ms": ms}
+
+
+def simba_rows(module, seconds: float) -> Iterator[dict]:
+    for width, sparsity in SIMBA_SIZES:
+        agent = module.Agent(module.Args(width_scale=width, sparsity=sparsity), 67, 21, timing.CPU)
+        update = make_update(module, agent, 67, 21, 256)
+        yield update_row(width, sparsity, 256, milliseconds(update, seconds))
+    for task in TASKS["simba"]:
+        args = module.Args(env_id=f"dm_control/{task}-v0")
+        env = module.make_env(args)
+        obs, _ = env.reset(seed=0)
+        action_dim = env.action_space.shape[0]
+        agent = module.Agent(args, len(obs), action_dim, timing.CPU)
+        norm = module.ObservationNorm(len(obs), timing.CPU)
+
+        def choose(agent=agent, norm=norm, obs=obs, action_dim=action_dim):
+            norm.update(obs)
+            return module.act(agent, norm, obs, torch.randn(action_dim))
+
+        yield frame_row(args, env, choose, seconds)
+
+
+def drqv2_rows(drq, seconds: float) -> Iterator[dict]:
+    with tempfile.TemporaryDirectory() as folder:
+        replay = bench_drqv2.make_replay(folder, 32)
+        for width, sparsity in ((1, 0), (4, 0), (1, 0.8), (4, 0.8)):
+            flags = {"width_scale": width, "sparsity": sparsity, "batch_size": 32}
+            update = bench_drqv2.our_side(bench_drqv2.Args(**flags), replay)
+            yield update_row(width, sparsity, 32, milliseconds(update, seconds))
+    for task in TASKS["drqv2"]:
+        args = drq.Args(env_id=f"dm_control/{task}-v0")
+        env = drq.make_env(args)
+        yield frame_row(args, env, env.action_space.sample, seconds)
+        env.close()
+
+
+def stream_rows(_, seconds: float) -> Iterator[dict]:
+    for task in TASKS["stream"]:
+        frames = []
+        for width, sparsity in ((1, 0), (2, 0), (8, 0), (1, 0.9), (8, 0.9)):
+            flags = {"width_scale": width, "sparsity": sparsity}
+            spent: dict[str, float] = {}
+            stream = bench_stream.stream_ours(bench_stream.Args(env_id=task, **flags), spent)
+            next(stream)
+            spent.clear()
+            start = time.process_time()
+            steps = 0
+            while time.process_time() - start < seconds:
+                next(stream)
+                steps += 1
+            learn = 1000 * spent["learn"] / steps
+            yield update_row(width, sparsity, 1, learn) | {"env_id": task}
+            frames.append(1000 * sum(spent.values()) / steps - learn)
+        yield {"what": "frame", "env_id": task, "ms": np.mean(frames)}
+
+
+def der_rows(der, seconds: float) -> Iterator[dict]:
+    count = 32
+    for width, sparsity in ((1, 0), (2, 0), (3, 0), (3, 0.8)):
+        agent = der.Agent(der.Args(width_scale=width, sparsity=sparsity), 6, timing.CPU)
+        size = (2, count, der.SIZE, der.SIZE, der.STACK)
+        obs, next_obs = torch.randint(0, 256, size, dtype=torch.uint8)
+        action = torch.zeros(count, dtype=torch.int64)
+        ones = torch.ones(count)
+        batch = der.Batch(obs, action, ones, ones, next_obs, ones, None)
+
+        def update(agent=agent, batch=batch) -> None:
+            der.update(agent, batch, agent.network.draw_noise(), agent.network.draw_noise())
+
+        yield update_row(width, sparsity, count, milliseconds(update, seconds))
+    args = der.Args()
+    agent = der.Agent(args, 6, timing.CPU)
+    stack = np.zeros((der.SIZE, der.SIZE, der.STACK), np.uint8)
+
+    def choose() -> int:
+        return der.act(agent, stack, agent.network.draw_noise())
+
+    yield frame_row(args, der.make_env(args), choose, seconds)
+
+
+AGENTS = {
+    "sac_simba_sparse": simba_rows,
+    "ddpg_simba_sparse": simba_rows,
+    "drqv2_sparse": drqv2_rows,
+    "stream_ac_sparse": stream_rows,
+    "der_impala_sparse": der_rows,
+}
+
+
+@dataclass
+class Args:
+    agents: tuple[str, ...] = tuple(AGENTS)
+    """which agents to measure"""
+    seconds: float = 3.0
+    """CPU time of each measurement (at least two calls)"""
+    output: Path = timing.COSTS
+    """file of the measurements"""
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args)
+    for agent in args.agents:
+        if agent not in AGENTS:
+            timing.fail(f"--agents {agent}: must be of {' '.join(AGENTS)}")
+    if args.seconds <= 0:
+        timing.fail(f"--seconds {args.seconds}: must be above 0")
+    os.environ.setdefault("MUJOCO_GL", "egl")
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the agents of pixels do
+    for agent in args.agents:
+        module = timing.import_agent(agent)
+        timing.set_threads(module, 1)
+        rows = list(AGENTS[agent](module, args.seconds))
+        table = pd.DataFrame(rows).assign(agent=agent).reindex(columns=COLUMNS)
+        print(table.to_string(index=False))
+        if args.output.exists():
+            old = pd.read_csv(args.output)
+            others = old[old.agent != agent]
+            table = pd.concat([others, table]) if len(others) else table
+        table.to_csv(args.output, index=False, float_format="%.4g")

@@ -1,0 +1,60 @@
+"""What the diagnostics cost: time of one `diagnose` against the updates between two of them.
+
+    python sparse_zoo/bench/bench_diagnostics.py --width-scale 1 4 --sparsity 0 0.9
+
+Both take turns in one process, on one thread and one batch (humanoid: 67 observations, 21 actions).
+Times are medians over the turns of CPU time, which other programs on the machine disturb little.
+The share is that of diagnose in diagnose + updates; acting, simulation and evaluation only make it
+smaller.
+"""
+
+import time
+from dataclasses import dataclass
+from itertools import product
+from typing import Literal
+
+import timing
+import torch
+import tyro
+
+OBS_DIM = 67
+ACTION_DIM = 21
+
+
+@dataclass
+class Args:
+    agent: Literal["sac", "ddpg"] = "sac"
+    """whose diagnose and update"""
+    width_scale: tuple[float, ...] = (1.0, 4.0)
+    """widths of both networks"""
+    sparsity: tuple[float, ...] = (0.0, 0.9)
+    """sparsities of both networks"""
+    turns: int = 5
+    """turns of each, after one that is not counted"""
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args)
+    module = timing.import_agent(f"{args.agent}_simba_sparse")
+    timing.set_threads(module, 1)
+    size = module.Args.batch_size
+    for width_scale, sparsity in product(args.width_scale, args.sparsity):
+        flags = module.Args(width_scale=width_scale, sparsity=sparsity)
+        agent = module.Agent(flags, OBS_DIM, ACTION_DIM, timing.CPU)
+        obs, next_obs = torch.randn(2, size, OBS_DIM)
+        action = 2 * torch.rand(size, ACTION_DIM) - 1
+        batch = module.Batch(obs, action, torch.rand(size), next_obs, torch.zeros(size))
+        inputs = (agent, batch, *torch.randn(2, size, ACTION_DIM), 0.99)
+        calls = {
+            "diagnose": lambda inputs=inputs: module.diagnose(*inputs),
+            "update": lambda inputs=inputs: module.update(*inputs, 0.005),
+        }
+        ms = timing.medians(timing.take_turns(calls, args.turns, time.process_time))
+        updates = flags.diagnostics_interval // flags.action_repeat * flags.updates_per_step
+        share = ms["diagnose"] / (ms["diagnose"] + updates * ms["update"])
+        print(
+            f"{args.agent} width scale {width_scale:g}, sparsity {sparsity:g}: "
+            f"diagnose {ms['diagnose']:.1f} ms, update {ms['update']:.1f} ms, "
+            f"share of training time at the default interval: {100 * share:.3f} %",
+            flush=True,
+        )

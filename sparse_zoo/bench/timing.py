@@ -1,0 +1,107 @@
+"""What the scripts of this folder share: clocks, turns, processes, and the masked dense twin."""
+
+import importlib
+import multiprocessing
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "analysis"))
+import plots  # noqa: F401  for the scripts of this folder, which cannot find it before
+from runs import RESULTS, fail, import_agent, make_folder  # noqa: F401
+
+CPU = torch.device("cpu")
+COSTS = RESULTS / "costs.csv"
+
+
+def set_threads(module, threads: int | None) -> None:
+    """CPU threads of an agent's kernels and of PyTorch (None: all cores)."""
+    threads = threads or torch.get_num_threads()
+    module.numba.set_num_threads(threads)
+    torch.set_num_threads(threads)  # after numba, whose start sets the number for both
+
+
+def import_reference(folder: str, module: str, name: str):
+    """A module of a clone of other people's code; ends the program if it is not there."""
+    sys.path.insert(0, folder)
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        fail(f"--reference {folder}: no clone of {name} ({error})")
+
+
+def measure(function: Callable, clock: Callable = time.perf_counter, repeats: int = 1) -> float:
+    """Milliseconds of a call, the mean over some repeats."""
+    start = clock()
+    for _ in range(repeats):
+        function()
+    return 1000 * (clock() - start) / repeats
+
+
+def take_turns(
+    functions: dict[str, Callable],
+    turns: int,
+    clock: Callable = time.perf_counter,
+    repeats: dict[str, int] | None = None,
+) -> dict[str, list[float]]:
+    """Milliseconds of each function in each turn, after a turn that is not counted."""
+    repeats = repeats or {}
+    times = {name: [] for name in functions}
+    for _ in range(turns + 1):
+        for name, function in functions.items():
+            times[name].append(measure(function, clock, repeats.get(name, 1)))
+    return {name: values[1:] for name, values in times.items()}
+
+
+def medians(times: dict[str, list[float]]) -> dict[str, float]:
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def compare_turns(ours: list[float], theirs: list[float]) -> dict[str, float]:
+    """Ratio of ours to theirs: its median over the turns, the lowest and the highest."""
+    ratios = [own / other for own, other in zip(ours, theirs)]
+    return {"ratio": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
+
+
+def start_process(serve: Callable, *args) -> Connection:
+    """Starts serve(connection, *args) in a process of its own; the other end of its connection."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    context.Process(target=serve, args=(theirs, *args), daemon=True).start()
+    theirs.close()
+    return ours
+
+
+# The usual way to train a sparse network, which ours is compared with
+
+
+class MaskedLinear(nn.Module):
+    """A dense weight times a mask."""
+
+    def __init__(self, linear: nn.Linear, density: float):
+        super().__init__()
+        self.weight = linear.weight
+        self.bias = linear.bias
+        mask = torch.zeros(linear.weight.numel())
+        mask[torch.randperm(mask.numel())[: round(density * mask.numel())]] = 1.0
+        self.register_buffer("mask", mask.view_as(linear.weight))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight * self.mask, self.bias)
+
+
+def mask_network(module, network: nn.Module, sparsity: float) -> None:
+    """Replaces the layers that an agent's module would prune by masked ones of equal density."""
+    shapes = {name: tuple(part.shape) for name, part in network.named_parameters()}
+    for name, layer_sparsity in module.erdos_renyi(shapes, sparsity).items():
+        if len(shapes[name]) > 1 and layer_sparsity > 0:
+            layer = name.removesuffix(".weight")
+            masked = MaskedLinear(network.get_submodule(layer), 1 - layer_sparsity)
+            network.set_submodule(layer, masked)
