@@ -4,9 +4,9 @@ import re
 import subprocess
 import sys
 
+import bench_update
 import pandas as pd
 import pytest
-import bench_update
 from torch.utils.flop_counter import FlopCounterMode
 
 
