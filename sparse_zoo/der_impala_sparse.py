@@ -533,6 +533,7 @@ class Agent:
             packed=PackedProduct,
             convolution=SparseConv2d,
         )
+        self.layers = layer_table(self.network)  # noise scales, added next, have its densities
         for layer in self.network.noisy_layers():
             layer.add_noise(args.noisy_sigma)
         self.network.encoder.to(memory_format=torch.channels_last)  # as stacks lie in memory
@@ -704,7 +705,7 @@ def train(args: Args) -> None:
     replay = open_replay(args, run.folder / "replay.u8", resumed=run.checkpoint is not None)
     parts["replay"] = replay
     run.restore(parts)
-    run.begin({"network": layer_table(agent.network)})
+    run.begin({"network": agent.layers})
     losses = {}
     game_over = True
     if run.agent_step == 0:
@@ -978,7 +979,7 @@ def layer_table(network: nn.Module) -> list[dict]:
         table.append({**row, "kernel": kernel})
     stored = sum(parameter.numel() for parameter in network.parameters())
     other = stored - sum(row["active"] for row in table)
-    row = {"layer": "biases, norms", "shape": [other], "active": other, "total": other}
+    row = {"layer": "other parameters", "shape": [other], "active": other, "total": other}
     return [*table, {**row, "kernel": ""}]
 
 

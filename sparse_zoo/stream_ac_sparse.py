@@ -1036,7 +1036,7 @@ def layer_table(network: nn.Module) -> list[dict]:
         table.append({**row, "kernel": kernel})
     stored = sum(parameter.numel() for parameter in network.parameters())
     other = stored - sum(row["active"] for row in table)
-    row = {"layer": "biases, norms", "shape": [other], "active": other, "total": other}
+    row = {"layer": "other parameters", "shape": [other], "active": other, "total": other}
     return [*table, {**row, "kernel": ""}]
 
 

@@ -12,12 +12,10 @@ bench/bench_costs.py: an update's grow with the weights that are multiplied (fit
 each agent), a frame's depend on the task. Finished runs count nothing, unfinished ones in full.
 """
 
-import json
 import shlex
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache
-from hashlib import sha256
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -67,16 +65,7 @@ def parse_command(command: str) -> Run:
         if isinstance(error, ImportError) and error.name != agent:
             fail(f"{agent} cannot be imported ({error}); install requirements.txt")
         fail(f"not the command of an agent, with --seed: {command}")
-    return Run(command, agent, args, find_folder(agent, args))
-
-
-def find_folder(agent: str, args) -> Path:
-    """The folder of a run, named as the agents name it."""
-    execution = runs.execution_flags(agent)
-    flags = {name: value for name, value in asdict(args).items() if name not in execution}
-    digest = sha256(json.dumps({**flags, "seed": None}, sort_keys=True).encode()).hexdigest()[:8]
-    env = args.env_id.replace("/", "-").replace(":", "-")
-    return Path(args.runs_dir) / f"{env}__{args.exp_name}__{digest}__s{args.seed}"
+    return Run(command, agent, args, runs.import_agent(agent).run_folder(args))
 
 
 def find_state(run: Run) -> str:

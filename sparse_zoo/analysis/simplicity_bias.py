@@ -103,8 +103,16 @@ def plain_mlp(inputs: int, hidden: int = 512) -> nn.Module:
 def simba_encoder(args: Args, sparsity: float, seed: int) -> tuple[nn.Module, int]:
     """The critic's encoder, pruned as in training, and its width."""
     hidden = 4 * round(128 * args.width_scale)
-    critic = sac.Critic(OBSERVATIONS, ACTIONS, hidden, 2 * args.depth_scale, count=1)
-    sac.sparsify(critic, sparsity, args.sparsity_distribution, seed, "auto", torch.device("cpu"))
+    critic = sac.Critic(OBSERVATIONS, ACTIONS, hidden, 2 * args.depth_scale, critics=1)
+    sac.sparsify(
+        critic,
+        sparsity,
+        distribution=args.sparsity_distribution,
+        mask_seed=seed,
+        kernel="auto",
+        device=torch.device("cpu"),
+        packed=sac.PackedProduct,
+    )
     return critic.encoders[0], hidden
 
 

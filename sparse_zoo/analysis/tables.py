@@ -161,7 +161,8 @@ def drqv2() -> Rows:
         image = torch.zeros(1, drq.SIZE, drq.SIZE, 3 * drq.STACK, dtype=torch.uint8)
         representation = agent.encoder.layers(image.permute(0, 3, 1, 2).float()).shape[1:]
         assert agent.encoder(image).shape[1] == representation.numel()
-    hidden = max(row["shape"][0] for row in agent.layers["critic"] if len(row["shape"]) == 2)
+    layers = drq.layer_table(agent.critic)
+    hidden = max(row["shape"][0] for row in layers if len(row["shape"]) == 2)
     schedule = (args.std_start, args.std_end, args.std_decay // args.action_repeat)
     ours = {
         "Replay buffer capacity": args.buffer_size,

@@ -90,7 +90,8 @@ def build(args: Args, side: str) -> tuple[Callable, dict[str, int]]:
             timing.mask_network(module, network, args.sparsity)
     update = make_update(module, agent, args.obs_dim, args.action_dim, args.batch_size)
     weights = {
-        name: sum(row["active"] for row in agent.layers[name]) for name in ("actor", "critic")
+        name: sum(parameter.numel() for parameter in getattr(agent, name).parameters())
+        for name in ("actor", "critic")
     }
     return update, weights
 

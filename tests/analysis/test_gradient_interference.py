@@ -78,7 +78,10 @@ def test_equals_one_explicit_gradient_at_a_time(name, sparsity, network):
     )
     double = gi.measure(module, agent, batch, noise, next_noise, GAMMA)[network]
     gradients = explicit_gradients(module, agent, batch, noise, next_noise, network)
-    assert gradients.shape == (K, sum(row["active"] for row in agent.layers[network]))
+    assert gradients.shape == (
+        K,
+        sum(part.numel() for part in getattr(agent, network).parameters()),
+    )
     unit = gradients / gradients.norm(dim=1, keepdim=True)
     expected = (unit @ unit.t()).numpy()  # NaN where DDPG clips an action
     np.testing.assert_allclose(double, expected, rtol=0, atol=1e-10)
@@ -94,7 +97,7 @@ def test_inner_products_by_hand():
     # Loss sum(w . x + b), gradient (x, 1): <(1, 2, 1), (3, -1, 1)> = 2, norms^2 6 and 11. With the
     # weight of the second input pruned: (1, 1) and (3, 1), inner product 4, norms^2 2 and 10.
     linear, x = nn.Linear(2, 1), torch.tensor([[1.0, 2.0], [3.0, -1.0]])
-    sparse = sac.SparseLinear(linear, torch.tensor([0]), "dense")
+    sparse = sac.SparseLinear(linear, torch.tensor([0]))
     for layer, expected in (
         (linear, [[6.0, 2.0], [2.0, 11.0]]),
         (sparse, [[2.0, 4.0], [4.0, 10.0]]),
@@ -136,7 +139,7 @@ def test_memory_does_not_grow_as_transitions_times_parameters(sparsity):
     # transitions.
     flags = {"width_scale": 0.5, "clipped_double_q": False, "sparsity": sparsity}
     agent, (batch, *_) = make_agent(sac, **flags), make_batch(64)
-    active = sum(row["active"] for row in agent.layers["critic"])
+    active = sum(part.numel() for part in agent.critic.parameters())
     assert 64 * active > 50 * 1024 * 256 * (1 - sparsity)
     with LargestTensor() as largest:
         gi.gradient_products(

@@ -36,8 +36,7 @@ def test_the_folder_is_the_one_that_the_agent_opens(tmp_path, module, env_id):
             threads=1,
         )
         assert run.flags == args and run.command == command and run.agent == module.__name__
-        assert module.open_run(args)[0] == run.folder
-        module.open_run.lock.release()
+        assert module.run_folder(args) == run.folder
 
 
 def test_state(tmp_path):
