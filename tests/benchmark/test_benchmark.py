@@ -257,4 +257,6 @@ def test_failed_runs_are_named_with_their_logs(tmp_path):
     assert "these runs failed" in done.stderr and "nothing to draw" in done.stderr
     logs = set(re.findall(r"(\S+\.log) \(exit code 2\)", done.stderr))
     assert len(logs) == 2
-    assert all("error: --tau 2.0: must be between 0 and 1" in Path(log).read_text() for log in logs)
+    assert all(
+        "error: --tau 2.0 is not allowed: 0 <= tau <= 1" in Path(log).read_text() for log in logs
+    )
