@@ -220,7 +220,7 @@ def test_noise_has_the_variance_of_its_scales(sparsity):
     network = nn.Module()
     network.layer = layer = der.NoisyLinear(64, 32)
     if sparsity:
-        der.sparsify(network, sparsity, "uniform", 0, "packed", CPU)
+        der.sparsify(network, sparsity, "uniform", 0, "packed", CPU, packed=der.PackedProduct)
     layer.add_noise(0.5)
     count = 64 * 32 if not sparsity else round(64 * 32 * (1 - sparsity))
     assert layer.sigma.numel() == count and layer.bias_sigma.numel() == 32
@@ -358,16 +358,18 @@ def test_an_update_equals_plain_pytorch_with_masks(flags):
 
 def test_what_sparsity_prunes():
     agent = der.Agent(der.Args(sparsity=0.8), 6, CPU)
-    rows = agent.layers["network"]
-    active, total = (sum(row[name] for row in rows) for name in ("active", "total"))
+    rows = der.layer_table(agent.network)
+    # Each mean weight and bias of a noisy layer has one noise scale, in the last row of the table
+    noisy = 0
+    for layer in agent.network.noisy_layers():
+        assert layer.sigma.numel() == getattr(layer.mean, layer.weight_name).numel()
+        assert layer.bias_sigma.numel() == layer.mean.bias.numel()
+        noisy += layer.sigma.numel() + layer.bias_sigma.numel()
+    active = sum(row["active"] for row in rows) - noisy
+    total = sum(row["total"] for row in rows) - noisy
     assert total == 97_744 + (3872 + 1) * 512 + (512 + 1) * 51 + (512 + 1) * 6 * 51
-    assert active == pytest.approx(
-        0.2 * total, abs=len(rows) + 20
-    )  # rounded down for each parameter
-    # Each mean weight and bias of a noisy layer has one noise scale
-    noisy = sum(
-        layer.sigma.numel() + layer.bias_sigma.numel() for layer in agent.network.noisy_layers()
-    )
+    # Rounded down for each parameter
+    assert active == pytest.approx(0.2 * total, abs=len(rows) + 20)
     assert sum(parameter.numel() for parameter in agent.network.parameters()) == active + noisy
     shapes = {name: tuple(p.shape) for name, p in der.Network(der.Args(), 6).named_parameters()}
     density = {name: 1 - sparsity for name, sparsity in der.erdos_renyi(shapes, 0.8).items()}

@@ -342,8 +342,12 @@ def test_sparse_convolution_equals_a_masked_one():
 
 def test_what_sparsity_prunes():
     agent = drq.Agent(drq.Args(sparsity=0.8, width_scale=0.25), 2, CPU)
-    active = {name: sum(row["active"] for row in rows) for name, rows in agent.layers.items()}
-    total = {name: sum(row["total"] for row in rows) for name, rows in agent.layers.items()}
+    active = {}
+    total = {}
+    for name in ("encoder", "actor", "critic"):
+        rows = drq.layer_table(getattr(agent, name))
+        active[name] = sum(row["active"] for row in rows)
+        total[name] = sum(row["total"] for row in rows)
     assert total["encoder"] == active["encoder"] == 30_368
     assert (
         total["actor"]
@@ -353,12 +357,9 @@ def test_what_sparsity_prunes():
     assert active["critic"] == pytest.approx(0.2 * total["critic"], abs=20)
     assert active["critic"] == sum(parameter.numel() for parameter in agent.critic.parameters())
     both = drq.Agent(drq.Args(sparsity=0.8, sparsify_encoder=True, width_scale=0.25), 2, CPU)
-    assert sum(row["active"] for row in both.layers["encoder"]) == pytest.approx(
-        0.2 * 30_368, abs=10
-    )
-    assert sum(parameter.numel() for parameter in both.encoder.parameters()) == pytest.approx(
-        0.2 * 30_368, abs=10
-    )
+    listed = sum(row["active"] for row in drq.layer_table(both.encoder))
+    stored = sum(parameter.numel() for parameter in both.encoder.parameters())
+    assert listed == stored == pytest.approx(0.2 * 30_368, abs=10)
 
 
 def test_bf16_encodes_nearly_the_same():

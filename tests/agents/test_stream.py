@@ -27,23 +27,17 @@ def make_agent(obs_dim=OBS_DIM, action_dim=ACTION_DIM, **flags) -> tuple[stream.
     return stream.Agent(args, obs_dim, action_dim), args
 
 
-def make_transition(
-    generator: np.random.Generator,
-) -> tuple[np.ndarray, np.ndarray, float, np.ndarray]:
+def make_transition(generator: np.random.Generator, cut: bool = False) -> stream.Transition:
     state, next_state = generator.standard_normal((2, OBS_DIM + 1), np.float32)
-    return (
-        state,
-        generator.standard_normal(ACTION_DIM, np.float32),
-        2 * generator.standard_normal(),
-        next_state,
-    )
+    action = generator.standard_normal(ACTION_DIM, np.float32)
+    reward = 2 * generator.standard_normal()
+    return stream.Transition(state, action, reward, next_state, cut)
 
 
-def learn(agent, args, transition, cut=False, done=False):
-    state, action, reward, next_state = transition
-    return stream.update(
-        agent, state, agent.actor(state), action, reward, next_state, cut, done, args
-    )
+def learn(agent, transition, args, done=False):
+    """An update, after the actor has been run on the state as in acting."""
+    output = agent.actor(transition.state)
+    return stream.update(agent, transition, output, done, args)
 
 
 def linears(network: stream.StreamingNetwork) -> list[nn.Module]:
@@ -268,7 +262,7 @@ def test_survivors_of_pruning_keep_their_initial_values(init):
 def test_each_network_may_have_a_sparsity_of_its_own(name):
     agent, _ = make_agent(27, 8, width_scale=0.5, sparsity=0.5, **{f"{name}_sparsity": 0.9})
     for network in ("actor", "critic"):
-        table = agent.layers[network]
+        table = getattr(agent, network).layer_table()
         kept = sum(row["active"] for row in table) / sum(row["total"] for row in table)
         assert kept == pytest.approx(0.1 if network == name else 0.5, abs=1e-3)
         assert getattr(agent, network).weights.size == sum(row["active"] for row in table)
@@ -451,20 +445,22 @@ def test_updates_equal_masked_dense_autograd(case, kernel):
         Reference(agent.actor, args.actor_kappa, args),
         Reference(agent.critic, args.critic_kappa, args),
     )
-    generator, deltas = np.random.default_rng(0), []
+    generator = np.random.default_rng(0)
+    deltas = []
     for t in range(20):
-        transition, done, cut = make_transition(generator), t in (7, 12), t == 7
-        state, action, reward, next_state = transition
-        value, output = critic(state), actor(state)
+        done = t in (7, 12)
+        transition = make_transition(generator, cut=t == 7)
+        state, action, reward, next_state, cut = transition
+        value = critic(state)
+        output = actor(state)
         delta = reward + args.gamma * (0 if cut else critic(next_state).item()) - value.item()
         loss = loss_of_policy(
             output, torch.from_numpy(action).double(), np.sign(delta), args.entropy_coefficient
         )
         expected = [actor.step(loss, delta, done), critic.step(-value.sum(), delta, done)]
-        our_delta, *steps = learn(agent, args, transition, cut, done)
-        assert our_delta == pytest.approx(delta, abs=2e-6) and steps == pytest.approx(
-            expected, rel=2e-5
-        )
+        our_delta, *steps = learn(agent, transition, args, done)
+        assert our_delta == pytest.approx(delta, abs=2e-6)
+        assert steps == pytest.approx(expected, rel=2e-5)
         deltas.append(abs(delta))
         for reference, network in ((actor, agent.actor), (critic, agent.critic)):
             weights, traces = reference.differences(network)
@@ -505,10 +501,13 @@ def test_bounded_step_by_hand(traces, delta, learning_rate, alpha):
 @pytest.mark.parametrize("cut,done", [(True, True), (False, True), (False, False)])
 def test_what_follows_counts_unless_it_is_cut_off(kernel, cut, done):
     agent, args = make_agent(sparse_kernel=kernel)
-    transition = state, _, reward, next_state = make_transition(np.random.default_rng(0))
-    value, next_value = (float(agent.critic(x)[0]) for x in (state, next_state))
-    delta, *_ = learn(agent, args, transition, cut, done)
-    assert delta == pytest.approx(reward + (0 if cut else 0.99 * next_value) - value, abs=1e-12)
+    transition = make_transition(np.random.default_rng(0), cut)
+    value = float(agent.critic(transition.state)[0])
+    next_value = float(agent.critic(transition.next_state)[0])
+    expected = transition.reward + (0 if cut else 0.99 * next_value) - value
+    assert stream.td_error(transition, value, next_value, 0.99) == pytest.approx(expected)
+    delta, *_ = learn(agent, transition, args, done)
+    assert delta == pytest.approx(expected, abs=1e-12)
     assert abs(next_value) > 0.01
     assert agent.actor.traces.any() == agent.critic.traces.any() == (not done)
 
@@ -522,8 +521,9 @@ def test_values_of_a_chain(kernel):
     for _ in range(400):
         for index, state in enumerate(states):
             end = index == 2
-            transition = state, np.zeros(1, np.float32), float(end), states[(index + 1) % 3]
-            learn(agent, args, transition, end, end)
+            next_state = states[(index + 1) % 3]
+            action = np.zeros(1, np.float32)
+            learn(agent, stream.Transition(state, action, float(end), next_state, end), args, end)
     values = [float(agent.critic(state)[0]) for state in states]
     assert values == pytest.approx([0.25, 0.5, 1.0], abs=0.03)
     assert max(abs(value - target) for value, target in zip(before, (0.25, 0.5, 1.0))) > 0.2
@@ -536,13 +536,15 @@ def test_values_of_a_chain(kernel):
 @pytest.mark.parametrize("sparsity", [0.0, 0.8])
 def test_diagnostics_measure_the_recent_transitions_and_change_nothing(kernel, sparsity):
     agent, args = make_agent(sparse_kernel=kernel, sparsity=sparsity)
-    generator, recent = np.random.default_rng(2), stream.Recent(30)
+    generator = np.random.default_rng(2)
+    recent = stream.Recent(30)
     for t in range(40):
-        transition, cut = make_transition(generator), t % 3 == 0
-        learn(agent, args, transition, cut, cut)
-        recent.transitions.append((*transition, cut))
-    learn(agent, args, transition)
-    before, measured = flat(agent), stream.diagnose(agent, recent, args)
+        transition = make_transition(generator, cut=t % 3 == 0)
+        learn(agent, transition, args, done=transition.cut)
+        recent.transitions.append(transition)
+    learn(agent, transition._replace(cut=False), args)
+    before = flat(agent)
+    measured = stream.diagnose(agent, recent, args)
     assert same(before, flat(agent)) and all(traces.any() for traces in before)
     state, action, reward, next_state, cut = recent.columns()
     assert len(state) == 30 and cut.sum() == 10  # of 40, the first 10 are forgotten
@@ -569,10 +571,10 @@ def test_recent_transitions_survive_a_checkpoint():
     loaded.load_state_dict(recent.state_dict())
     assert len(loaded.transitions) == 0
     for t in range(6):
-        recent.transitions.append((*make_transition(generator), t == 5))
+        recent.transitions.append(make_transition(generator, cut=t == 5))
     loaded.load_state_dict(recent.state_dict())
     for part in (recent, loaded):
-        part.transitions.append((*make_transition(np.random.default_rng(3)), False))
+        part.transitions.append(make_transition(np.random.default_rng(3)))
     columns = recent.columns()
     assert [len(column) for column in columns] == [4] * 5 and columns[4].tolist() == [0, 0, 1, 0]
     assert same(columns, loaded.columns())
@@ -584,7 +586,8 @@ def test_evaluation_is_repeatable_and_leaves_the_agent_alone():
     for length in range(30):
         state = norm.state(generator.normal(0, 0.3, 11), length)
         norm.scale(1.0, False)
-    learn(agent, args, (state, np.zeros(3, np.float32), 1.0, state))
+    action = np.zeros(3, np.float32)
+    learn(agent, stream.Transition(state, action, 1.0, state, cut=False), args)
 
     env, returns, lengths = stream.make_env(stream.Args(env_id="Hopper-v5")), [], []
     for episode in range(4):
@@ -647,48 +650,47 @@ def test_a_run_learns_once_from_every_transition(kernel, flags, run, corridor):
     assert checkpoint["counters"][:3] == (17, 17 - random_steps, 5)
 
     # The same from the file's parts, draw by draw
-    states, actions, rewards, next_states, cuts = (
-        column.numpy() for column in checkpoint["recent"]["columns"]
-    )
+    saved = stream.Transition(*(column.numpy() for column in checkpoint["recent"]["columns"]))
     args = stream.Args(**checkpoint["args"])
     torch.manual_seed(args.seed)
-    agent, norm, env, t = stream.Agent(args, 2, 1), stream.Normalizer(2, 0.99, 5), Corridor(), 0
+    agent = stream.Agent(args, 2, 1)
+    norm = stream.Normalizer(2, 0.99, 5)
+    env = Corridor()
     np.random.seed(args.seed)
+    t = 0
     for episode, steps in enumerate([*lengths, 1]):
-        state, episode_return, deltas = (
-            norm.state(env.reset(seed=stream.derive_seed(1, 0, episode))[0], 0),
-            0.0,
-            [],
-        )
+        obs, _ = env.reset(seed=stream.derive_seed(1, 0, episode))
+        state = norm.state(obs, 0)
+        episode_return = 0.0
+        deltas = []
         for length in range(1, steps + 1):
             if t < random_steps:
                 action = np.random.uniform([-0.5], [0.25])
             else:
                 action, output = stream.act(agent, state, np.random.standard_normal(1))
             obs, reward, terminated, _, _ = env.step(action.clip(-0.5, 0.25))
-            done, episode_return = terminated or length == 5, episode_return + reward
-            next_state, reward = norm.state(obs, length), norm.scale(reward, done)
-            cut = terminated or (done and not bootstrap)
-            columns = (
-                (states, state),
-                (actions, action),
-                (rewards, reward),
-                (next_states, next_state),
-                (cuts, cut),
+            done = terminated or length == 5
+            episode_return += reward
+            transition = stream.Transition(
+                state=state,
+                action=action,
+                reward=norm.scale(reward, done),
+                next_state=norm.state(obs, length),
+                cut=terminated or (done and not bootstrap),
             )
-            assert all(np.array_equal(ours[t], np.float32(theirs)) for ours, theirs in columns)
+            for column, part in zip(saved, transition, strict=True):
+                assert np.array_equal(column[t], np.float32(part))
             if t >= random_steps:
-                delta, *_ = stream.update(
-                    agent, state, output, action, reward, next_state, cut, done, args
-                )
+                delta, *_ = stream.update(agent, transition, output, done, args)
                 deltas.append(abs(delta))
-            state, t = next_state, t + 1
+            state = transition.next_state
+            t += 1
         if done:
             assert logged["episode/return"][episode] == episode_return
         if done and deltas:
             mean = logged["losses/absolute_td_error"].pop(0)
             assert len(deltas) < length or mean == pytest.approx(np.mean(deltas))
-    assert t == len(states) == 17 and (cuts.sum() == 2) == bootstrap
+    assert t == len(saved.state) == 17 and (saved.cut.sum() == 2) == bootstrap
     for name in ("actor", "critic"):
         for key, value in getattr(agent, name).mlp.state_dict().items():
             assert torch.equal(value, checkpoint[name][key]), key

@@ -68,12 +68,13 @@ def test_six_updates_equal_the_original_code(kernel):
         for network in NAMES:
             ours, theirs = getattr(agent, network), getattr(probe, network)
             theirs.weights[:], theirs.traces[:] = ours.weights, 0 if clear else ours.traces
-        output = probe.actor(state)
-        stream.update(probe, state, output, action, reward, next_state, done, False, args)
+        output = probe.actor(transition.state)
+        stream.update(probe, transition, output, False, args)
 
     for t in range(6):
         state, action, next_state = (GOLDEN[name][t] for name in ("s", "a", "s_prime"))
-        reward, done = float(GOLDEN["r"][t]), bool(GOLDEN["done"][t])
+        done = bool(GOLDEN["done"][t])
+        transition = stream.Transition(state, action, float(GOLDEN["r"][t]), next_state, cut=done)
         for kind in ("grad", "trace"):
             traces_before_the_reset(clear=kind == "grad")
             for network in NAMES:
@@ -87,9 +88,7 @@ def test_six_updates_equal_the_original_code(kernel):
         check(stream.act(agent, state, np.ones(2))[0] - mean, f"t{t}/std")
         check(agent.critic(state), f"t{t}/v_s")
         check(agent.critic(next_state), f"t{t}/v_sprime")
-        delta, *steps = stream.update(
-            agent, state, output, action, reward, next_state, done, done, args
-        )
+        delta, *steps = stream.update(agent, transition, output, done, args)
         for network, step in zip(NAMES, steps, strict=True):
             check(delta, f"t{t}/{network}/delta")
             assert step == pytest.approx(float(GOLDEN[f"t{t}/{network}/step_size"]), rel=1e-6)
