@@ -377,10 +377,8 @@ class Agent:
         obs = torch.zeros(3, obs_dim, device=device)
         action = torch.zeros(3, action_dim, device=device)
         with torch.no_grad():
-            chosen = self.actor(obs, noise=action)
-            value = self.critic(obs, action)
-        check_shape("actor", chosen, batch=3, action_dim=action_dim)
-        check_shape("critic", value, critics=critics, batch=3)
+            check_shape("actor", self.actor(obs), batch=3, action_dim=action_dim)
+            check_shape("critic", self.critic(obs, action), critics=critics, batch=3)
         check_encoder(self.actor, "encoder", obs)
         check_encoder(self.critic, "encoders.0", torch.cat([obs, action], -1))
 

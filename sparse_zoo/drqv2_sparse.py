@@ -37,7 +37,7 @@ visual experiments of Ma, Li et al. there is no published code):
     layers that read them are fully connected.
 
 In this file: flags, networks, replay, losses, agent, update; then `train`, the whole of training;
-then an appendix: pictures from an environment, random shifts, and what this file shares with the
+then pictures from an environment and random shifts; then an appendix that this file shares with the
 others: sparse layers, diagnostics, runs.
 """
 

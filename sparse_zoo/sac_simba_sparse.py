@@ -389,11 +389,13 @@ class Agent:
         obs = torch.zeros(3, obs_dim, device=device)
         action = torch.zeros(3, action_dim, device=device)
         with torch.no_grad():
-            sampled, log_prob = self.actor.sample(obs, noise=action)
+            mean, log_std = self.actor(obs)
+            check_shape("actor: mean", mean, batch=3, action_dim=action_dim)
+            check_shape("actor: log std", log_std, batch=3, action_dim=action_dim)
+            _, log_prob = self.actor.sample(obs, noise=action)
+            check_shape("actor.sample: log pi", log_prob, batch=3)
             value = self.critic(obs, action)
-        check_shape("actor.sample: action", sampled, batch=3, action_dim=action_dim)
-        check_shape("actor.sample: log pi", log_prob, batch=3)
-        check_shape("critic", value, critics=critics, batch=3)
+            check_shape("critic", value, critics=critics, batch=3)
         check_encoder(self.actor, "encoder", obs)
         check_encoder(self.critic, "encoders.0", torch.cat([obs, action], -1))
 

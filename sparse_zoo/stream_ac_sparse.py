@@ -439,9 +439,9 @@ def act(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The action mean + std * noise (action_dim,), and the actor's output that `update` needs."""
     output = agent.actor(state)  # (2 * action_dim,)
-    mean, raw = np.split(output, 2)
-    std = np.logaddexp(0, raw)  # softplus
-    return mean + np.float32(noise) * std, output
+    half = len(output) // 2
+    std = np.logaddexp(0, output[half:])  # softplus
+    return output[:half] + np.float32(noise) * std, output
 
 
 def evaluate(

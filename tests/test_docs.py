@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import AGENTS, ROOT, only_run
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -83,10 +84,15 @@ def test_the_patch_of_fork_it_applies_and_runs(tmp_path, main):
     assert done.returncode == 0, done.stderr
     flags = "--env-id dm_control/cartpole-swingup-v0 --action-repeat 20 --total-timesteps 200"
     flags += " --learning-starts 100 --eval-episodes 1 --final-eval-episodes 1 --width-scale 0.25"
-    flags += " --batch-size 8 --threads 1 --device cpu --sparsity 0.9 --sparse-kernel dense"
-    code, _, err = main(copy, *flags.split(), "--sparsity-distribution", "dense_input")
+    flags += " --batch-size 8 --threads 1 --device cpu --sparsity 0.5 --sparse-kernel dense"
+    code, _, err = main(copy, *flags.split())
     assert code == 0, err
-    record = only_run(tmp_path / "runs") / "args.json"
-    first, *others = json.loads(record.read_text())["layers"]["critic"][:-1]
-    assert first["active"] == first["total"]
-    assert all(row["active"] == max(1, round(0.1 * row["total"])) for row in others)
+    run_dir = only_run(tmp_path / "runs")
+    layers = json.loads((run_dir / "args.json").read_text())["layers"]["critic"]
+    checkpoint = torch.load(run_dir / "checkpoint.pt", weights_only=True)
+    pruned = [row for row in layers if row["active"] < row["total"]]
+    assert len(pruned) == 4  # of two residual blocks
+    for row in pruned:
+        active = checkpoint["critic"][row["layer"] + ".active"].long()
+        assert row["active"] == len(active) == row["total"] / 2
+        assert (torch.bincount(active // 4, minlength=row["total"] // 4) == 2).all()

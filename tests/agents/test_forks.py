@@ -1,0 +1,140 @@
+"""Networks that a fork may bring: what does not fit is said at the start, in one sentence."""
+
+from pathlib import Path
+
+import der_impala_sparse as der
+import drqv2_sparse as drq
+import pytest
+import sac_simba_sparse as sac
+import stream_ac_sparse as stream
+import torch
+import torch.nn as nn
+from conftest import CPU, check_error, make_agent
+
+FLAGS = (
+    "--env-id dm_control/cartpole-swingup-v0 --action-repeat 20 --total-timesteps 400"
+    " --learning-starts 200 --batch-size 8 --width-scale 0.125 --eval-episodes 1"
+    " --final-eval-episodes 1 --threads 1 --device cpu"
+)
+
+
+class PlainCritic(nn.Module):
+    """Two plain layers; without `axis`, the Q-values have no axis of critics."""
+
+    axis = True
+
+    def __init__(self, obs_dim: int, action_dim: int, hidden: int, blocks: int, critics: int):
+        super().__init__()
+        body = nn.Sequential(nn.Linear(obs_dim + action_dim, hidden), nn.ReLU())
+        self.encoders = nn.ModuleList([body])
+        self.head = nn.Linear(hidden, 1)
+
+    def forward(self, obs, action):
+        values = self.head(self.encoders[0](torch.cat([obs, action], -1))).squeeze(-1)
+        return values[None] if self.axis else values
+
+
+def test_a_critic_of_two_plain_layers_trains(monkeypatch):
+    monkeypatch.setattr(sac, "Critic", PlainCritic)
+    agent = make_agent(sac, sparsity=0.5)
+    assert [row["layer"] for row in sac.layer_table(agent.critic)] == [
+        "encoders.0.0",
+        "head",
+        "other parameters",
+    ]
+
+
+def without_axis(monkeypatch):
+    monkeypatch.setattr(PlainCritic, "axis", False)
+    monkeypatch.setattr(sac, "Critic", PlainCritic)
+    make_agent(sac)
+
+
+def without_encoder(monkeypatch):
+    class Critic(PlainCritic):
+        def __init__(self, *sizes):
+            super().__init__(*sizes)
+            self.layers = self.encoders
+            del self.encoders
+
+        def forward(self, obs, action):
+            return self.head(self.layers[0](torch.cat([obs, action], -1))).squeeze(-1)[None]
+
+    monkeypatch.setattr(sac, "Critic", Critic)
+    make_agent(sac)
+
+
+def without_relu(monkeypatch):
+    real = sac.ResidualBlock.__init__
+
+    def init(block, hidden):
+        real(block, hidden)
+        block.relu = nn.Tanh()
+
+    monkeypatch.setattr(sac.ResidualBlock, "__init__", init)
+    make_agent(sac)
+
+
+def other_action_size(monkeypatch):
+    real = sac.Actor
+    monkeypatch.setattr(sac, "Actor", lambda obs, action, *rest: real(obs, action + 1, *rest))
+    sac.Agent(sac.Args(width_scale=0.125), 5, 2, CPU)
+
+
+def flat_critic_of_drqv2(monkeypatch):
+    real = drq.Critic.forward
+    monkeypatch.setattr(drq.Critic, "forward", lambda self, *x: real(self, *x)[0])
+    drq.Agent(drq.Args(width_scale=0.0625), 2, CPU)
+
+
+def smaller_encoder_of_drqv2(monkeypatch):
+    real = drq.Encoder.forward
+    monkeypatch.setattr(drq.Encoder, "forward", lambda self, *x: real(self, *x)[:, 1:])
+    drq.Agent(drq.Args(width_scale=0.0625), 2, CPU)
+
+
+def der_without_atoms(monkeypatch):
+    real = der.Network.forward
+    monkeypatch.setattr(der.Network, "forward", lambda self, *x: real(self, *x).sum(-1))
+    der.Agent(der.Args(width_scale=0.0625), 3, CPU)
+
+
+def stream_with_another_output(monkeypatch):
+    real = stream.MLP.forward
+    monkeypatch.setattr(stream.MLP, "forward", lambda self, x: real(self, x)[..., :1])
+    stream.Agent(stream.Args(width_scale=0.125), 5, 2)
+
+
+@pytest.mark.parametrize(
+    "fork,words",
+    [
+        (without_axis, r"critic must return a tensor of shape \(critics, batch\).*\(3,\)"),
+        (without_encoder, "diagnostics measure Critic.encoders.0.*there is no such part"),
+        (without_relu, "diagnostics measure Actor.encoder.*lacks one of these layers"),
+        (other_action_size, r"actor: mean must return a tensor of shape \(batch, action_dim\)"),
+        (flat_critic_of_drqv2, r"critic must return a tensor of shape \(critics, batch\)"),
+        (smaller_encoder_of_drqv2, r"encoder must return a tensor of shape \(batch, features\)"),
+        (der_without_atoms, r"network must return a tensor of shape \(batch, actions, atoms\)"),
+        (stream_with_another_output, r"actor.mlp must return a tensor of shape \(batch, outputs\)"),
+    ],
+)
+def test_another_shape_is_refused_in_one_sentence(fork, words, monkeypatch):
+    with pytest.raises(ValueError, match=words) as error:
+        fork(monkeypatch)
+    assert "\n" not in str(error.value)
+
+
+def test_a_run_of_another_network_is_left_as_it_is(main, tmp_path):
+    """RMSNorm for LayerNorm over a run of the same flags: one line that names the part."""
+    source = (tmp_path / "my_sac.py").resolve()
+    text = Path(sac.__file__).read_text()
+    source.write_text(text)
+    assert main(source, *FLAGS.split())[0] == 0
+    checkpoint = next((tmp_path / "runs").glob("*/checkpoint.pt"))
+    finished = torch.load(checkpoint, weights_only=True)
+    torch.save(finished | {"finished": False}, checkpoint)
+    before = checkpoint.read_bytes()
+    source.write_text(text.replace("nn.LayerNorm(hidden", "nn.RMSNorm(hidden"))
+    code, _, err = main(source, *FLAGS.split())
+    check_error(code, err, "actor does not fit another --exp-name")
+    assert checkpoint.read_bytes() == before
