@@ -43,26 +43,30 @@ def products(args: Args) -> dict[str, Callable]:
     x_t = torch.randn(in_features, args.batch_size)
     grad_t = torch.randn(out_features, args.batch_size)
 
-    blocked = sac.SparseLinear(dense, active, "packed")
+    blocked = sac.SparseLinear(dense, active, sac.PackedProduct)
     sac.BLOCK = in_features + out_features  # one block: rows in order, as in a CSR matrix
-    plain = sac.SparseLinear(dense, active, "packed")
+    plain = sac.SparseLinear(dense, active, sac.PackedProduct)
     warnings.filterwarnings("ignore", message="Sparse")  # CSR support is in beta state
     values = plain.values.detach()
-    csr = torch.sparse_csr_tensor(plain.pointers, plain.col, values, args.shape)
+    pointers = plain.product.pointers
+    col = plain.product.col
+    csr = torch.sparse_csr_tensor(pointers, col, values, args.shape)
 
     def forward(layer):
+        where = layer.product
         y_t = torch.zeros(out_features, args.batch_size)
-        return sac.call_numba(sac.packed_product, layer.pointers, layer.col, layer.values, x_t, y_t)
+        return sac.call_numba(sac.packed_product, where.pointers, where.col, layer.values, x_t, y_t)
 
     def gradient(layer):
+        where = layer.product
         out = torch.empty(count)
-        return sac.call_numba(sac.packed_gradient, layer.pointers, layer.col, grad_t, x_t, out)
+        return sac.call_numba(sac.packed_gradient, where.pointers, where.col, grad_t, x_t, out)
 
     def embedding_bag():
         return F.embedding_bag(
-            plain.col,
+            col,
             x_t,
-            plain.pointers,
+            pointers,
             per_sample_weights=values,
             mode="sum",
             include_last_offset=True,
