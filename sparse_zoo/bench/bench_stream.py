@@ -74,8 +74,9 @@ def stream_ours(args: Args, spent: dict[str, float]) -> Iterator[None]:
         moments.append(time.process_time())
         next_state = norm.state(obs, length)
         reward = norm.scale(reward, done)
+        transition = ours.Transition(state, action, reward, next_state, cut=done)
         moments.append(time.process_time())
-        ours.update(agent, state, output, action, reward, next_state, done, done, flags)
+        ours.update(agent, transition, output, done, flags)
         moments.append(time.process_time())
         for name, seconds in zip(PARTS, np.diff(moments)):
             spent[name] = spent.get(name, 0.0) + seconds
