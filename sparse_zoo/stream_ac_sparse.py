@@ -122,8 +122,8 @@ class Args:
     entropy_coefficient: Annotated[float, "0 <= x < inf"] = 0.01
     """weight of the entropy bonus, whose sign is that of the TD error"""
     init: Literal["sparse_init", "lecun"] = "sparse_init"
-    """initial weights: lecun is uniform in +-1/sqrt(fan_in); sparse_init then sets 90 percent of
-    each row to zero, but trains them"""
+    """initial weights: lecun is uniform in +-1/sqrt(fan_in);
+    sparse_init then sets 90 percent of each row to zero, and trains them like the rest"""
     bootstrap_on_truncation: bool = False
     """value what follows a time limit; the original treats it as the end of the task"""
 
@@ -143,8 +143,8 @@ class Args:
     mask_seed: Annotated[int | None, "0 <= x < 2**32"] = None
     """seed of the random pruning (default: --seed)"""
     sparse_kernel: Literal["auto", "packed", "dense"] = "auto"
-    """how the networks are run (auto and packed: compiled loops over active weights; dense:
-    PyTorch with autograd, slower, for new networks);
+    """how the networks are run (auto and packed: compiled loops over active weights;
+    dense: PyTorch with autograd, slower, for new networks);
     a resumed run is bit-equal only with the same kernel"""
 
     # Logging
