@@ -509,7 +509,7 @@ def train(args: Args) -> None:
 
     try:
         agent = Agent(args, obs_dim, action_dim, device)
-    except ValueError as error:  # a sparsity out of reach, or a network of another shape
+    except NetworkError as error:
         fail(str(error))
     norm = ObservationNorm(obs_dim, device)
     replay = ReplayBuffer(min(args.buffer_size, total_steps), obs_dim, action_dim)
@@ -670,6 +670,10 @@ def check_action_space(args, space: gym.Space) -> None:
 
 
 # === SPARSE LAYERS (identical in every file that has it) ===
+class NetworkError(ValueError):
+    """A network, a sparsity or a rule that does not fit; the message is one sentence."""
+
+
 def erdos_renyi(shapes: dict[str, tuple[int, ...]], sparsity: float) -> dict[str, float]:
     """Sparsity of each layer by the Erdos-Renyi rule: density ~ sum(shape) / prod(shape).
 
@@ -677,7 +681,7 @@ def erdos_renyi(shapes: dict[str, tuple[int, ...]], sparsity: float) -> dict[str
     lose is rounded down, as in the official code. Biases and norms (one dimension) stay dense, and
     so do layers whose density would pass 1; the other layers lose that much more.
     Mocanu et al. 2018; Evci et al. 2020, arXiv:1911.11134; section 2.2 of the paper.
-    Raises ValueError if the dense parameters alone exceed the budget.
+    Raises NetworkError if the dense parameters alone exceed the budget.
     """
     size = {name: math.prod(shape) for name, shape in shapes.items()}
     budget = sum(count - math.floor(sparsity * count) for count in size.values())
@@ -687,7 +691,7 @@ def erdos_renyi(shapes: dict[str, tuple[int, ...]], sparsity: float) -> dict[str
         free = budget - sum(size[name] for name in dense)
         epsilon = free / sum(sum(shapes[name]) for name in rest)
         if epsilon <= 0:
-            raise ValueError(
+            raise NetworkError(
                 f"sparsity {sparsity} is out of reach: biases and norms alone hold more parameters"
             )
         density = {name: epsilon * sum(shapes[name]) / size[name] for name in rest}
@@ -711,6 +715,20 @@ def random_places(
     count = max(1, round(density * total))
     permutation = torch.randperm(total, generator=generator, dtype=torch.int32)  # half of int64
     return permutation[:count].long().sort().values
+
+
+def check_places(name: str, places: torch.Tensor, total: int) -> None:
+    """Raises NetworkError if a rule returned anything but active places."""
+    if places.dtype != torch.int64 or places.ndim != 1:
+        found = f"{places.dtype} of shape {tuple(places.shape)}"
+    elif len(places) == 0 or places[0] < 0 or places[-1] >= total or (places.diff() <= 0).any():
+        found = "none, or some that are not ascending, not distinct or out of range"
+    else:
+        return
+    raise NetworkError(
+        f"a sparsity rule must return the places in the flattened weight that stay active, "
+        f"int64 of one dimension, ascending, from 0 to {total - 1}; for {name} it returned {found}"
+    )
 
 
 # The active weights of a layer are sorted by block of 128 columns, then by row: while a compiled
@@ -774,9 +792,9 @@ def dense_weight(layer: nn.Module) -> torch.Tensor:
 
 
 def check_mask(layer: nn.Module, saved: torch.Tensor) -> None:
-    """Raises ValueError if a checkpoint was made with another mask."""
+    """Raises NetworkError if a checkpoint was made with another mask."""
     if not torch.equal(saved.cpu(), layer.active.cpu()):
-        raise ValueError(
+        raise NetworkError(
             "the saved mask is not the one drawn here: another version of PyTorch or of this file?"
         )
 
@@ -802,7 +820,7 @@ def sparsify(
     rule(shape, density, generator): which places of a pruned weight stay active
     packed, convolution: the classes of packed products and sparse convolutions this file has
 
-    Raises ValueError if the sparsity is out of reach.
+    Raises NetworkError if the sparsity is out of reach, or if a rule returns no places.
     """
     shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
     spread = {"erdos_renyi": erdos_renyi, "uniform": uniform}[distribution]
@@ -817,12 +835,14 @@ def sparsify(
         if round(density * total) == total:
             continue  # dense
         active = rule(tuple(layer.weight.shape), density, generator)
+        check_places(name, active, total)
         if isinstance(layer, nn.Conv2d):
             sparse = convolution(layer, active)
         else:
             cheaper = device.type == "cpu" and len(active) <= 0.25 * total
-            use_packed = kernel == "packed" or (kernel == "auto" and cheaper)
-            sparse = SparseLinear(layer, active, packed if use_packed else None)
+            wanted = kernel == "packed" or (kernel == "auto" and cheaper)
+            possible = layer.bias is not None
+            sparse = SparseLinear(layer, active, packed if wanted and possible else None)
         network.set_submodule(name, sparse)
     network.to(device)
 
@@ -1004,7 +1024,7 @@ def run_and_record(encoder: nn.Module, inputs: torch.Tensor) -> tuple[torch.Tens
 
 
 def check_shape(what: str, output: torch.Tensor, **expected: int) -> None:
-    """Raises ValueError, in one sentence, if a network's output has not the shape of a contract.
+    """Raises NetworkError, in one sentence, if a network's output has not the shape of a contract.
 
     check_shape("critic(obs, action)", q, critics=1, batch=3)
     """
@@ -1012,14 +1032,14 @@ def check_shape(what: str, output: torch.Tensor, **expected: int) -> None:
     needed = tuple(expected.values())
     if shape != needed:
         names = ", ".join(expected)
-        raise ValueError(
+        raise NetworkError(
             f"{what} must return a tensor of shape ({names}); "
             f"for a test batch it returned {shape} instead of {needed}"
         )
 
 
 def check_encoder(network: nn.Module, part: str, inputs: torch.Tensor) -> None:
-    """Raises ValueError, in one sentence, if diagnostics cannot measure a part of a network."""
+    """Raises NetworkError, in one sentence, if diagnostics cannot measure a part of a network."""
     needs = (
         f"diagnostics measure {type(network).__name__}.{part}: a module with nn.Linear and "
         "nn.ReLU (or nn.LeakyReLU) layers that returns (batch, features)"
@@ -1027,12 +1047,12 @@ def check_encoder(network: nn.Module, part: str, inputs: torch.Tensor) -> None:
     try:
         encoder = network.get_submodule(part)
     except AttributeError:
-        raise ValueError(f"{needs}; there is no such part") from None
+        raise NetworkError(f"{needs}; there is no such part") from None
     features, linear_outputs, relu_outputs = run_and_record(encoder, inputs)
     if not linear_outputs or not relu_outputs:
-        raise ValueError(f"{needs}; it lacks one of these layers")
+        raise NetworkError(f"{needs}; it lacks one of these layers")
     if features.ndim != 2 or len(features) != len(inputs):
-        raise ValueError(f"{needs}; it returned {tuple(features.shape)}")
+        raise NetworkError(f"{needs}; it returned {tuple(features.shape)}")
 
 
 def stable_rank(
@@ -1150,6 +1170,11 @@ def result_flags(args) -> dict:
     return {name: value for name, value in asdict(args).items() if name not in EXECUTION_FLAGS}
 
 
+def file_digest() -> str:
+    """SHA-256 of this file, which tells one version of an agent from another."""
+    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+
+
 class Run:
     """One run: its folder, its counters, and all that is written there.
 
@@ -1173,7 +1198,7 @@ class Run:
                 leftover.unlink()
             print(
                 f"this run is finished: its results are in {self.folder} "
-                "(--no-resume runs it again)"
+                "(--no-resume runs it again; a changed file needs another --exp-name)"
             )
             sys.exit(0)
 
@@ -1233,6 +1258,11 @@ class Run:
                     f"{path} was made with --{flag} {made_with.get(name)}, not {value}; "
                     "move it away"
                 )
+        if checkpoint.get("file") != file_digest():
+            print(
+                f"note: {path} was made by another version of this file; "
+                "a changed algorithm needs another --exp-name"
+            )
         return checkpoint
 
     def move_aside(self) -> None:
@@ -1331,7 +1361,7 @@ class Run:
         os.fsync(self.csv.fileno())  # what the checkpoint counts on is on the disk before it
         csv_bytes = os.fstat(self.csv.fileno()).st_size
         counters = (self.agent_step, self.update_step, self.episode, csv_bytes)
-        state = {**state, "counters": counters, "finished": finished}
+        state = {**state, "counters": counters, "finished": finished, "file": file_digest()}
         save_checkpoint(self.folder, self.args, state)
         self.saved_step = self.env_step
 

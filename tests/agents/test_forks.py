@@ -138,3 +138,41 @@ def test_a_run_of_another_network_is_left_as_it_is(main, tmp_path):
     code, _, err = main(source, *FLAGS.split())
     check_error(code, err, "actor does not fit another --exp-name")
     assert checkpoint.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        lambda shape, density, generator: torch.rand(shape) < density,
+        lambda shape, density, generator: (torch.rand(shape) < density).flatten(),
+        lambda shape, density, generator: (torch.rand(shape) < density).long().flatten(),
+        lambda shape, density, generator: torch.arange(0),
+        lambda shape, density, generator: torch.tensor([3, 1]),
+        lambda shape, density, generator: torch.tensor([1, 1]),
+        lambda shape, density, generator: torch.tensor([-1, 1]),
+        lambda shape, density, generator: torch.tensor([1, 10**6]),
+    ],
+    ids=["mask", "flat_mask", "numbers", "none", "descending", "twice", "negative", "beyond"],
+)
+def test_a_rule_must_return_places(rule):
+    network = nn.Sequential(nn.Linear(20, 30), nn.ReLU())
+    with pytest.raises(sac.NetworkError, match=r"must return the places.* for 0 it returned"):
+        sac.sparsify(network, 0.5, "uniform", 1, "auto", CPU, rule=rule, packed=sac.PackedProduct)
+
+
+def test_another_version_of_the_file_is_noted(main, tmp_path):
+    source = tmp_path / "my_sac.py"
+    text = Path(sac.__file__).read_text()
+    source.write_text(text)
+    assert main(source, *FLAGS.split(), "--checkpoint-interval", "20")[0] == 0
+    code, out, _ = main(source, *FLAGS.split())
+    assert code == 0 and "finished" in out and "note" not in out
+    source.write_text(text.replace("nn.ReLU()", "nn.LeakyReLU()"))
+    code, out, _ = main(source, *FLAGS.split())
+    assert code == 0 and "made by another version of this file" in out
+
+
+def test_a_layer_without_bias_is_not_packed():
+    network = nn.Sequential(nn.Linear(20, 30, bias=False))
+    sac.sparsify(network, 0.9, "uniform", 1, "packed", CPU, packed=sac.PackedProduct)
+    assert network[0].kernel == "dense" and network(torch.ones(2, 20)).shape == (2, 30)
