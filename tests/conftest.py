@@ -27,6 +27,17 @@ BENCH = AGENTS / "bench"
 DATA = ROOT / "tests" / "data"
 CPU = torch.device("cpu")
 
+
+@pytest.fixture(autouse=True)
+def renderer():
+    """Agents choose MuJoCo's renderer for their process, which here goes on with the next test."""
+    before = os.environ.get("MUJOCO_GL")
+    yield
+    os.environ.pop("MUJOCO_GL", None)
+    if before is not None:
+        os.environ["MUJOCO_GL"] = before
+
+
 # Programs
 
 
