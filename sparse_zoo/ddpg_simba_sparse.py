@@ -123,9 +123,9 @@ class Args:
     tau: Annotated[float, "0 <= x <= 1"] = 0.005
     """target <- tau * critic + (1 - tau) * target after every update"""
     learning_rate: Annotated[float, "0 < x < inf"] = 1e-4
-    """of actor and critic (AdamW)"""
+    """learning rate of actor and critic (AdamW)"""
     weight_decay: Annotated[float, "0 <= x < inf"] = 1e-2
-    """decoupled, on every active weight, bias and LayerNorm parameter"""
+    """decoupled weight decay of every active weight, bias and LayerNorm parameter"""
     exploration_noise: Annotated[float, "0 <= x < inf"] = 0.1
     """std of the Gaussian noise on actions in [-1, 1]: when acting, in the actor loss
     and in the TD target"""

@@ -129,7 +129,7 @@ class Args:
     tau: Annotated[float, "0 <= x <= 1"] = 0.01
     """target <- tau * critic + (1 - tau) * target after every update"""
     learning_rate: Annotated[float, "0 < x < inf"] = 1e-4
-    """of encoder, actor and critic (Adam)"""
+    """learning rate of encoder, actor and critic (Adam)"""
     feature_dim: Annotated[int, "x >= 1"] = 50
     """outputs of the trunks between encoder and heads"""
     std_start: Annotated[float, "0 <= x < inf"] = 1.0

@@ -119,9 +119,10 @@ class Args:
     tau: Annotated[float, "0 <= x <= 1"] = 0.005
     """target <- tau * critic + (1 - tau) * target after every update"""
     learning_rate: Annotated[float, "0 < x < inf"] = 1e-4
-    """of actor, critic and temperature (AdamW)"""
+    """learning rate of actor, critic and temperature (AdamW)"""
     weight_decay: Annotated[float, "0 <= x < inf"] = 1e-2
-    """decoupled, on every active weight, bias and LayerNorm parameter; none on the temperature"""
+    """decoupled weight decay of every active weight, bias and LayerNorm parameter;
+    the temperature has none"""
     initial_temperature: Annotated[float, "0 < x < inf"] = 1e-2
     """temperature alpha at the start"""
     clipped_double_q: bool = False
