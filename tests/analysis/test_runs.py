@@ -1,4 +1,4 @@
-"""runs.py: one rule of what is finished, one line for what is damaged, flags as the agents have them."""
+"""runs.py: what is finished, one line for what is damaged, flags as the agents have them."""
 
 import json
 import subprocess
