@@ -13,8 +13,8 @@ that is negative: scores count from random play, so that negative ones, as in Po
 Games without a run are named, and the number of games stands beside every aggregate.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -24,7 +24,6 @@ import tyro
 from matplotlib.figure import Figure
 from runs import fail
 
-REFERENCE = Path(__file__).with_name("atari26_scores.csv")
 VARIANT = ["width_scale", "depth_scale", "sparsity"]
 # Flags that may differ between the runs of one comparison, beside those that change no result
 FREE = [*VARIANT, "env_id", "eval_interval", "eval_episodes", "diagnostics_interval"]
@@ -42,13 +41,13 @@ class Args:
     """bootstrap samples"""
 
 
-def load(runs_dir: Path) -> pd.DataFrame:
+def load(runs_dir: str) -> pd.DataFrame:
     """One row per finished run: VARIANT, game, seed, score. Ends if runs cannot be compared."""
     found, left_out = runs.load_runs(runs_dir, "der_impala_sparse")
     columns = [*VARIANT, "game", "seed", "score", "run"]
     rows = []
     for run in found:
-        game = run.flags["env_id"].removeprefix("ALE/").removesuffix("-v5")
+        game = plots.game_name(run.flags["env_id"])
         size = [run.flags[name] for name in VARIANT]
         rows.append([*size, game, run.flags["seed"], run.final_return, run.name])
     scores, twice = runs.drop_twice(pd.DataFrame(rows, columns=columns), columns[:4])
@@ -64,7 +63,7 @@ def normalise(scores: pd.DataFrame) -> pd.DataFrame:
 
     Games beyond the 26 are named and left out.
     """
-    reference = pd.read_csv(REFERENCE).set_index("game")
+    reference = plots.read_atari_scores()
     known = scores.game.isin(reference.index)
     for game in sorted(scores.game[~known].unique()):
         print(f"left out: {game} is not among the 26 games of Atari-100k")
@@ -73,37 +72,25 @@ def normalise(scores: pd.DataFrame) -> pd.DataFrame:
     return scores.assign(normalised=(scores.score - random) / (human - random))
 
 
-def mean_of_games(*games: np.ndarray, axis: int = -1) -> np.ndarray:
-    return np.mean([game.mean(axis) for game in games], 0)
+def of_games(statistic: Callable) -> Callable:
+    """A statistic of the games' means."""
 
+    def aggregate(*games: np.ndarray, axis: int = -1) -> np.ndarray:
+        return statistic([game.mean(axis) for game in games], 0)
 
-def median_of_games(*games: np.ndarray, axis: int = -1) -> np.ndarray:
-    return np.median([game.mean(axis) for game in games], 0)
+    return aggregate
 
 
 def optimality_gap(*games: np.ndarray, axis: int = -1) -> np.ndarray:
     return np.mean([1 - np.minimum(game, 1).mean(axis) for game in games], 0)
 
 
-AGGREGATES = {
-    "mean": mean_of_games,
-    "median": median_of_games,
+AGGREGATES = {  # of the normalised scores (seeds,) of each game
+    "mean": of_games(np.mean),
+    "median": of_games(np.median),
     "iqm": plots.interquartile_mean,
     "optimality_gap": optimality_gap,
 }
-
-
-def aggregates(games: list[np.ndarray]) -> dict[str, float]:
-    """Of the normalised scores (seeds,) of each game."""
-    return {name: float(function(*games)) for name, function in AGGREGATES.items()}
-
-
-def intervals(games: list[np.ndarray], samples: int) -> dict[str, tuple[float, float]]:
-    """Ends of the 95 % intervals of the aggregates; NaN for one seed a game."""
-    return {
-        name: plots.bootstrap_interval(games, function, resamples=samples)
-        for name, function in AGGREGATES.items()
-    }
 
 
 def summarise(scores: pd.DataFrame, samples: int) -> pd.DataFrame:
@@ -112,7 +99,7 @@ def summarise(scores: pd.DataFrame, samples: int) -> pd.DataFrame:
     Names missing games.
     """
     rows = []
-    every = pd.read_csv(REFERENCE).game
+    every = plots.read_atari_scores().index
     for key, group in scores.groupby(VARIANT):
         games = [game.to_numpy() for _, game in group.groupby("game").normalised]
         counts = group.groupby("game").size().to_dict()
@@ -124,10 +111,10 @@ def summarise(scores: pd.DataFrame, samples: int) -> pd.DataFrame:
             print(f"{name}: seeds per game differ: {counts}")
         row = dict(zip(VARIANT, key))
         row |= {"games": len(games), "runs": len(group), "missing": " ".join(missing)}
-        ends = intervals(games, samples)
-        for aggregate, value in aggregates(games).items():
-            row[aggregate] = value
-            row[f"{aggregate}_low"], row[f"{aggregate}_high"] = ends[aggregate]
+        for aggregate, function in AGGREGATES.items():
+            row[aggregate] = function(*games)
+            ends = plots.bootstrap_interval(games, function, resamples=samples)
+            row[f"{aggregate}_low"], row[f"{aggregate}_high"] = ends
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -141,13 +128,14 @@ def improvements(scores: pd.DataFrame, baseline_width: float) -> pd.DataFrame:
     baseline = (baseline_width, 1, 0.0)
     if baseline not in means:
         fail(f"no dense run of width {baseline_width:g} to compare with (--baseline-width)")
-    lost = sorted(means.index[means[baseline].isna()])
-    if lost:
-        print(f"not drawn, for lack of a baseline run: {', '.join(lost)}")
-    at_random = sorted(means.index[means[baseline] == 0])
-    if at_random:
-        print(f"not drawn, for the baseline scores exactly as random play: {', '.join(at_random)}")
-    base = means[baseline].where(means[baseline] != 0)
+    base = means[baseline]
+    for why, where in (
+        ("for lack of a baseline run", base.isna()),
+        ("for the baseline scores exactly as random play", base == 0),
+    ):
+        if where.any():
+            print(f"not drawn, {why}: {', '.join(sorted(base.index[where]))}")
+    base = base.where(base != 0)
     others = means.drop(columns=[baseline])
     return 100 * others.sub(base, axis=0).div(base.abs(), axis=0)
 
@@ -177,7 +165,7 @@ def figure_18(percent: pd.DataFrame) -> Figure:
     ax.yaxis.set_minor_formatter("{x:g}")
     ax.set_xticks(np.arange(len(percent)), percent.index, rotation=60, ha="right", fontsize=8)
     ax.set_ylabel("gain over the dense baseline, %")
-    ax.legend(frameon=False, fontsize=8)
+    ax.legend(fontsize=8)
     return figure
 
 
@@ -185,7 +173,7 @@ if __name__ == "__main__":
     args = tyro.cli(Args)
     if args.samples < 1:
         fail(f"--samples {args.samples}: must be at least 1")
-    scores = normalise(load(Path(args.runs_dir)))
+    scores = normalise(load(args.runs_dir))
     if scores.empty:
         fail("no run of one of the 26 games of Atari-100k")
     summary = summarise(scores, args.samples)

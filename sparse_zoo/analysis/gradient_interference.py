@@ -48,7 +48,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import tyro
 from matplotlib.figure import Figure
-from runs import fail, import_agent, make_folder
+from runs import algorithm_name, fail, import_agent, make_folder, network_sparsities
 
 sac = import_agent("sac_simba_sparse")
 ddpg = import_agent("ddpg_simba_sparse")
@@ -149,10 +149,9 @@ def measure(module, agent, batch, noise, next_noise, gamma: float) -> dict[str, 
     def critic_loss():
         return module.critic_loss(agent.critic, batch, target)
 
-    losses = {"actor": actor_loss, "critic": critic_loss}
     return {
-        name: cosines(gradient_products(getattr(agent, name), loss))
-        for name, loss in losses.items()
+        "actor": cosines(gradient_products(agent.actor, actor_loss)),
+        "critic": cosines(gradient_products(agent.critic, critic_loss)),
     }
 
 
@@ -242,12 +241,10 @@ def measure_run(
     restore_networks(module, agent, checkpoint, run_dir)
     after = measure(module, agent, batch, noise, next_noise, gamma)
 
-    actor, critic = (
-        args.sparsity if own is None else own for own in (args.actor_sparsity, args.critic_sparsity)
-    )
+    actor, critic = network_sparsities(vars(args))
     facts = {
         "run": run_dir.resolve().name,
-        "agent": "SAC" if module is sac else "DDPG",
+        "agent": algorithm_name(module.__name__),
         "env_id": args.env_id,
         "width_scale": args.width_scale,
         "actor_sparsity": actor,

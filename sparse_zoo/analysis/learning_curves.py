@@ -13,7 +13,6 @@ humans (atari26_scores.csv) where they are in the picture.
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import pandas as pd
 import plots
@@ -22,7 +21,6 @@ import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-ATARI = Path(__file__).with_name("atari26_scores.csv")
 FLAGS = [
     "exp_name",
     "env_id",
@@ -46,7 +44,7 @@ class Args:
     """folder of the figure and the numbers"""
 
 
-def load(runs_dir: Path, earlier: tuple[str, ...] = ()) -> pd.DataFrame:
+def load(runs_dir: str, earlier: tuple[str, ...] = ()) -> pd.DataFrame:
     """A row for each return: run, FLAGS, env_step, metric (eval/, final/, episode/), value."""
     tables = [runs.read_table(path, COLUMNS, "--earlier") for path in earlier]
     found, left_out = runs.load_runs(runs_dir, needed=(), unfinished=True)
@@ -66,8 +64,8 @@ def load(runs_dir: Path, earlier: tuple[str, ...] = ()) -> pd.DataFrame:
 
 def atari_scores(env_id: str) -> dict[str, float]:
     """Scores of random and human play, {} for what is not one of the 26 games of Atari-100k."""
-    scores = pd.read_csv(ATARI, index_col="game")
-    game = env_id.removeprefix("ALE/").removesuffix("-v5")
+    scores = plots.read_atari_scores()
+    game = plots.game_name(env_id)
     return scores.loc[game].to_dict() if game in scores.index else {}
 
 
@@ -93,9 +91,7 @@ def draw_network(ax: Axes, network: pd.DataFrame, label: str, style: dict) -> No
         label += f", {count} runs"
     else:
         label += f", {count} seeds"
-        whole = curves.dropna()
-        mean = whole.mean(axis=1)
-        plots.draw_band(ax, whole.index, mean, whole.min(axis=1), whole.max(axis=1), **style, lw=2)
+        plots.draw_range(ax, curves.dropna(), **style, lw=2)
         style |= {"lw": 0.7, "alpha": 0.6}
     for run in curves:
         curve = curves[run].dropna()
@@ -105,7 +101,7 @@ def draw_network(ax: Axes, network: pd.DataFrame, label: str, style: dict) -> No
 
 def draw_panel(ax: Axes, panel: pd.DataFrame) -> None:
     """The published curve and our runs of one algorithm and task."""
-    algorithm = runs.ALGORITHMS.get(panel.exp_name.iloc[0], panel.exp_name.iloc[0])
+    algorithm = runs.algorithm_name(panel.exp_name.iloc[0])
     env_id = panel.env_id.iloc[0]
     published = plots.published_curve(algorithm, env_id)
     published = published[published.env_step <= panel.env_step.max()]
@@ -129,7 +125,6 @@ def draw_panel(ax: Axes, panel: pd.DataFrame) -> None:
         title="several seeds: mean (thick), lowest to highest" * (panel.seed.nunique() > 1),
         title_fontsize=8,
         fontsize=8,
-        frameon=False,
         loc="upper center",
         bbox_to_anchor=(0.5, -0.16),
     )
@@ -150,7 +145,7 @@ def draw(returns: pd.DataFrame) -> Figure:
 
 if __name__ == "__main__":
     args = tyro.cli(Args)
-    returns = load(Path(args.runs_dir), args.earlier)
+    returns = load(args.runs_dir, args.earlier)
     output = runs.make_folder(args.output)
     returns.to_csv(output / "returns.csv.gz", index=False, compression=runs.GZIP)
     plots.save(draw(returns), output, "learning_curves")

@@ -23,9 +23,8 @@ import numpy as np
 import pandas as pd
 import runs
 import tyro
-from runs import fail
+from runs import COSTS, fail
 
-COSTS = runs.RESULTS / "costs.csv"
 EPISODE_FRAMES = {"der_impala_sparse": 6000}  # a rough figure for an Atari game; the others: 1000
 # Least sparsity at which layers are packed (the others: 0.75); DER's convolutions never are
 LEAST_PACKED = {"stream_ac_sparse": 1e-9, "der_impala_sparse": 1}

@@ -104,7 +104,7 @@ def settings(run: runs.Run) -> dict:
     """
     flags = run.settings()
     del flags["sparsity"]
-    flags["actor_sparsity"], flags["critic_sparsity"] = run.network_sparsities()
+    flags["actor_sparsity"], flags["critic_sparsity"] = runs.network_sparsities(run.flags)
     flags["reset_interval"] = flags.get("reset_interval") or 0
     if flags.get("mask_seed") == flags["seed"]:  # what None means
         flags["mask_seed"] = None
@@ -125,7 +125,7 @@ def describe(table: pd.DataFrame) -> pd.DataFrame:
     ]
     for _, column in table.groupby(["env_id", "exp_name"]):
         for name in others:
-            if len({str(value) for value in column[name]}) > 1:
+            if column[name].astype(str).nunique() > 1:
                 words = [f", {name.replace('_', ' ')} {value}" for value in column[name]]
                 table.loc[column.index, "size"] += words
     table["sparsity"] = [
@@ -156,18 +156,17 @@ def load_runs(
             flags[run.name] = settings(run)
         except runs.UnusableError as reason:
             left_out.append(f"{run.name}: {reason}")
-    parts = []
+    parts = [runs.read_table(path, COLUMNS, "--earlier") for path in earlier]
     if flags:
-        table = describe(pd.DataFrame(list(flags.values()), index=list(flags), dtype=object))
+        table = describe(pd.DataFrame.from_dict(flags, "index", dtype=object))
         table = table[["seed", "width_scale", *CONFIGURATION]]
-        parts = [values[name].assign(run=name, **row) for name, row in table.iterrows()]
-    for path in earlier:
-        known = {name for part in parts for name in part.run.unique()}
-        table = runs.read_table(path, COLUMNS, "--earlier")
-        parts.append(table[~table.run.isin(known)])  # a run may be in the folder as well
+        own = [values[name].assign(run=name, **row) for name, row in table.iterrows()]
+        parts = own + parts
     if not parts:
-        return pd.DataFrame(), left_out
-    data = pd.concat(parts, ignore_index=True)
+        return pd.DataFrame(columns=COLUMNS), left_out
+    data = pd.concat(parts)
+    # A run may be in the folder as well
+    data = data.drop_duplicates(["run", "env_step", "metric"], ignore_index=True)
     if earlier:
         data = data.sort_values([name for name in ORDER if name in data], kind="stable")
     data, twice = runs.drop_twice(data, CONFIGURATION)
@@ -296,9 +295,7 @@ def draw_curves(ax: Axes, curves: pd.DataFrame, styles: dict) -> None:
 def draw_against_sparsity(ax: Axes, ends: pd.DataFrame, styles: dict) -> None:
     """Ends of training with their intervals against sparsity, one line for each size of network."""
     for name, line in ends.assign(middle=ends["mean"]).groupby("line", sort=False):
-        colour = styles[name]["color"]
-        colours = [colour] * len(line)
-        plots.draw_points(ax, line.x, line, colours, colour, marker=styles[name]["marker"], ms=4)
+        plots.draw_points(ax, line.x, line, **styles[name], ms=4)
     ax.set_xlim(-0.05, 1.0)
     ax.set_xlabel("sparsity (fraction removed)")
 
@@ -313,7 +310,7 @@ def make_legend(curves: pd.DataFrame, ends: pd.DataFrame, kinds: dict, sizes: di
         label = f"{plots.sparsity_name(sparsity)}, {kind} ({plots.count_seeds(*rows.seeds)})"
         style = {"color": plots.sparsity_colour(sparsity), "ls": kinds[kind], "lw": 1.6}
         handles.append(Line2D([], [], **style, label=label))
-    if len(ends) and ends.seeds.min() == 1:
+    if (ends.seeds == 1).any():
         handles.append(plots.one_seed_handle())
     if curves.reset_interval.any():
         handles.append(Line2D([], [], color="0.85", lw=0.8, label="a reset"))
@@ -350,9 +347,9 @@ def draw(
     shape = (1, 2) if abreast else (len(rows), len(columns))
     figure, axes = plots.make_grid(*shape, max(4.2, 6 / shape[1]), 2.4)
     axes = axes.T if abreast else axes
-    for ax, ((metric, panel), column) in zip(axes.flat, product(rows, columns)):
+    for ax, ((metric, panel), (env_id, algorithm)) in zip(axes.flat, product(rows, columns)):
         table = tables[panel]
-        own = (table.env_id == column[0]) & (table.algorithm == column[1])
+        own = (table.env_id == env_id) & (table.algorithm == algorithm)
         own &= table.metric == metric
         if panel == "end":
             draw_against_sparsity(ax, table[own], sizes)
@@ -360,7 +357,7 @@ def draw(
             draw_curves(ax, table[own], kinds)
         scale_axis(ax, metric)
         if abreast or ax in axes[0]:
-            ax.set_title(", ".join([plots.task_name(column[0]), column[1]]))
+            ax.set_title(f"{plots.task_name(env_id)}, {algorithm}")
         if ax in axes[:, 0]:
             what = "\n(mean of the last 10 %)" if panel == "end" else ""
             ax.set_ylabel(name_axis(metric) + what)
@@ -396,10 +393,9 @@ def choose_runs(args: Args) -> pd.DataFrame:
     needed = "finished runs"
     if args.figure == "reset":
         needed += " with and without --reset-interval"
-    if not data.empty and args.figure == "reset":
         data, alone = with_and_without_reset(data)
         left_out += alone
-    elif not data.empty:
+    else:
         resets = data[data.reset_interval > 0].run.unique()
         left_out += [f"{run}: has resets (see --figure reset)" for run in resets]
         data = data[data.reset_interval == 0]

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import scipy.stats
-from matplotlib import colormaps
+from matplotlib import colormaps, rcParams
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
@@ -29,6 +29,7 @@ LINE_STYLES = ["-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3))]
 MARKERS = "osD^vP"
 DPI = 110
 MOST_EXACT = 3  # seeds up to which the interval of their mean reaches from lowest to highest
+rcParams["legend.frameon"] = False
 
 
 # Colours and panels
@@ -60,11 +61,14 @@ def line_styles(names: list) -> dict:
     return dict(zip(names, cycle(LINE_STYLES)))
 
 
+def game_name(env_id: str) -> str:
+    """ALE/Pong-v5 -> Pong"""
+    return env_id.removeprefix("ALE/").removesuffix("-v5")
+
+
 def task_name(env_id: str) -> str:
     """dm_control/walker-walk-v0 -> Walker Walk, ALE/Pong-v5 -> Pong"""
-    task = env_id.removeprefix("dm_control/").removeprefix("ALE/")
-    for version in ("-v0", "-v5"):
-        task = task.removesuffix(version)
+    task = game_name(env_id.removeprefix("dm_control/").removesuffix("-v0"))
     return task if task != task.lower() else task.replace("-", " ").title()
 
 
@@ -101,7 +105,6 @@ def add_legend(figure: Figure, handles: list, title: str) -> None:
         title=title if figure.get_figwidth() >= 8 else title.replace("; ", ";\n"),
         loc="outside lower center",
         ncols=max(1, columns),
-        frameon=False,
         fontsize=9,
     )
 
@@ -118,24 +121,37 @@ def save(figure: Figure, folder: Path, name: str, dpi: int = DPI) -> None:
 # Points, bars, bands
 
 
-def draw_points(ax: Axes, x, points: pd.DataFrame, colours, line: str = NEUTRAL, **style) -> None:
+def bar_lengths(middle: pd.Series, low: pd.Series, high: pd.Series) -> np.ndarray:
+    """How far bars reach below and above each point (2, points)."""
+    return np.array([middle - low, high - middle]).clip(0)
+
+
+def draw_points(
+    ax: Axes, x, points: pd.DataFrame, color: str, colours=None, ls: str = "-", **style
+) -> None:
     """Points with bars, joined by a line; hollow where there is one seed.
 
-    points: middle, low, high, seeds. colours: that of each point.
+    points: middle, low, high, seeds. color: that of the line, and of each point without `colours`.
     """
-    style = {"marker": "o", "ms": 5, "lw": 1.4, "ls": "-"} | style
-    ax.plot(x, points.middle, color=line, lw=style["lw"], ls=style["ls"])
-    style |= {"lw": 0, "elinewidth": 1.2, "capsize": 2.5}
-    for place, point, colour in zip(x, points.itertuples(), colours):
-        bars = np.array([[point.middle - point.low], [point.high - point.middle]]).clip(0)
+    ax.plot(x, points.middle, color=color, lw=1.4, ls=ls)
+    style = {"marker": "o", "ms": 5, "lw": 0, "elinewidth": 1.2, "capsize": 2.5} | style
+    colours = [color] * len(points) if colours is None else colours
+    lengths = bar_lengths(points.middle, points.low, points.high)
+    for place, point, colour, bars in zip(x, points.itertuples(), colours, lengths.T):
         face = "white" if point.seeds == 1 else colour
-        ax.errorbar(place, point.middle, bars, color=colour, mfc=face, **style)
+        ax.errorbar(place, point.middle, bars[:, None], color=colour, mfc=face, **style)
 
 
 def draw_band(ax: Axes, x, middle, low, high, **line) -> None:
     """A curve and the band about it."""
     ax.plot(x, middle, **line)
     ax.fill_between(x, low, high, color=line["color"], alpha=0.13, lw=0)
+
+
+def draw_range(ax: Axes, curves: pd.DataFrame, **line) -> None:
+    """The mean of some curves (columns) and a band from the lowest to the highest."""
+    lowest = curves.min(axis=1)
+    draw_band(ax, curves.index, curves.mean(axis=1), lowest, curves.max(axis=1), **line)
 
 
 def one_seed_handle() -> Line2D:
@@ -210,6 +226,12 @@ def mean_interval(values: np.ndarray, confidence: float = 0.95) -> tuple[float, 
 
 
 # Published numbers
+
+
+@cache
+def read_atari_scores() -> pd.DataFrame:
+    """Scores of random and human play, by game."""
+    return pd.read_csv(Path(__file__).with_name("atari26_scores.csv"), index_col="game")
 
 
 @cache

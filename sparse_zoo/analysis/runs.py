@@ -11,6 +11,7 @@ import json
 import re
 import sys
 import zlib
+from collections import defaultdict
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -21,6 +22,7 @@ import tyro
 
 AGENTS = Path(__file__).resolve().parents[1]
 RESULTS = AGENTS.parent / "docs" / "results"
+COSTS = RESULTS / "costs.csv"
 sys.path.insert(0, str(AGENTS))  # for import_agent, in the scripts of bench/ too
 
 ALGORITHMS = {
@@ -107,6 +109,17 @@ def execution_flags(agent: str) -> frozenset[str]:
     return agents.get(agent) or frozenset.intersection(*agents.values())
 
 
+def algorithm_name(agent: str) -> str:
+    return ALGORITHMS.get(agent, agent)
+
+
+def network_sparsities(flags: dict) -> tuple[float, float]:
+    """Sparsity of the actor and of the critic."""
+    own = [flags.get(name) for name in ("actor_sparsity", "critic_sparsity")]
+    actor, critic = (flags["sparsity"] if value is None else value for value in own)
+    return float(actor), float(critic)
+
+
 # Runs
 
 
@@ -126,7 +139,7 @@ class Run:
 
     @property
     def algorithm(self) -> str:
-        return ALGORITHMS.get(self.flags["exp_name"], self.flags["exp_name"])
+        return algorithm_name(self.flags["exp_name"])
 
     @property
     def state(self) -> str:
@@ -141,12 +154,6 @@ class Run:
         """The flags that change results."""
         execution = execution_flags(self.flags["exp_name"])
         return {name: value for name, value in self.flags.items() if name not in execution}
-
-    def network_sparsities(self) -> tuple[float, float]:
-        """Sparsity of the actor and of the critic."""
-        own = [self.flags.get(name) for name in ("actor_sparsity", "critic_sparsity")]
-        actor, critic = (self.flags["sparsity"] if value is None else value for value in own)
-        return float(actor), float(critic)
 
     def count_weights(self) -> tuple[int, int]:
         """Weights before pruning, and active ones, of all networks."""
@@ -189,20 +196,12 @@ def load_run(folder: Path, needed: tuple[str, ...] = ()) -> Run:
         raise UnusableError(f"args.json: {error.strerror}") from None
     except (ValueError, KeyError, TypeError) as error:
         raise UnusableError(f"args.json is damaged ({type(error).__name__})") from None
-    bad = []
-    for name in {*ALWAYS, *needed} | (KINDS.keys() & flags.keys()):
-        optional = name not in ALWAYS and name not in needed
-        if not isinstance(flags.get(name), KINDS[name]) and not (optional and flags[name] is None):
-            bad.append(name)
+    given = {name for name in KINDS if flags.get(name) is not None}
+    checked = sorted(given.union(ALWAYS, needed))
+    bad = [name for name in checked if not isinstance(flags.get(name), KINDS[name])]
     if bad:
-        raise UnusableError(f"args.json has no {', '.join(sorted(bad))}")
+        raise UnusableError(f"args.json has no {', '.join(bad)}")
     return Run(folder, flags, record.get("layers"), read_metrics(folder))
-
-
-def list_folders(runs_dir: str | Path) -> list[Path]:
-    """The folders of runs in a folder, by name."""
-    paths = sorted(Path(runs_dir).glob("[!.]*"))
-    return [path for path in paths if path.is_dir() and path.name not in NOT_RUNS]
 
 
 def load_runs(
@@ -217,7 +216,9 @@ def load_runs(
     """
     runs = []
     left_out = []
-    for folder in list_folders(runs_dir):
+    for folder in sorted(Path(runs_dir).glob("[!.]*")):
+        if not folder.is_dir() or folder.name in NOT_RUNS:
+            continue
         try:
             run = load_run(folder, needed)
             if exp_name and run.flags["exp_name"] != exp_name:
@@ -244,10 +245,10 @@ def fail_if_mixed(runs: list[Run], free: list[str]) -> None:
     Seeds are always free.
     """
     free = {*free, "seed", "mask_seed"}
-    found = {}
+    found = defaultdict(list)
     for run in runs:
         for name in run.settings().keys() - free:
-            values = found.setdefault((run.flags["exp_name"], name), [])
+            values = found[run.flags["exp_name"], name]
             if run.flags[name] not in values:
                 values.append(run.flags[name])
     for (agent, name), values in sorted(found.items()):
@@ -268,7 +269,7 @@ def print_left_out(lines: list[str]) -> None:
 def describe_run(run: Run) -> dict:
     """What the index says of a run."""
     returns = run.metrics[run.metrics.metric.isin(["eval/return_mean", FINAL])].value
-    actor, critic = run.network_sparsities()
+    actor, critic = network_sparsities(run.flags)
     return {
         "task": run.flags["env_id"],
         "agent": run.flags["exp_name"],

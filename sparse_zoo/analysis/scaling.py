@@ -65,7 +65,7 @@ class Args:
     """folder of the picture and the tables"""
 
 
-def load(runs_dir: Path, earlier: tuple[str, ...] = ()) -> tuple[pd.DataFrame, list[str]]:
+def load(runs_dir: str, earlier: tuple[str, ...] = ()) -> tuple[pd.DataFrame, list[str]]:
     """COLUMNS of each finished run, and a line for each other.
 
     Those of the tables `earlier` stand behind those of the folder. Ends the program if runs differ
@@ -87,7 +87,7 @@ def load(runs_dir: Path, earlier: tuple[str, ...] = ()) -> tuple[pd.DataFrame, l
     for path in earlier:
         rows += runs.read_table(path, COLUMNS, "--earlier").to_dict("records")
     if not rows:
-        return pd.DataFrame(), left_out
+        return pd.DataFrame(columns=COLUMNS), left_out
     # A run may be among the earlier ones as well
     table = pd.DataFrame(rows, columns=COLUMNS).drop_duplicates("run")
     for algorithm, lengths in table.groupby("algorithm").env_steps.unique().items():
@@ -100,8 +100,8 @@ def load(runs_dir: Path, earlier: tuple[str, ...] = ()) -> tuple[pd.DataFrame, l
 
 def in_order(table: pd.DataFrame) -> pd.DataFrame:
     """Sorted by algorithm (as in ALGORITHMS), task, size, sparsity and seed."""
-    order = {name: index for index, name in enumerate(runs.ALGORITHMS.values())}
-    table = table.assign(order=table.algorithm.map(order).fillna(len(order)))
+    order = pd.Categorical(table.algorithm, list(runs.ALGORITHMS.values()))
+    table = table.assign(order=order)
     table = table.sort_values(["order", *POINT[1:], "seed"], ignore_index=True)
     return table.drop(columns="order")
 
@@ -114,18 +114,20 @@ def summarise(table: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     rows = []
     for key, group in table.groupby(keys, sort=False):
         tasks = [task["return"].to_numpy() for _, task in group.groupby("env_id")]
-        values = np.concatenate(tasks)
-        row = dict(zip(keys, key))
-        row["weights"] = group.weights.mean()
-        row["active"] = group.active.mean()
-        row["iqm"] = interquartile_mean(values)
-        row["low"], row["high"] = bootstrap_interval(tasks)
-        row["mean"] = values.mean()
-        row["std"] = values.std(ddof=1) if len(values) > 1 else np.nan
-        row["tasks"] = len(tasks)
-        row["seeds_min"] = min(map(len, tasks))
-        row["seeds_max"] = max(map(len, tasks))
-        rows.append(row)
+        low, high = bootstrap_interval(tasks)
+        row = {
+            "weights": group.weights.mean(),
+            "active": group.active.mean(),
+            "iqm": interquartile_mean(*tasks),
+            "low": low,
+            "high": high,
+            "mean": group["return"].mean(),
+            "std": group["return"].std(),
+            "tasks": len(tasks),
+            "seeds_min": min(map(len, tasks)),
+            "seeds_max": max(map(len, tasks)),
+        }
+        rows.append(dict(zip(keys, key)) | row)
     return pd.DataFrame(rows)
 
 
@@ -133,15 +135,14 @@ def without_gaps(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     """The runs of networks run on all tasks of their algorithm, and a line for each other one."""
     keep = [table.iloc[:0]]
     left_out = []
-    for algorithm, group in table.groupby("algorithm", sort=False):
-        tasks = set(group.env_id)
-        for (_, width, depth, sparsity), network in group.groupby(NETWORK, sort=False):
-            lacking = sorted(tasks - set(network.env_id))
-            if lacking:
-                name = f"{algorithm}, width {width:g}, depth {depth:g}, sparsity {sparsity:g}"
-                left_out.append(f"{name}: no finished run of {' '.join(lacking)}")
-            else:
-                keep.append(network)
+    tasks = table.groupby("algorithm").env_id.agg(set)
+    for (algorithm, width, depth, sparsity), network in table.groupby(NETWORK, sort=False):
+        lacking = sorted(tasks[algorithm] - set(network.env_id))
+        if lacking:
+            name = f"{algorithm}, width {width:g}, depth {depth:g}, sparsity {sparsity:g}"
+            left_out.append(f"{name}: no finished run of {' '.join(lacking)}")
+        else:
+            keep.append(network)
     return pd.concat(keep), left_out
 
 
@@ -215,10 +216,15 @@ def gains(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
         elif sparse:
             pairs = [part.to_numpy() for key in sparse for part in (sparse[key], dense[key])]
             low, high = bootstrap_interval(pairs, mean_gain)
-            row = {"sparsity": sparsity, "gain": float(mean_gain(*pairs)), "low": low, "high": high}
-            row["scenarios"] = len(sparse)
-            row["seeds_min"] = min(map(len, pairs))
-            row["seeds_max"] = max(map(len, pairs))
+            row = {
+                "sparsity": sparsity,
+                "gain": float(mean_gain(*pairs)),
+                "low": low,
+                "high": high,
+                "scenarios": len(sparse),
+                "seeds_min": min(map(len, pairs)),
+                "seeds_max": max(map(len, pairs)),
+            }
             rows.append(row)
     return pd.DataFrame(rows), left_out
 
@@ -273,7 +279,7 @@ def draw_families(ax: Axes, x: str, points: pd.DataFrame, spread: str = "interva
     for line, style in ((sparse, {"marker": "*", "ms": 9}), (dense, {"ls": "--"})):
         colour = plots.NEUTRAL if line is sparse else plots.DENSE
         colours = line.sparsity.map(plots.sparsity_colour)
-        plots.draw_points(ax, line[x], line, colours, colour, **style)
+        plots.draw_points(ax, line[x], line, colour, colours, **style)
 
 
 def make_handles(published: bool) -> list[Line2D]:
@@ -364,10 +370,9 @@ def draw_aggregate(points: pd.DataFrame) -> Figure:
             draw_scaling(ax, panel, axis, "interval")
             ax.set_xlabel(axis.replace("_", " "))
             ax.set_title(f"{algorithm}, {axis.split('_')[0]} scaling")
-        widths = [
-            f", width scale {width:g}" for width in along(panel, "depth_scale").width_scale.unique()
-        ]
-        row[1].set_xlabel(f"depth scale{''.join(widths)}")
+        depths = along(panel, "depth_scale")
+        if len(depths):
+            row[1].set_xlabel(f"depth scale, width scale {depths.width_scale.iloc[0]:g}")
         row[0].set_ylabel("return")
     fewest = points.tasks.min()
     most = points.tasks.max()
@@ -401,10 +406,7 @@ def draw_sparsity(points: pd.DataFrame) -> Figure:
     figure, panels = grid_of_scenarios(points)
     for ax, _, _, panel in panels:
         for size, line in with_bars(panel).groupby(SIZE):
-            colour = styles[size]["color"]
-            colours = [colour] * len(line)
-            marker = styles[size]["marker"]
-            plots.draw_points(ax, line.sparsity, line, colours, colour, marker=marker)
+            plots.draw_points(ax, line.sparsity, line, **styles[size])
         ax.set(xlim=(-0.04, 1), xlabel="sparsity (0: dense)")
     handles = []
     for (width, depth), networks in sizes.items():
@@ -423,7 +425,7 @@ def draw_gain(points: pd.DataFrame, scores: pd.DataFrame | None) -> Figure:
         axes[0, 0].set_title("at the start", fontsize=10)
     ax = axes[0, -1]
     colours = points.sparsity.map(plots.sparsity_colour)
-    error = np.array([points.gain - points.low, points.high - points.gain]).clip(0)
+    error = plots.bar_lengths(points.gain, points.low, points.high)
     style = {"capsize": 2.5, "error_kw": {"elinewidth": 1, "ecolor": plots.NEUTRAL}}
     ax.bar(points.sparsity, points.gain, 0.06, color=colours, yerr=error, **style)
     ax.axhline(0, color="0.3", lw=0.8)
@@ -437,19 +439,18 @@ def draw_gain(points: pd.DataFrame, scores: pd.DataFrame | None) -> Figure:
 
 def draw_scores(ax: Axes, scores: pd.DataFrame) -> None:
     """Simplicity bias score of SimBa against sparsity, and of the plain MLP as a line."""
-    simba = scores[scores.network == "SimBa"].groupby("sparsity").score.agg(["mean", "sem", "size"])
-    points = pd.DataFrame({"middle": simba["mean"], "seeds": simba["size"]})
-    points = points.assign(low=simba["mean"] - simba["sem"], high=simba["mean"] + simba["sem"])
+    simba = scores[scores.network == "SimBa"].groupby("sparsity").score
+    points = simba.agg(middle="mean", error="sem", seeds="size")
+    points = points.assign(low=points.middle - points.error, high=points.middle + points.error)
     colours = points.index.map(plots.sparsity_colour)
-    plots.draw_points(ax, points.index, points, colours)
-    count = simba["size"].max()
-    label = f"SimBa critic: mean, bars: standard error\nof {count} initialisations"
+    plots.draw_points(ax, points.index, points, plots.NEUTRAL, colours)
+    label = f"SimBa critic: mean, bars: standard error\nof {points.seeds.max()} initialisations"
     ax.plot([], [], color=plots.NEUTRAL, marker="o", mfc=plots.sparsity_colour(0.6), label=label)
     mlp = scores.score[scores.network == "MLP"]
     if len(mlp):
         ax.axhline(mlp.mean(), color=plots.DENSE, ls=":", label="plain MLP, dense: mean")
     ax.set(xlabel="sparsity (0: dense)", ylabel="simplicity bias score")
-    ax.legend(frameon=False, fontsize=8)
+    ax.legend(fontsize=8)
 
 
 def draw_bars(table: pd.DataFrame, points: pd.DataFrame) -> Figure:
@@ -468,17 +469,18 @@ def draw_bars(table: pd.DataFrame, points: pd.DataFrame) -> Figure:
     sparsities = sorted(points.sparsity.unique())
     figure, axes = plots.make_grid(1, len(tasks), width=4, height=3)
     room = 0.8 / len(sparsities)
+    returns = dict(list(table.groupby(["env_id", "width_scale", "sparsity"])["return"]))
     marked = False
     for ax, env_id in zip(axes.flat, tasks):
-        for row in points[points.env_id == env_id].itertuples():
+        bars = points[points.env_id == env_id]
+        errors = plots.bar_lengths(bars.iqm, bars.low, bars.high)
+        for row, error in zip(bars.itertuples(), errors.T):
             x = widths.index(row.width_scale) + (sparsities.index(row.sparsity) + 0.5) * room - 0.4
-            error = np.array([[row.iqm - row.low], [row.high - row.iqm]]).clip(0)
             style = {"color": plots.sparsity_colour(row.sparsity), "capsize": 2.5}
             if row.seeds_max == 1:
                 style |= {"fill": False, "edgecolor": style["color"], "lw": 1.5}
-            ax.bar(x, row.iqm, 0.9 * room, yerr=error, ecolor=plots.NEUTRAL, **style)
-            own = (table.env_id == env_id) & (table.sparsity == row.sparsity)
-            dots = table["return"][own & (table.width_scale == row.width_scale)]
+            ax.bar(x, row.iqm, 0.9 * room, yerr=error[:, None], ecolor=plots.NEUTRAL, **style)
+            dots = returns[env_id, row.width_scale, row.sparsity]
             ax.plot([x] * len(dots), dots, ".", color="k", ms=3.5, alpha=0.6)
         if widths[0] == 1 and sparsities[0] == 0:  # the published network is the first bar
             algorithm = points.algorithm.iloc[0]
@@ -486,10 +488,10 @@ def draw_bars(table: pd.DataFrame, points: pd.DataFrame) -> Figure:
         ax.set_xticks(range(len(widths)), [f"{width:g}" for width in widths])
         ax.set_title(plots.task_name(env_id))
         ax.set(xlabel="width scale of the critic", ylabel="return")
-    handles = []
-    for sparsity in sparsities:
-        colour = plots.sparsity_colour(sparsity)
-        handles.append(Patch(color=colour, label=plots.sparsity_name(sparsity)))
+    handles = [
+        Patch(color=plots.sparsity_colour(sparsity), label=plots.sparsity_name(sparsity))
+        for sparsity in sparsities
+    ]
     if marked:
         handles.append(Line2D([], [], **plots.PUBLISHED, label=LABELS["published"]))
     interval = plots.describe_interval(*points.seeds_min, *points.seeds_max)
@@ -515,14 +517,13 @@ def draw(figure: str, table: pd.DataFrame, points: pd.DataFrame, scores) -> Figu
 
 if __name__ == "__main__":
     args = tyro.cli(Args)
-    table, left_out = load(Path(args.runs_dir), args.earlier)
+    table, left_out = load(args.runs_dir, args.earlier)
     gaps = []
-    points = pd.DataFrame()
-    if not table.empty and args.figure == "aggregate":
+    if args.figure == "aggregate":
         table, gaps = without_gaps(table)
-    if not table.empty and args.figure == "gain":
+    if args.figure == "gain":
         points, gaps = gains(table)
-    elif not table.empty:
+    else:
         points = summarise(table, NETWORK if args.figure == "aggregate" else POINT)
     runs.print_left_out(left_out + gaps)
     if points.empty:

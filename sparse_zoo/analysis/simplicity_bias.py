@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numba
-import numpy as np
 import pandas as pd
 import plots
 import torch
@@ -131,9 +130,9 @@ def measure(args: Args) -> pd.DataFrame:
             values.append(score(encoder, INPUTS, hidden, args.heads, args.grid, args.reach))
             row = {"network": network, "sparsity": sparsity, "seed": seed, "score": values[-1]}
             rows.append(row)
-        error = np.std(values, ddof=1) / args.inits**0.5 if args.inits > 1 else float("nan")
-        took = f"({time.time() - began:.0f} s)"
-        print(f"{network} {sparsity:.2f}: {np.mean(values):.2f} +- {error:.2f} {took}", flush=True)
+        scores = pd.Series(values)
+        shown = f"{scores.mean():.2f} +- {scores.sem():.2f}"
+        print(f"{network} {sparsity:.2f}: {shown} ({time.time() - began:.0f} s)", flush=True)
     return pd.DataFrame(rows)
 
 

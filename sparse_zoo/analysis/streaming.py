@@ -12,7 +12,6 @@ over seeds, which is wide for few seeds, as it should be.
 import sys
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -26,7 +25,8 @@ from runs import fail
 from scipy import stats
 
 KEYS = ["env_id", "width_scale", "init", "sparsity"]
-COLUMNS = [*KEYS, "seed", "total_timesteps", "env_step", "return", "length"]
+RUN = [*KEYS, "seed"]
+COLUMNS = [*RUN, "total_timesteps", "env_step", "return", "length"]
 # Flags that may differ between the runs of one figure, beside those that change no result
 FREE = [*KEYS, "eval_interval", "eval_episodes", "final_eval_episodes", "diagnostics_interval"]
 INITS = {"lecun": "-", "sparse_init": "--"}
@@ -47,7 +47,7 @@ class Args:
     """env steps averaged into one point of a curve"""
 
 
-def load(runs_dir: Path, earlier: tuple[str, ...] = ()) -> pd.DataFrame:
+def load(runs_dir: str, earlier: tuple[str, ...] = ()) -> pd.DataFrame:
     """COLUMNS of every training episode of every finished run and of the tables `earlier`."""
     found, left_out = runs.load_runs(runs_dir, "stream_ac_sparse", ("total_timesteps", "init"))
     tables = [pd.DataFrame(columns=[*COLUMNS, "run"])]
@@ -55,7 +55,7 @@ def load(runs_dir: Path, earlier: tuple[str, ...] = ()) -> pd.DataFrame:
         episodes = run.metrics[run.metrics.metric.isin(["episode/return", "episode/length"])]
         episodes = episodes.pivot_table(index="env_step", columns="metric", values="value")
         episodes = episodes.rename(columns=lambda name: name.removeprefix("episode/"))
-        flags = {name: run.flags[name] for name in [*KEYS, "seed", "total_timesteps"]}
+        flags = {name: run.flags[name] for name in [*RUN, "total_timesteps"]}
         tables.append(episodes.reset_index().assign(run=run.name, **flags))
     own, twice = runs.drop_twice(pd.concat(tables), KEYS)
     runs.print_left_out(left_out + twice)
@@ -65,26 +65,25 @@ def load(runs_dir: Path, earlier: tuple[str, ...] = ()) -> pd.DataFrame:
         fail(f"no finished run of stream_ac_sparse with an episode that ended, in {runs_dir}")
     runs.fail_if_mixed(found, FREE)
     # A run may be among the earlier ones as well
-    return episodes.drop_duplicates([*KEYS, "seed", "env_step"], ignore_index=True).infer_objects()
+    return episodes.drop_duplicates([*RUN, "env_step"], ignore_index=True).infer_objects()
 
 
 def average_bins(episodes: pd.DataFrame, size: int) -> pd.DataFrame:
     """Mean return per bin, named after its end, one row per KEYS, seed and bin."""
     steps = np.ceil(episodes.env_step / size).astype(int) * size
-    bins = episodes.assign(env_step=steps).groupby([*KEYS, "seed", "env_step"])
+    bins = episodes.assign(env_step=steps).groupby([*RUN, "env_step"])
     return bins["return"].mean().reset_index()
 
 
 def final_returns(episodes: pd.DataFrame) -> pd.DataFrame:
     """Mean return over the episodes of the last tenth of each run, one row per KEYS and seed."""
     last = episodes[episodes.env_step > 0.9 * episodes.total_timesteps]
-    return last.groupby([*KEYS, "seed"])["return"].mean().reset_index()
+    return last.groupby(RUN)["return"].mean().reset_index()
 
 
 def name_missing(episodes: pd.DataFrame, final: pd.DataFrame) -> list[str]:
     """One line for each run without a final return."""
-    key = [*KEYS, "seed"]
-    every = episodes[key].drop_duplicates().merge(final, how="left", on=key)
+    every = episodes[RUN].drop_duplicates().merge(final, how="left", on=RUN)
     return [
         f"no final return: {run.env_id}, width scale {run.width_scale:g}, "
         f"{name_network(run.init, run.sparsity)}, seed {run.seed}: "
@@ -97,11 +96,9 @@ def summarise(final: pd.DataFrame) -> pd.DataFrame:
     """Seeds, mean, and the ends of Student's 95 % interval (empty for one seed), by KEYS."""
     rows = []
     for key, group in final.groupby(KEYS):
-        values = group["return"].to_numpy()
+        values = group["return"]
         mean = values.mean()
-        low = high = np.nan
-        if len(values) > 1:
-            low, high = stats.t.interval(0.95, len(values) - 1, mean, stats.sem(values))
+        low, high = stats.t.interval(0.95, len(values) - 1, mean, values.sem())
         text = " ".join(f"{value:.0f}" for value in values)
         rows.append([*key, len(values), mean, low, high, text])
     return pd.DataFrame(rows, columns=[*KEYS, "seeds", "mean", "low", "high", "values"])
@@ -118,12 +115,9 @@ def draw_curves(ax: Axes, data: pd.DataFrame) -> None:
     for (init, sparsity), network in data.groupby(["init", "sparsity"]):
         curves = network.pivot(index="env_step", columns="seed", values="return")
         count = plots.count_seeds(curves.shape[1])
-        plots.draw_band(
+        plots.draw_range(
             ax,
-            curves.index,
-            curves.mean(axis=1),
-            curves.min(axis=1),
-            curves.max(axis=1),
+            curves,
             color=plots.sparsity_colour(sparsity),
             ls=INITS.get(init, ":"),
             lw=1.3,
@@ -134,7 +128,7 @@ def draw_curves(ax: Axes, data: pd.DataFrame) -> None:
     if data.empty:
         ax.text(0.5, 0.5, "no finished run", ha="center", transform=ax.transAxes)
     else:
-        ax.legend(frameon=False, fontsize=7, title="mean, lowest to highest", title_fontsize=7)
+        ax.legend(fontsize=7, title="mean, lowest to highest", title_fontsize=7)
 
 
 def draw_panels(data: pd.DataFrame) -> Figure:
@@ -173,15 +167,14 @@ def figure_12(final: pd.DataFrame) -> Figure:
             points = network.groupby("width_scale")["return"].agg(
                 middle="mean", low="min", high="max", seeds="size"
             )
-            colours = [colour] * len(points)
-            plots.draw_points(ax, points.index, points, colours, colour, ms=6, capsize=0)
+            plots.draw_points(ax, points.index, points, colour, ms=6)
             label = f"{plots.sparsity_name(sparsity)} ({plots.count_seeds(*points.seeds)})"
             ax.plot([], [], color=colour, marker="o", label=label)
             ax.plot(network.width_scale, network["return"], "_", color=colour, ms=8)
         ax.set_xscale("log", base=2)
         plots.mark_values(ax, sorted(final.width_scale.unique()))
         ax.set(title=task, xlabel="width scale", ylabel="training return, last tenth")
-        ax.legend(frameon=False, fontsize=8, title="mean; a dash for each seed", title_fontsize=8)
+        ax.legend(fontsize=8, title="mean; a dash for each seed", title_fontsize=8)
     return figure
 
 
@@ -189,7 +182,7 @@ if __name__ == "__main__":
     args = tyro.cli(Args)
     if args.bin < 1:
         fail(f"--bin {args.bin}: must be at least 1")
-    episodes = load(Path(args.runs_dir), args.earlier)
+    episodes = load(args.runs_dir, args.earlier)
     data = average_bins(episodes, args.bin)
     final = final_returns(episodes)
     for line in name_missing(episodes, final):

@@ -120,22 +120,17 @@ def simba(name: str, commands: str) -> Rows:
         "Optimizer": optimizer,
         "Optimizer momentum": ", ".join(f"{beta:g}" for beta in settings["betas"]),
         "Weight decay": settings["weight_decay"],
-        "Discount": "heuristic" if args.gamma is None else gamma,
+        "Discount": f"heuristic ({gamma:g})" if args.gamma is None else gamma,
         "Replay ratio": args.updates_per_step,
         "Clipped Double Q": args.clipped_double_q,
     }
     if name == "ddpg_simba_sparse":
         ours["Exploration noise"] = f"N(0, {args.exploration_noise:g}^2)"
-        rows = compare(3, ours)
-    else:
-        ours["Initial temperature"] = float(agent.alpha().detach())
-        ours["Temperature learning rate"] = agent.temperature_optimizer.param_groups[0]["lr"]
-        ours["Target entropy"] = target_entropy(module, agent, action_dim=2)
-        rows = compare(2, ours)
-    return [
-        (what, f"heuristic ({gamma:g})" if mine == "heuristic" else mine, papers)
-        for what, mine, papers in rows
-    ]
+        return compare(3, ours)
+    ours["Initial temperature"] = float(agent.alpha().detach())
+    ours["Temperature learning rate"] = agent.temperature_optimizer.param_groups[0]["lr"]
+    ours["Target entropy"] = target_entropy(module, agent, action_dim=2)
+    return compare(2, ours)
 
 
 def target_entropy(module, agent, action_dim: int) -> str:

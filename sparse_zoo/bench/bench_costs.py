@@ -11,10 +11,12 @@ agents that were not asked for stay. benchmark.sh estimates core hours from it.
 import os
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import bench_der
 import bench_drqv2
 import bench_stream
 import numpy as np
@@ -53,14 +55,7 @@ def update_row(width_scale: float, sparsity: float, batch_size: int, ms: float) 
 
 def frame_row(args, env, choose_action: Callable, seconds: float) -> dict:
     """The cost of a simulator frame of training."""
-    env.reset(seed=0)
-
-    def step() -> None:
-        *_, terminated, truncated, _ = env.step(choose_action())
-        if terminated or truncated:
-            env.reset()
-
-    ms = milliseconds(step, seconds) / args.action_repeat
+    ms = milliseconds(timing.stepper(env, choose_action), seconds) / args.action_repeat
     return {"what": "frame", "env_id": args.env_id, "ms": ms}
 
 
@@ -88,8 +83,8 @@ def drqv2_rows(drq, seconds: float) -> Iterator[dict]:
     with tempfile.TemporaryDirectory() as folder:
         replay = bench_drqv2.make_replay(folder, 32)
         for width, sparsity in ((1, 0), (4, 0), (1, 0.8), (4, 0.8)):
-            flags = {"width_scale": width, "sparsity": sparsity, "batch_size": 32}
-            update = bench_drqv2.our_side(bench_drqv2.Args(**flags), replay)
+            flags = bench_drqv2.Args(width_scale=width, sparsity=sparsity, batch_size=32)
+            update = bench_drqv2.our_side(flags, replay)
             yield update_row(width, sparsity, 32, milliseconds(update, seconds))
     for task in TASKS["drqv2"]:
         args = drq.Args(env_id=f"dm_control/{task}-v0")
@@ -102,9 +97,9 @@ def stream_rows(_, seconds: float) -> Iterator[dict]:
     for task in TASKS["stream"]:
         frames = []
         for width, sparsity in ((1, 0), (2, 0), (8, 0), (1, 0.9), (8, 0.9)):
-            flags = {"width_scale": width, "sparsity": sparsity}
-            spent: dict[str, float] = {}
-            stream = bench_stream.stream_ours(bench_stream.Args(env_id=task, **flags), spent)
+            flags = bench_stream.Args(env_id=task, width_scale=width, sparsity=sparsity)
+            spent = Counter()
+            stream = bench_stream.stream_ours(flags, spent)
             next(stream)
             spent.clear()
             start = time.process_time()
@@ -119,27 +114,15 @@ def stream_rows(_, seconds: float) -> Iterator[dict]:
 
 
 def der_rows(der, seconds: float) -> Iterator[dict]:
-    count = 32
-    for width, sparsity in ((1, 0), (2, 0), (3, 0), (3, 0.8)):
-        agent = der.Agent(der.Args(width_scale=width, sparsity=sparsity), 6, timing.CPU)
-        size = (2, count, der.SIZE, der.SIZE, der.STACK)
-        obs, next_obs = torch.randint(0, 256, size, dtype=torch.uint8)
-        action = torch.zeros(count, dtype=torch.int64)
-        ones = torch.ones(count)
-        batch = der.Batch(obs, action, ones, ones, next_obs, ones, None)
-
-        def update(agent=agent, batch=batch) -> None:
-            der.update(agent, batch, agent.network.draw_noise(), agent.network.draw_noise())
-
-        yield update_row(width, sparsity, count, milliseconds(update, seconds))
     args = der.Args()
-    agent = der.Agent(args, 6, timing.CPU)
-    stack = np.zeros((der.SIZE, der.SIZE, der.STACK), np.uint8)
-
-    def choose() -> int:
-        return der.act(agent, stack, agent.network.draw_noise())
-
-    yield frame_row(args, der.make_env(args), choose, seconds)
+    env = der.make_env(args)
+    with tempfile.TemporaryDirectory() as folder:
+        replay = bench_der.make_replay(folder, 2000)
+        for width, sparsity in ((1, 0), (2, 0), (3, 0), (3, 0.8)):
+            flags = der.Args(width_scale=width, sparsity=sparsity)
+            update = bench_der.parts(flags, replay, env, None)["update"]
+            yield update_row(width, sparsity, args.batch_size, milliseconds(update, seconds))
+        yield frame_row(args, env, bench_der.parts(args, replay, env, None)["act"], seconds)
 
 
 AGENTS = {

@@ -17,6 +17,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 from itertools import product
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -46,16 +47,11 @@ class Args:
     """CPU threads (default: all cores)"""
 
 
-def make_replay(folder: str) -> der.PrioritizedReplay:
-    """100,000 frames in episodes of 500 decisions."""
-    replay = der.PrioritizedReplay(Path(folder) / "replay.u8", der.Args(), 100_000, 1000)
-    generator = np.random.default_rng(0)
-    film = generator.integers(0, 256, (100, der.SIZE, der.SIZE), np.uint8)
-    for number in range(100_000):
-        if number % 501 == 0:
-            replay.begin(film[number % 100])
-        else:
-            replay.add(number % ACTIONS, 0.0, number % 501 == 500, film[number % 100])
+def make_replay(folder: str, capacity: int = 100_000) -> der.PrioritizedReplay:
+    """Frames in episodes of 500 decisions."""
+    replay = der.PrioritizedReplay(Path(folder) / "replay.u8", der.Args(), capacity, 1000)
+    choose_action = partial(np.random.default_rng(0).integers, ACTIONS)
+    timing.fill_replay(replay, capacity, (der.SIZE, der.SIZE), choose_action)
     return replay
 
 
@@ -75,11 +71,10 @@ def serve_plain(connection: Connection, threads: int) -> None:
     """A process that runs the encoder as PyTorch comes, once for each width that it is sent."""
     torch.set_num_threads(threads)
     images = torch.rand(der.Args.batch_size, der.STACK, der.SIZE, der.SIZE)
-    encoders = {}
+    make_encoder = cache(der.impala)
     while width := connection.recv():
-        if width not in encoders:
-            encoders[width] = der.impala(width, 2)
-        passes(lambda: encoders[width](images))()
+        encoder = make_encoder(width, 2)
+        passes(partial(encoder, images))()
         connection.send("done")
 
 
@@ -104,18 +99,13 @@ def parts(
         drawn = replay.sample(flags.batch_size, timing.CPU)
         replay.set_priorities(drawn.index, torch.ones(flags.batch_size))
 
-    def step() -> None:
-        *_, terminated, truncated, _ = env.step(env.action_space.sample())
-        if terminated or truncated:
-            env.reset()
-
     return {
         "plain": run_plain,
         "encoder": passes(lambda: agent.network.encode(batch.obs)),
         "update": update,
         "act": lambda: der.act(agent, stack, agent.network.draw_noise()),
         "replay": use_replay,
-        "env": step,
+        "env": timing.stepper(env, env.action_space.sample),
     }
 
 
@@ -142,7 +132,6 @@ if __name__ == "__main__":
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the agent does
     timing.set_threads(der, threads)
     env = der.make_env(der.Args())
-    env.reset(seed=0)
     matrix = torch.rand(2048, 2048)
     times = timing.take_turns({"product": lambda: matrix @ matrix}, args.turns)
     print(f"matrix product: {2 * 2048**3 / timing.medians(times)['product'] / 1e6:.0f} GFLOP/s")

@@ -10,12 +10,14 @@ smaller.
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from typing import Literal
 
 import timing
 import torch
 import tyro
+from bench_update import make_batch
 
 OBS_DIM = 67
 ACTION_DIM = 21
@@ -41,13 +43,11 @@ if __name__ == "__main__":
     for width_scale, sparsity in product(args.width_scale, args.sparsity):
         flags = module.Args(width_scale=width_scale, sparsity=sparsity)
         agent = module.Agent(flags, OBS_DIM, ACTION_DIM, timing.CPU)
-        obs, next_obs = torch.randn(2, size, OBS_DIM)
-        action = 2 * torch.rand(size, ACTION_DIM) - 1
-        batch = module.Batch(obs, action, torch.rand(size), next_obs, torch.zeros(size))
+        batch = make_batch(module, OBS_DIM, ACTION_DIM, size)
         inputs = (agent, batch, *torch.randn(2, size, ACTION_DIM), 0.99)
         calls = {
-            "diagnose": lambda inputs=inputs: module.diagnose(*inputs),
-            "update": lambda inputs=inputs: module.update(*inputs, 0.005),
+            "diagnose": partial(module.diagnose, *inputs),
+            "update": partial(module.update, *inputs, 0.005),
         }
         ms = timing.medians(timing.take_turns(calls, args.turns, time.process_time))
         updates = flags.diagnostics_interval // flags.action_repeat * flags.updates_per_step

@@ -56,14 +56,8 @@ class Args:
 def make_replay(folder: str, batch_size: int) -> drq.FrameReplay:
     """20,000 random frames in episodes of 500 decisions."""
     replay = drq.FrameReplay(Path(folder) / "replay.u8", 20_000, 0, ACTION_DIM, 3, 0.99)
-    generator = np.random.default_rng(0)
-    film = generator.integers(0, 256, (100, drq.SIZE, drq.SIZE, 3), np.uint8)
-    for number in range(20_000):
-        frame = film[number % 100]
-        if number % 501 == 0:
-            replay.begin(frame)
-        else:
-            replay.add(generator.uniform(-1, 1, ACTION_DIM), 1.0, False, frame)
+    choose_action = partial(np.random.default_rng(0).uniform, -1, 1, ACTION_DIM)
+    timing.fill_replay(replay, 20_000, (drq.SIZE, drq.SIZE, 3), choose_action)
     return replay
 
 
@@ -142,9 +136,7 @@ def serve(connection: Connection, args: Args, side: str) -> None:
             sample = partial(replay.sample, args.batch_size, timing.CPU)
             function = sample if side == "our sampling" else our_side(args, replay)
         function()
-        connection.send("ready")
-        while connection.recv():
-            connection.send(timing.measure(function))
+        timing.answer(connection, function)
 
 
 def start(args: Args, side: str) -> Connection:
@@ -173,7 +165,7 @@ if __name__ == "__main__":
     times = {name: [] for name in sides}
     for _ in range(args.turns):
         for name, connection in sides.items():
-            connection.send("update")
+            connection.send(1)
             times[name].append(connection.recv())
     for name, median in timing.medians(times).items():
         print(f"{name:<14}{median:9.1f} ms")

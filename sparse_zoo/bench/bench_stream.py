@@ -11,8 +11,10 @@ time, medians over the turns. Without --reference ours runs alone, followed by w
 
 import time
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 from types import ModuleType
 
 import gymnasium as gym
@@ -45,7 +47,7 @@ class Args:
     """width scales 1, 4 and 8 by sparsities 0 and 0.9, as a Markdown table"""
 
 
-def stream_ours(args: Args, spent: dict[str, float]) -> Iterator[None]:
+def stream_ours(args: Args, spent: Counter) -> Iterator[None]:
     """Trains our agent; one env step each time it is asked.
 
     Adds the CPU seconds of each of PARTS to `spent`.
@@ -79,7 +81,7 @@ def stream_ours(args: Args, spent: dict[str, float]) -> Iterator[None]:
         ours.update(agent, transition, output, done, flags)
         moments.append(time.process_time())
         for name, seconds in zip(PARTS, np.diff(moments)):
-            spent[name] = spent.get(name, 0.0) + seconds
+            spent[name] += seconds
         state = next_state
         yield
 
@@ -106,7 +108,7 @@ def stream_theirs(args: Args, theirs: ModuleType) -> Iterator[None]:
 
 def compare(args: Args, theirs: ModuleType | None) -> dict[str, float]:
     """Medians over the turns: speeds, their ratio, and our microseconds a step part by part."""
-    spent: dict[str, float] = {}
+    spent = Counter()
     streams = {"ours": stream_ours(args, spent)}
     steps = {"ours": args.steps}
     if theirs:
@@ -130,19 +132,19 @@ def compare(args: Args, theirs: ModuleType | None) -> dict[str, float]:
 
 def print_table(args: Args, theirs: ModuleType | None) -> None:
     """Measures widths by sparsities; prints a row of a Markdown table for each."""
-    names = ["hidden", "sparsity", "theirs, steps/s", "ours, steps/s", "ratio", *PARTS]
-    print(f"| {' | '.join(names)} |\n" + "|---" * len(names) + "|")
-    for width_scale in (1.0, 4.0, 8.0):
-        for sparsity in (0.0, 0.9):
-            found = compare(replace(args, width_scale=width_scale, sparsity=sparsity), theirs)
-            nan = float("nan")
-            print(
-                f"| {round(128 * width_scale)} | {sparsity:g} "
-                f"| {found.get('theirs', nan):.0f} | {found['ours']:.0f} "
-                f"| {found.get('ratio', nan):.1f} "
-                f"| {' | '.join(f'{found[part]:.0f}' for part in PARTS)} |",
-                flush=True,
-            )
+    names = ("hidden", "sparsity", "theirs, steps/s", "ours, steps/s", "ratio")
+    timing.print_header(*names, *PARTS)
+    for width_scale, sparsity in product((1.0, 4.0, 8.0), (0.0, 0.9)):
+        size = {"width_scale": width_scale, "sparsity": sparsity}
+        found = {"theirs": np.nan, "ratio": np.nan} | compare(replace(args, **size), theirs)
+        timing.print_cells(
+            f"{round(128 * width_scale)}",
+            f"{sparsity:g}",
+            f"{found['theirs']:.0f}",
+            f"{found['ours']:.0f}",
+            f"{found['ratio']:.1f}",
+            *(f"{found[part]:.0f}" for part in PARTS),
+        )
 
 
 def print_row(args: Args, theirs: ModuleType | None) -> None:

@@ -21,8 +21,10 @@ import resource
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import product
 from multiprocessing.connection import Connection
 from typing import Literal
 
@@ -32,8 +34,6 @@ import torch
 import tyro
 from matplotlib.figure import Figure
 from timing import plots
-
-MODULES = {"sac": "sac_simba_sparse", "ddpg": "ddpg_simba_sparse"}
 
 
 @dataclass
@@ -64,12 +64,17 @@ class Args:
     """where the CPU time of our update goes, on one thread: kernel by kernel, and the rest"""
 
 
-def make_update(module, agent, obs_dim: int, action_dim: int, batch_size: int) -> Callable:
-    """A function that does one update on a fixed batch, with fresh noise."""
+def make_batch(module, obs_dim: int, action_dim: int, batch_size: int):
+    """A random batch, which nothing terminates."""
     obs, next_obs = torch.randn(2, batch_size, obs_dim)
     action = 2 * torch.rand(batch_size, action_dim) - 1
     reward = torch.rand(batch_size)
-    batch = module.Batch(obs, action, reward, next_obs, torch.zeros(batch_size))
+    return module.Batch(obs, action, reward, next_obs, torch.zeros(batch_size))
+
+
+def make_update(module, agent, obs_dim: int, action_dim: int, batch_size: int) -> Callable:
+    """A function that does one update on a fixed batch, with fresh noise."""
+    batch = make_batch(module, obs_dim, action_dim, batch_size)
 
     def update() -> None:
         noise, next_noise = torch.randn(2, batch_size, action_dim)
@@ -80,7 +85,7 @@ def make_update(module, agent, obs_dim: int, action_dim: int, batch_size: int) -
 
 def build(args: Args, side: str) -> tuple[Callable, dict[str, int]]:
     """A function that does one update of one side; and its weights by network."""
-    module = timing.import_agent(MODULES[args.agent])
+    module = timing.import_agent(f"{args.agent}_simba_sparse")
     timing.set_threads(module, args.threads)
     sparsity = args.sparsity if side == "ours" else 0.0
     flags = module.Args(width_scale=args.width_scale, sparsity=sparsity)
@@ -103,9 +108,7 @@ def serve(connection: Connection, args: Args, side: str) -> None:
     """
     update, weights = build(args, side)
     timing.measure(update, repeats=2)
-    connection.send(None)
-    while count := connection.recv():
-        connection.send(timing.measure(update, repeats=count))
+    timing.answer(connection, update)
     unit = 1024 if sys.platform != "darwin" else 1024**2
     connection.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, weights))
 
@@ -163,26 +166,26 @@ def draw(table: pd.DataFrame) -> Figure:
         scale = "linear" if column == "mib" else "log"
         ax.set(xscale="log", yscale=scale, xlabel="width scale", title=title)
         plots.mark_values(ax, sorted(table.width_scale.unique()))
-    axes[0, 0].legend(frameon=False, fontsize=8)
+    axes[0, 0].legend(fontsize=8)
     axes[0, 1].set_ylim(bottom=0)
     return figure
 
 
 def profile(args: Args) -> None:
     """Prints the CPU ms of our update that go to each kernel, by layer size; and the rest."""
-    module = timing.import_agent(MODULES[args.agent])
+    module = timing.import_agent(f"{args.agent}_simba_sparse")
     update, _ = build(replace(args, threads=1), "ours")
     call = module.call_numba
-    spent = {}
-    calls = {}
+    spent = Counter()
+    calls = Counter()
 
     def timed(kernel, *tensors):
         start = time.process_time()
         result = call(kernel, *tensors)
         weights = max(len(tensor) for tensor in tensors if tensor.dim() == 1)
         key = f"{kernel.__name__}, {weights:,} weights"
-        spent[key] = spent.get(key, 0.0) + 1000 * (time.process_time() - start) / args.turns
-        calls[key] = calls.get(key, 0) + 1
+        spent[key] += 1000 * (time.process_time() - start) / args.turns
+        calls[key] += 1
         return result
 
     update()
@@ -191,8 +194,8 @@ def profile(args: Args) -> None:
     spent["everything else"] = total - sum(spent.values())
     calls["everything else"] = args.turns
     rows = [
-        [key, calls[key] // args.turns, f"{spent[key]:.1f}", f"{100 * spent[key] / total:.0f} %"]
-        for key in sorted(spent, key=spent.get, reverse=True)
+        [key, calls[key] // args.turns, f"{ms:.1f}", f"{100 * ms / total:.0f} %"]
+        for key, ms in spent.most_common()
     ]
     rows.append(["all", "", f"{total:.1f}", "100 %"])
     print(plots.markdown_table(["kernel", "calls", "CPU ms per update", "share"], rows), end="")
@@ -200,20 +203,23 @@ def profile(args: Args) -> None:
 
 def print_table(args: Args) -> pd.DataFrame:
     """Measures widths by sparsities; prints a row of a Markdown table for each."""
-    names = ["twin ms", "ours ms", "time ratio", "twin MiB", "ours MiB", "memory ratio"]
-    print(" | ".join(["| width scale | sparsity", *names]) + " |\n" + "|---" * 8 + "|")
+    names = ("twin ms", "ours ms", "time ratio", "twin MiB", "ours MiB", "memory ratio")
+    timing.print_header("width scale", "sparsity", *names)
     results = []
-    for width_scale in (1.0, 2.0, 4.0, 5.0):
-        for sparsity in (0.0, 0.8, 0.9, 0.95):
-            size = {"width_scale": width_scale, "sparsity": sparsity}
-            found = compare(replace(args, **size))
-            results.append(size | found)
-            print(
-                f"| {width_scale:g} | {sparsity:g} "
-                f"| {found['twin_ms']:.1f} | {found['ours_ms']:.1f} | {found['time']:.3f} "
-                f"| {found['twin_mib']:.0f} | {found['ours_mib']:.0f} | {found['memory']:.2f} |",
-                flush=True,
-            )
+    for width_scale, sparsity in product((1.0, 2.0, 4.0, 5.0), (0.0, 0.8, 0.9, 0.95)):
+        size = {"width_scale": width_scale, "sparsity": sparsity}
+        found = compare(replace(args, **size))
+        results.append(size | found)
+        timing.print_cells(
+            f"{width_scale:g}",
+            f"{sparsity:g}",
+            f"{found['twin_ms']:.1f}",
+            f"{found['ours_ms']:.1f}",
+            f"{found['time']:.3f}",
+            f"{found['twin_mib']:.0f}",
+            f"{found['ours_mib']:.0f}",
+            f"{found['memory']:.2f}",
+        )
     return pd.DataFrame(results)
 
 

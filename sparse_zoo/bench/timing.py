@@ -9,16 +9,16 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "analysis"))
 import plots  # noqa: F401  for the scripts of this folder, which cannot find it before
-from runs import RESULTS, fail, import_agent, make_folder  # noqa: F401
+from runs import COSTS, fail, import_agent, make_folder  # noqa: F401
 
 CPU = torch.device("cpu")
-COSTS = RESULTS / "costs.csv"
 
 
 def set_threads(module, threads: int | None) -> None:
@@ -77,6 +77,46 @@ def start_process(serve: Callable, *args) -> Connection:
     context.Process(target=serve, args=(theirs, *args), daemon=True).start()
     theirs.close()
     return ours
+
+
+def stepper(env, choose_action: Callable) -> Callable[[], None]:
+    """A function that makes one step of an environment."""
+    env.reset(seed=0)
+
+    def step() -> None:
+        *_, terminated, truncated, _ = env.step(choose_action())
+        if terminated or truncated:
+            env.reset()
+
+    return step
+
+
+def fill_replay(replay, frames: int, shape: tuple[int, ...], choose_action: Callable) -> None:
+    """Random frames in episodes of 500 decisions."""
+    film = np.random.default_rng(0).integers(0, 256, (100, *shape), np.uint8)
+    for number in range(frames):
+        frame = film[number % len(film)]
+        if number % 501 == 0:
+            replay.begin(frame)
+        else:
+            replay.add(choose_action(), 1.0, False, frame)
+
+
+def print_cells(*cells: str) -> None:
+    """A row of a Markdown table."""
+    print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def print_header(*names: str) -> None:
+    print_cells(*names)
+    print("|---" * len(names) + "|")
+
+
+def answer(connection: Connection, function: Callable) -> None:
+    """Sends milliseconds of a call, the mean over the number of calls asked for; 0 ends it."""
+    connection.send("ready")
+    while count := connection.recv():
+        connection.send(measure(function, repeats=count))
 
 
 # The usual way to train a sparse network, which ours is compared with
