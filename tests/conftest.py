@@ -8,10 +8,10 @@ import multiprocessing
 import os
 import runpy
 import signal
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from subprocess import CompletedProcess
 
 import gymnasium as gym
 import numba
@@ -26,6 +26,7 @@ ANALYSIS = AGENTS / "analysis"
 BENCH = AGENTS / "bench"
 DATA = ROOT / "tests" / "data"
 CPU = torch.device("cpu")
+Ended = tuple[int, str, str]  # exit code, stdout and stderr of a program
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +52,7 @@ def main(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     handler = signal.getsignal(signal.SIGINT)
 
-    def run(program: Path | str, *arguments, stdin: str = "") -> tuple[int, str, str]:
+    def run(program: Path | str, *arguments, stdin: str = "") -> Ended:
         monkeypatch.setattr(sys, "argv", [str(program), *map(str, arguments)])
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
         code = 0
@@ -117,17 +118,38 @@ class Process:
         self.process.join()
         assert self.process.exitcode == -signal.SIGKILL
 
-    def finish(self) -> CompletedProcess:
+    def finish(self) -> Ended:
         self.process.join()
         texts = [Path(self.output.name, name).read_text() for name in ("stdout", "stderr")]
-        return CompletedProcess(self.process.name, self.process.exitcode, *texts)
+        return self.process.exitcode, *texts
 
 
-def check_error(code: int | None, error: str, words: str = "") -> None:
+def call(*command, **how) -> Ended:
+    """What a command did, in a process that is not forked from ours."""
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, **how)
+    return done.returncode, done.stdout, done.stderr
+
+
+def environment(**more: str) -> dict[str, str]:
+    """That of benchmark.sh, whose own variables are not inherited."""
+    own = ("RUNS", "RESULTS", "THREADS", "FLAGS", "SBATCH_OPTIONS")
+    inherited = {name: value for name, value in os.environ.items() if name not in own}
+    return {**inherited, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **more}
+
+
+def succeed(ended: Ended) -> str:
+    """What a program said that ended well."""
+    code, out, error = ended
+    assert code == 0, error
+    return out
+
+
+def check_error(ended: Ended, *words: str) -> None:
     """Bad input ends a program with exit code 2 and one line that names what was wrong."""
+    code, _, error = ended
     assert code == 2
     assert error.startswith("error: ") and error.endswith("\n") and error.count("\n") == 1, error
-    assert all(word in error for word in words.split()), error
+    assert all(word in error for word in words), error
 
 
 # Run folders
@@ -151,6 +173,10 @@ def read_metrics(run_dir: Path) -> list[dict[str, str]]:
     """The rows of metrics.csv, but for those of wall-clock time."""
     with open(run_dir / "metrics.csv", newline="") as file:
         return [row for row in csv.DictReader(file) if not row["metric"].startswith("time/")]
+
+
+def load_checkpoint(run_dir: Path) -> dict:
+    return torch.load(run_dir / "checkpoint.pt", weights_only=True)
 
 
 def metric_values(rows: list[dict[str, str]], metric: str) -> list[float]:
@@ -183,6 +209,23 @@ def one_thread():
     numba.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def count_parameters(*networks) -> int:
+    return sum(part.numel() for network in networks for part in network.parameters())
+
+
+def count_weights(rows: list[dict]) -> tuple[int, int]:
+    """Active weights in the rows of a layer table, and all."""
+    return sum(row["active"] for row in rows), sum(row["total"] for row in rows)
+
+
+BY_KERNEL = pytest.mark.parametrize("kernel", ["packed", "dense"])
+
+
 def make_agent(module, obs_dim: int = 5, action_dim: int = 2, **flags):
     """A small agent with a replay of vectors."""
     args = module.Args(**{"width_scale": 0.125, **flags})
@@ -200,6 +243,41 @@ def make_batch(module, size: int = 16, obs_dim: int = 5, action_dim: int = 2, se
     reward = torch.randn(size, generator=generator)
     terminated = (torch.arange(size) % 4 == 0).float()
     return module.Batch(obs, action.tanh(), reward, next_obs, terminated), noise, next_noise
+
+
+def check_optimizer(optimizer, network, weight_decay: float = 1e-2) -> None:
+    """AdamW as in the papers, over all of a network."""
+    assert type(optimizer) is torch.optim.AdamW
+    (group,) = optimizer.param_groups
+    expected = {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": weight_decay}
+    assert {name: group[name] for name in expected} == expected
+    assert [*map(id, group["params"])] == [*map(id, network.parameters())]
+
+
+def assert_all_equal(ours, expected) -> None:
+    for a, b in zip(ours, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def check_returns(result: dict[str, float], returns: list[float]) -> None:
+    """An evaluation of four episodes."""
+    middle = sorted(returns)[1:3]
+    assert result["return_mean"] == pytest.approx(np.mean(returns), rel=1e-12)
+    assert result["return_std"] == pytest.approx(np.std(returns), rel=1e-9)
+    assert result["return_iqm"] == pytest.approx(np.mean(middle), rel=1e-12)
+    assert np.ptp(returns) > 0
+
+
+@pytest.fixture
+def train(main, tmp_path):
+    """Trains from the command line: how it ended, checkpoint and rows of metrics.csv."""
+
+    def run(agent, arguments: str) -> tuple[Ended, dict, list[dict[str, str]]]:
+        ended = main(agent.__file__, *arguments.split(), "--runs-dir", "runs")
+        run_dir = only_run(tmp_path / "runs")
+        return ended, load_checkpoint(run_dir), read_metrics(run_dir)
+
+    return run
 
 
 def dense_weight(layer, values: torch.Tensor | None = None) -> torch.Tensor:

@@ -3,12 +3,11 @@
 import ast
 import json
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import AGENTS, ROOT, only_run
+from conftest import AGENTS, ROOT, call, load_checkpoint, only_run, succeed
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BY_NAME = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -78,18 +77,14 @@ def test_the_patch_of_fork_it_applies_and_runs(tmp_path, main):
     (patch,) = re.findall(r"```diff\n(.+?)```", (ROOT / "docs" / "fork_it.md").read_text(), re.S)
     copy = tmp_path / "my_sac.py"
     copy.write_text((AGENTS / "sac_simba_sparse.py").read_text())
-    done = subprocess.run(
-        ["git", "apply", "-"], cwd=tmp_path, input=patch, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    succeed(call("git", "apply", "-", cwd=tmp_path, input=patch))
     flags = "--env-id dm_control/cartpole-swingup-v0 --action-repeat 20 --total-timesteps 200"
     flags += " --learning-starts 100 --eval-episodes 1 --final-eval-episodes 1 --width-scale 0.25"
     flags += " --batch-size 8 --threads 1 --device cpu --sparsity 0.5 --sparse-kernel dense"
-    code, _, err = main(copy, *flags.split())
-    assert code == 0, err
+    succeed(main(copy, *flags.split()))
     run_dir = only_run(tmp_path / "runs")
     layers = json.loads((run_dir / "args.json").read_text())["layers"]["critic"]
-    checkpoint = torch.load(run_dir / "checkpoint.pt", weights_only=True)
+    checkpoint = load_checkpoint(run_dir)
     pruned = [row for row in layers if row["active"] < row["total"]]
     assert len(pruned) == 4  # of two residual blocks
     for row in pruned:

@@ -6,15 +6,13 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import imageio
 import pytest
-import torch
-from conftest import AGENTS, ROOT, only_run
+from conftest import AGENTS, ROOT, call, load_checkpoint, only_run, succeed
 
 BY_AGENT = pytest.mark.parametrize("agent", sorted(AGENTS.glob("*.py")), ids=lambda path: path.stem)
 TINY = "--eval-episodes 1 --final-eval-episodes 1 --width-scale 0.125 --sparsity 0.8"
@@ -60,8 +58,7 @@ def test_runs_alone_in_an_empty_folder(agent, tmp_path):
     shutil.copy(agent, tmp_path)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [sys.executable, agent.name, *TINY.split(), *OWN[agent.stem].split()]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    succeed(call(*command, cwd=tmp_path, env=environment))
     assert {path.name for path in tmp_path.iterdir()} - {"__pycache__"} == {agent.name, "runs"}
     run_dir = only_run(tmp_path / "runs")
     with open(run_dir / "metrics.csv", newline="") as file:
@@ -86,9 +83,7 @@ def test_runs_alone_in_an_empty_folder(agent, tmp_path):
         name for name in logged if not any(fnmatch.fnmatchcase(name, known) for known in documented)
     ]
     assert json.loads((run_dir / "args.json").read_text())["args"]["sparsity"] == 0.8
-    assert (
-        torch.load(run_dir / "checkpoint.pt", weights_only=True)["args"]["total_timesteps"] == total
-    )
+    assert load_checkpoint(run_dir)["args"]["total_timesteps"] == total
     assert imageio.imread(run_dir / "learning_curve.png").std() > 1
 
 
@@ -103,10 +98,4 @@ def test_header_agrees_with_the_requirements(agent):
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("uv") is None, reason="uv is not installed")
 def test_uv_installs_what_the_header_names(agent, tmp_path):
-    done = subprocess.run(
-        ["uv", "run", "--script", str(agent), "--help"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0 and "--sparsity" in done.stdout, done.stderr
+    assert "--sparsity" in succeed(call("uv", "run", "--script", agent, "--help", cwd=tmp_path))

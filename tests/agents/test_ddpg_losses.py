@@ -1,7 +1,7 @@
 """DDPG's policy, losses and updates against numbers worked out by hand and in plain float64."""
 
 import math
-from types import SimpleNamespace
+from functools import partial
 
 import conftest
 import ddpg_simba_sparse as ddpg
@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from conftest import CPU, dense_weight
+from conftest import CPU, check_optimizer, count_parameters, dense_weight
 
 OBS_DIM, ACTION_DIM, BATCH = 5, 2, 16
 
 
-def make_agent(**flags) -> ddpg.Agent:
-    return conftest.make_agent(ddpg, **flags)
+make_agent = partial(conftest.make_agent, ddpg)
 
 
 def make_batch(seed: int) -> tuple[ddpg.Batch, torch.Tensor, torch.Tensor]:
@@ -68,17 +67,17 @@ def policy_stub(obs, noise):
     return obs + noise
 
 
+def one_critic(obs, action):
+    return 10 * action.T
+
+
 def test_actor_loss_by_hand():
     # Q = 10 a for actions 1 + 0.5 and 3 - 1: -(15 + 20) / 2. A second critic 12 + a is smaller at
     # the first action (13.5) and at the second (14): -(13.5 + 14) / 2.
     obs, noise = torch.tensor([[1.0], [3.0]]), torch.tensor([[0.5], [-1.0]])
-    assert ddpg.actor_loss(policy_stub, lambda _, a: 10 * a.T, obs, noise).item() == -17.5
-    assert (
-        ddpg.actor_loss(
-            policy_stub, lambda _, a: torch.cat([10 * a.T, 12 + a.T]), obs, noise
-        ).item()
-        == -13.75
-    )
+    assert ddpg.actor_loss(policy_stub, one_critic, obs, noise).item() == -17.5
+    two_critics = lambda _, a: torch.cat([10 * a.T, 12 + a.T])  # noqa: E731
+    assert ddpg.actor_loss(policy_stub, two_critics, obs, noise).item() == -13.75
 
 
 def test_td_target_by_hand():
@@ -87,7 +86,7 @@ def test_td_target_by_hand():
     # first.
     next_obs, noise = torch.tensor([[0.0], [1.0], [0.0]]), torch.tensor([[0.5], [1.0], [0.5]])
     batch = ddpg.Batch(None, None, torch.ones(3), next_obs, torch.tensor([0.0, 1.0, 0.0]))
-    target = ddpg.td_target(policy_stub, lambda _, a: 10 * a.T, batch, 0.9, noise)
+    target = ddpg.td_target(policy_stub, one_critic, batch, 0.9, noise)
     assert target.tolist() == pytest.approx([5.5, 1.0, 5.5])
     # A second critic at -1 is smaller everywhere: 1 - 0.9.
     target = ddpg.td_target(
@@ -119,11 +118,10 @@ class Reference:
             elif isinstance(module, nn.Linear | nn.LayerNorm):
                 for kind, parameter in module.named_parameters():
                     self.parameters[f"{name}.{kind}"] = parameter.detach().double()
-        self.parameters = {
-            name: value.clone().requires_grad_() for name, value in self.parameters.items()
-        }
-        self.first = {name: torch.zeros_like(value) for name, value in self.parameters.items()}
-        self.second = {name: torch.zeros_like(value) for name, value in self.parameters.items()}
+        for name, value in self.parameters.items():
+            self.parameters[name] = value.clone().requires_grad_()
+        self.first = dict.fromkeys(self.parameters, 0.0)
+        self.second = dict.fromkeys(self.parameters, 0.0)
         self.steps = 0
 
     def linear(self, name: str, x):
@@ -193,12 +191,14 @@ def test_three_updates_equal_masked_dense_ddpg(sparsity, kernel):
         for name, fast in critic.parameters.items():
             target_critic.parameters[name] = 0.75 * target_critic.parameters[name] + 0.25 * fast
 
-        assert losses["actor_loss"].item() == pytest.approx(loss_actor.item(), abs=1e-10)
-        assert losses["critic_loss"].item() == pytest.approx(loss_critic.item(), abs=1e-10)
-        assert losses["td_target"].item() == pytest.approx(target.mean().item(), abs=1e-10)
-    networks = {"actor": (actor, agent.actor), "critic": (critic, agent.critic)}
-    networks["target"] = (target_critic, agent.target_critic)
-    for expected, network in networks.values():
+        ours = [losses[name].item() for name in ("actor_loss", "critic_loss", "td_target")]
+        expected = [loss_actor.item(), loss_critic.item(), target.mean().item()]
+        assert ours == pytest.approx(expected, rel=0, abs=1e-10)
+    for expected, network in (
+        (actor, agent.actor),
+        (critic, agent.critic),
+        (target_critic, agent.target_critic),
+    ):
         ours = Reference(network).parameters
         assert ours.keys() == expected.parameters.keys()
         for name, value in ours.items():
@@ -212,34 +212,22 @@ def test_target_has_no_optimiser_and_there_is_no_target_actor():
 
 def test_optimisers_are_the_papers():
     agent = make_agent()
-    for name in ("actor", "critic"):
-        optimizer = getattr(agent, f"{name}_optimizer")
-        assert type(optimizer) is torch.optim.AdamW and len(optimizer.param_groups) == 1
-        group = optimizer.param_groups[0]
-        assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (
-            1e-4,
-            (0.9, 0.999),
-            1e-8,
-            1e-2,
-        )
-        assert [*map(id, group["params"])] == [*map(id, getattr(agent, name).parameters())]
+    check_optimizer(agent.actor_optimizer, agent.actor)
+    check_optimizer(agent.critic_optimizer, agent.critic)
 
 
 def test_parameters_on_humanoid():
     # Actor, hidden 128: 67*128+128, then 2*128 + 128*512+512 + 512*128+128, 2*128, and 128*21+21.
     with torch.device("meta"):
         actor, critic = ddpg.Actor(67, 21, 128, 1), ddpg.Critic(67, 21, 512, 2, 1)
-    counts = [
-        sum(parameter.numel() for parameter in network.parameters()) for network in (actor, critic)
-    ]
+    counts = [count_parameters(actor), count_parameters(critic)]
     assert counts == [143_637, 4_248_577]
 
 
 def test_diagnostics_gradients_are_those_of_an_update():
     agent, (batch, noise, next_noise) = make_agent(sparsity=0.8), make_batch(0)
     measured = ddpg.diagnose(agent, batch, noise, next_noise, 0.99)
-    before = SimpleNamespace(actor=agent.actor, critic=agent.critic)
-    loss = ddpg.actor_loss(before.actor, before.critic, batch.obs, noise)
+    loss = ddpg.actor_loss(agent.actor, agent.critic, batch.obs, noise)
     gradients = torch.autograd.grad(loss, list(agent.actor.parameters()))
     norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients))
     assert measured["actor_grad_norm"] == pytest.approx(norm, rel=1e-5)

@@ -9,12 +9,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import CPU, DATA
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
+from conftest import CPU, DATA, assert_all_equal, count_parameters, count_weights, dense_weight
 
 
 @pytest.fixture(scope="module")
@@ -183,10 +178,8 @@ def test_replay_comes_back_from_its_state(replay, tmp_path):
     other.load_state_dict(replay.state_dict())
     assert np.array_equal(other.priority, replay.priority)
     generators = [torch.Generator().manual_seed(1) for _ in range(2)]
-    for ours, theirs in zip(
-        replay.sample(64, CPU, generators[0]), other.sample(64, CPU, generators[1])
-    ):
-        assert torch.equal(ours, theirs)
+    ours, theirs = replay.sample(64, CPU, generators[0]), other.sample(64, CPU, generators[1])
+    assert_all_equal(ours, theirs)
 
 
 # --- Networks ---
@@ -197,7 +190,7 @@ def test_replay_comes_back_from_its_state(replay, tmp_path):
 )
 def test_impala_parameters_and_shapes(width, parameters):
     encoder = der.impala(width, 2)
-    assert sum(parameter.numel() for parameter in encoder.parameters()) == parameters
+    assert count_parameters(encoder) == parameters
     sizes = []
     for module in encoder:
         if isinstance(module, nn.MaxPool2d):
@@ -231,11 +224,7 @@ def test_noise_has_the_variance_of_its_scales(sparsity):
         mean = layer(x)[0]
     # The noise of output i is eps_i (sum_j sigma eps_j x_j + sigma), and E eps^2 = E |z| = sqrt(2 /
     # pi)
-    mask = torch.ones(32, 64)
-    if sparsity:
-        mask = torch.zeros(32 * 64)
-        mask[layer.mean.active.long()] = 1.0
-        mask = mask.view(32, 64)
+    mask = dense_weight(layer.mean, torch.ones(count)) if sparsity else torch.ones(32, 64)
     moment = math.sqrt(2 / math.pi)
     variance = (0.5 / 8) ** 2 * moment * (moment * (mask * x.square()).sum(1) + 1)
     assert torch.allclose(
@@ -278,11 +267,7 @@ class Plain(nn.Module):
     def put(self, key: str, values: torch.Tensor, sparse: nn.Module | None = None) -> None:
         values, mask = values.detach().clone().contiguous(), torch.ones_like(values)
         if sparse is not None:
-            places, shape = sparse.active.long(), sparse.shape
-            values, mask = (
-                torch.zeros(math.prod(shape)).index_copy(0, places, t).view(shape)
-                for t in (values, mask)
-            )
+            values, mask = dense_weight(sparse, values), dense_weight(sparse, mask)
         self.weights[key], self.masks[key] = nn.Parameter(values), mask.detach()
 
     def get(self, key: str) -> torch.Tensor:
@@ -365,12 +350,11 @@ def test_what_sparsity_prunes():
         assert layer.sigma.numel() == getattr(layer.mean, layer.weight_name).numel()
         assert layer.bias_sigma.numel() == layer.mean.bias.numel()
         noisy += layer.sigma.numel() + layer.bias_sigma.numel()
-    active = sum(row["active"] for row in rows)
-    total = sum(row["total"] for row in rows)
+    active, total = count_weights(rows)
     assert total == 97_744 + (3872 + 1) * 512 + (512 + 1) * 51 + (512 + 1) * 6 * 51
     # Rounded down for each parameter
     assert active == pytest.approx(0.2 * total, abs=len(rows) + 20)
-    assert sum(parameter.numel() for parameter in agent.network.parameters()) == active + noisy
+    assert count_parameters(agent.network) == active + noisy
     shapes = {name: tuple(p.shape) for name, p in der.Network(der.Args(), 6).named_parameters()}
     density = {name: 1 - sparsity for name, sparsity in der.erdos_renyi(shapes, 0.8).items()}
     convolution, linear = density["encoder.10.layers.1.weight"], density["hidden.mean.weight"]

@@ -1,12 +1,11 @@
 """Agents on another device: every tensor is where it belongs, and the numbers are the CPU's."""
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import AGENTS, Process, read_metrics
+from conftest import AGENTS, Process, call, load_checkpoint, only_run, read_metrics, succeed
 from torch.utils._pytree import tree_flatten
 
 HERE = Path(__file__).parent
@@ -32,19 +31,18 @@ def test_a_run_on_a_device_equals_that_on_the_cpu(agent, tmp_path):
     """Training, evaluation, diagnostics, checkpoints, and going on from one, bit for bit."""
     file = AGENTS / f"{agent}.py"
     flags = f"{COMMON} {CASES[agent]}".split()
-    done = Process(HERE / "simulated_device.py", file, tmp_path, *flags).finish()
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "new run" in done.stdout and "going on from env step" in done.stdout
+    out = succeed(Process(HERE / "simulated_device.py", file, tmp_path, *flags).finish())
+    assert "new run" in out and "going on from env step" in out
     metrics, checkpoints = [], []
     for device in ("cpu", "sim"):
-        (path,) = tmp_path.glob(f"{device}/*/checkpoint.pt")
-        checkpoint = torch.load(path, weights_only=True)
+        run_dir = only_run(tmp_path / device)
+        checkpoint = load_checkpoint(run_dir)
         assert checkpoint.pop("args")["device"] == device
         checkpoint["counters"] = checkpoint["counters"][
             :-1
         ]  # the last is the length of metrics.csv
         checkpoints.append(tree_flatten(checkpoint))
-        metrics.append(read_metrics(path.parent))
+        metrics.append(read_metrics(run_dir))
     assert metrics[0] == metrics[1]
     (expected, structure), (ours, same_structure) = checkpoints
     assert structure == same_structure
@@ -75,5 +73,4 @@ with simulated_device.SimDevice():
             continue
         raise AssertionError(f"mistake {MISTAKES.index(mistake)} went through")
 """
-    done = subprocess.run([sys.executable, "-c", program], cwd=HERE, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    succeed(call(sys.executable, "-c", program, cwd=HERE))

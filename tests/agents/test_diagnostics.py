@@ -1,20 +1,17 @@
 """Rank, dormancy and norms against numbers worked out by hand; measuring changes nothing."""
 
 import copy
+from functools import partial
 
 import conftest
 import pytest
 import sac_simba_sparse as sac
 import torch
 import torch.nn as nn
+from conftest import BY_KERNEL
 
-
-def make_agent(**flags) -> sac.Agent:
-    return conftest.make_agent(sac, **flags)
-
-
-def make_batch() -> tuple[sac.Batch, torch.Tensor, torch.Tensor]:
-    return conftest.make_batch(sac, 32)
+make_agent = partial(conftest.make_agent, sac)
+make_batch = partial(conftest.make_batch, sac, 32)
 
 
 def with_spectrum(singular: list[float], rows: int, columns: int) -> torch.Tensor:
@@ -118,7 +115,7 @@ def test_measuring_leaves_no_hooks_and_no_gradients(small_encoder):
     )
 
 
-@pytest.mark.parametrize("kernel", ["packed", "dense"])
+@BY_KERNEL
 def test_the_layers_measured_are_those_of_the_paper(kernel):
     # The input layer and both layers of each block before the residual sum, heads left out; one
     # ReLU a block.
@@ -165,7 +162,7 @@ def test_diagnose_changes_nothing(flags):
     assert list(first) == [f"{network}_{name}" for network in ("actor", "critic") for name in names]
 
 
-@pytest.mark.parametrize("kernel", ["packed", "dense"])
+@BY_KERNEL
 def test_norms_over_active_weights_equal_those_of_the_masked_dense_network(kernel):
     agent, (batch, noise, next_noise) = make_agent(sparsity=0.8, sparse_kernel=kernel), make_batch()
     dense, masked, masks = make_agent(), copy.deepcopy(agent), {}

@@ -9,12 +9,14 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import CPU, dense_weight
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
+from conftest import (
+    CPU,
+    assert_all_equal,
+    check_error,
+    count_parameters,
+    count_weights,
+    dense_weight,
+)
 
 
 def frames(count: int) -> np.ndarray:
@@ -104,8 +106,7 @@ def test_a_killed_run_finds_the_replay_of_its_checkpoint(tmp_path):
     fill(replay, 49, 60)  # after the checkpoint, then killed
     resumed = make("r+")
     resumed.load_state_dict(state)
-    for ours, theirs in zip(resumed.sample(500, CPU, torch.Generator().manual_seed(1)), expected):
-        assert torch.equal(ours, theirs)
+    assert_all_equal(resumed.sample(500, CPU, torch.Generator().manual_seed(1)), expected)
     # Only the last 20 frames are sampled: from number 29 on, whose stack begins with 28, the first
     # of its episode
     assert expected.obs.min() == 28 and expected.next_obs.max() == 48
@@ -132,8 +133,7 @@ def test_a_checkpoint_whose_frames_are_lost_is_an_error(tmp_path, capsys, agent,
     before = {file: file.stat().st_size for file in tmp_path.iterdir()}
     with pytest.raises(SystemExit) as stopped:
         make("r+")
-    message = capsys.readouterr().err
-    assert stopped.value.code == 2 and str(path) in message and message.count("\n") == 1
+    check_error((stopped.value.code, *capsys.readouterr()), str(path))
     assert {file: file.stat().st_size for file in tmp_path.iterdir()} == before
 
 
@@ -157,13 +157,7 @@ def test_there_is_nothing_to_sample_before_a_whole_transition(tmp_path):
 def test_a_disk_that_is_too_small_is_an_error(tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         drq.FrameReplay(tmp_path / "replay.u8", 10**12, 0, 1, 3, 0.99)
-    message = capsys.readouterr().err
-    assert (
-        stopped.value.code == 2
-        and "GB" in message
-        and "--buffer-size" in message
-        and message.count("\n") == 1
-    )
+    check_error((stopped.value.code, *capsys.readouterr()), "GB", "--buffer-size")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -345,9 +339,7 @@ def test_what_sparsity_prunes():
     active = {}
     total = {}
     for name in ("encoder", "actor", "critic"):
-        rows = drq.layer_table(getattr(agent, name))
-        active[name] = sum(row["active"] for row in rows)
-        total[name] = sum(row["total"] for row in rows)
+        active[name], total[name] = count_weights(drq.layer_table(getattr(agent, name)))
     assert total["encoder"] == active["encoder"] == 30_368
     assert (
         total["actor"]
@@ -355,11 +347,10 @@ def test_what_sparsity_prunes():
         == 39200 * 50 + 50 + 100 + 51 * 1024 + 1025 * 1024 + 1025 * 2
     )
     assert active["critic"] == pytest.approx(0.2 * total["critic"], abs=20)
-    assert active["critic"] == sum(parameter.numel() for parameter in agent.critic.parameters())
+    assert active["critic"] == count_parameters(agent.critic)
     both = drq.Agent(drq.Args(sparsity=0.8, sparsify_encoder=True, width_scale=0.25), 2, CPU)
-    listed = sum(row["active"] for row in drq.layer_table(both.encoder))
-    stored = sum(parameter.numel() for parameter in both.encoder.parameters())
-    assert listed == stored == pytest.approx(0.2 * 30_368, abs=10)
+    listed, _ = count_weights(drq.layer_table(both.encoder))
+    assert listed == count_parameters(both.encoder) == pytest.approx(0.2 * 30_368, abs=10)
 
 
 def test_bf16_encodes_nearly_the_same():

@@ -9,7 +9,7 @@ import sac_simba_sparse as sac
 import stream_ac_sparse as stream
 import torch
 import torch.nn as nn
-from conftest import CPU, check_error, make_agent
+from conftest import CPU, check_error, load_checkpoint, make_agent, only_run, succeed
 
 FLAGS = (
     "--env-id dm_control/cartpole-swingup-v0 --action-repeat 20 --total-timesteps 400"
@@ -129,14 +129,14 @@ def test_a_run_of_another_network_is_left_as_it_is(main, tmp_path):
     source = (tmp_path / "my_sac.py").resolve()
     text = Path(sac.__file__).read_text()
     source.write_text(text)
-    assert main(source, *FLAGS.split())[0] == 0
-    checkpoint = next((tmp_path / "runs").glob("*/checkpoint.pt"))
-    finished = torch.load(checkpoint, weights_only=True)
-    torch.save(finished | {"finished": False}, checkpoint)
+    succeed(main(source, *FLAGS.split()))
+    run_dir = only_run(tmp_path / "runs")
+    checkpoint = run_dir / "checkpoint.pt"
+    torch.save(load_checkpoint(run_dir) | {"finished": False}, checkpoint)
     before = checkpoint.read_bytes()
     source.write_text(text.replace("nn.LayerNorm(hidden", "nn.RMSNorm(hidden"))
-    code, _, err = main(source, *FLAGS.split())
-    check_error(code, err, "actor does not fit another --exp-name")
+    words = "actor does not fit another --exp-name"
+    check_error(main(source, *FLAGS.split()), *words.split())
     assert checkpoint.read_bytes() == before
 
 
@@ -144,13 +144,13 @@ def test_a_run_of_another_network_is_left_as_it_is(main, tmp_path):
     "rule",
     [
         lambda shape, density, generator: torch.rand(shape) < density,
-        lambda shape, density, generator: (torch.rand(shape) < density).flatten(),
+        lambda shape, density, generator: torch.rand(shape).flatten() < density,
         lambda shape, density, generator: (torch.rand(shape) < density).long().flatten(),
-        lambda shape, density, generator: torch.arange(0),
-        lambda shape, density, generator: torch.tensor([3, 1]),
-        lambda shape, density, generator: torch.tensor([1, 1]),
-        lambda shape, density, generator: torch.tensor([-1, 1]),
-        lambda shape, density, generator: torch.tensor([1, 10**6]),
+        lambda *_: torch.arange(0),
+        lambda *_: torch.tensor([3, 1]),
+        lambda *_: torch.tensor([1, 1]),
+        lambda *_: torch.tensor([-1, 1]),
+        lambda *_: torch.tensor([1, 10**6]),
     ],
     ids=["mask", "flat_mask", "numbers", "none", "descending", "twice", "negative", "beyond"],
 )
@@ -164,12 +164,11 @@ def test_another_version_of_the_file_is_noted(main, tmp_path):
     source = tmp_path / "my_sac.py"
     text = Path(sac.__file__).read_text()
     source.write_text(text)
-    assert main(source, *FLAGS.split(), "--checkpoint-interval", "20")[0] == 0
-    code, out, _ = main(source, *FLAGS.split())
-    assert code == 0 and "finished" in out and "note" not in out
+    succeed(main(source, *FLAGS.split(), "--checkpoint-interval", "20"))
+    out = succeed(main(source, *FLAGS.split()))
+    assert "finished" in out and "note" not in out
     source.write_text(text.replace("nn.ReLU()", "nn.LeakyReLU()"))
-    code, out, _ = main(source, *FLAGS.split())
-    assert code == 0 and "made by another version of this file" in out
+    assert "made by another version of this file" in succeed(main(source, *FLAGS.split()))
 
 
 def test_a_layer_without_bias_is_not_packed():

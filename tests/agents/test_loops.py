@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import sac_simba_sparse as sac
 import torch
-from conftest import CPU, metric_values, only_run, read_metrics
+from conftest import CPU, assert_all_equal, metric_values, succeed
 
 TINY = "--threads 1 --device cpu --sparsity 0.5 --eval-episodes 1 --final-eval-episodes 1"
 
@@ -20,20 +20,18 @@ pytestmark = pytest.mark.usefixtures("corridor")
 
 
 @pytest.fixture
-def run(main, tmp_path):
-    """Trains from the command line: flags, checkpoint and rows of metrics.csv.
+def run(train):
+    """Trains: flags, checkpoint and rows of metrics.csv.
 
     Torch's generator is left as it is at the start of the run.
     """
 
     def run(agent, arguments: str):
-        code, _, error = main(agent.__file__, *arguments.split(), "--runs-dir", "runs")
-        assert code == 0, error
-        run_dir = only_run(tmp_path / "runs")
-        checkpoint = torch.load(run_dir / "checkpoint.pt", weights_only=True)
+        ended, checkpoint, rows = train(agent, arguments)
+        succeed(ended)
         args = agent.Args(**checkpoint["args"])
         torch.manual_seed(args.seed)
-        return args, checkpoint, read_metrics(run_dir)
+        return args, checkpoint, rows
 
     return run
 
@@ -86,8 +84,7 @@ def test_simba_agents(agent, intervals, run):
                 parts = agent.Agent(args, 2, 1, CPU)
     assert metric_values(metrics, "episode/return") == returns
     assert_equal(saved["norm"], norm.state_dict())
-    for ours, expected in zip(saved["replay"]["columns"], replay.columns):
-        assert torch.equal(ours, expected)
+    assert_all_equal(saved["replay"]["columns"], replay.columns)
     for name in ("actor", "critic", "target_critic"):
         assert_equal(saved[name], getattr(parts, name).state_dict())
 
@@ -130,8 +127,7 @@ def test_drqv2(intervals, run, tmp_path):
         30,
         27,
     )  # frames, and the last that two steps of its episode follow
-    for ours, expected in zip(saved["replay"]["columns"], replay.state_dict()["columns"]):
-        assert torch.equal(ours, expected)
+    assert_all_equal(saved["replay"]["columns"], replay.state_dict()["columns"])
     for name in ("encoder", "actor", "critic", "target_critic"):
         assert_equal(saved[name], getattr(parts, name).state_dict())
 
@@ -185,7 +181,6 @@ def test_der(intervals, run, tmp_path):
         and metric_values(metrics, "episode/length") == lengths
     )
     assert saved["replay"]["counters"] == replay.state_dict()["counters"]
-    for ours, expected in zip(saved["replay"]["columns"], replay.state_dict()["columns"]):
-        assert torch.equal(ours, expected)
+    assert_all_equal(saved["replay"]["columns"], replay.state_dict()["columns"])
     for name in ("network", "target_network"):
         assert_equal(saved[name], getattr(parts, name).state_dict())

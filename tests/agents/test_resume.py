@@ -15,7 +15,17 @@ import imageio
 import numpy as np
 import pytest
 import torch
-from conftest import AGENTS, Process, check_error, contents, metric_values, only_run, read_metrics
+from conftest import (
+    AGENTS,
+    Process,
+    check_error,
+    contents,
+    load_checkpoint,
+    metric_values,
+    only_run,
+    read_metrics,
+    succeed,
+)
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 FILES = {
@@ -66,9 +76,7 @@ def start(case: str, runs: Path, *more: str, **environment: str) -> Process:
 
 
 def finish(case: str, runs: Path, *more: str, **environment: str) -> str:
-    done = start(case, runs, *more, **environment).finish()
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return succeed(start(case, runs, *more, **environment).finish())
 
 
 def leaves(node, path: str = "") -> dict:
@@ -84,7 +92,7 @@ def leaves(node, path: str = "") -> dict:
 
 
 def load(run_dir: Path) -> dict:
-    state = leaves(torch.load(run_dir / "checkpoint.pt", weights_only=True))
+    state = leaves(load_checkpoint(run_dir))
     del state["/args/runs_dir"]
     del state["/counters/3"]  # the length of metrics.csv, in which speeds vary
     return state
@@ -173,7 +181,7 @@ def test_killed_and_resumed_equals_uninterrupted(reference, tmp_path):
 @pytest.mark.parametrize("reference", ["hopper"], indirect=True)
 def test_reset_leaves_the_trained_agent_at_the_end(reference):
     _, runs, _ = reference
-    state = torch.load(only_run(runs) / "checkpoint.pt", weights_only=True)
+    state = load_checkpoint(only_run(runs))
     step, updates = state["counters"][0], state["counters"][1]
     # Resets at 150, 300 and 450 of 600 steps: the optimiser counts the updates since the last
     assert step == 600 and updates == 501
@@ -184,8 +192,8 @@ def test_reset_leaves_the_trained_agent_at_the_end(reference):
 def test_finished_run_is_not_run_again(reference, main):
     case, runs, _ = reference
     before = contents(runs)
-    code, out, _ = main(*command(case, runs))
-    assert code == 0 and "finished" in out and str(only_run(runs)) in out
+    out = succeed(main(*command(case, runs)))
+    assert "finished" in out and str(only_run(runs)) in out
     assert contents(runs) == before
 
 
@@ -203,10 +211,9 @@ def test_finished_run_is_not_run_again_after_its_checkpoints_were_deleted(copy, 
     for path in runs.glob("*/checkpoint*"):
         path.unlink()
     before = contents(runs)
-    code, out, _ = main(*command(case, runs))
-    assert code == 0 and "finished" in out and str(only_run(runs)) in out
-    code, _, err = main(*command(case, runs, "--eval-only"))
-    check_error(code, err, "nothing to evaluate")
+    out = succeed(main(*command(case, runs)))
+    assert "finished" in out and str(only_run(runs)) in out
+    check_error(main(*command(case, runs, "--eval-only")), "nothing to evaluate")
     assert contents(runs) == before
 
 
@@ -216,8 +223,7 @@ def test_kill_in_the_last_evaluation_costs_no_training(reference, copy, main):
     run_dir = only_run(runs)
     # What such a kill leaves
     (run_dir / "checkpoint.previous.pt").replace(run_dir / "checkpoint.pt")
-    code, out, _ = main(*command(case, runs))
-    assert code == 0
+    out = succeed(main(*command(case, runs)))
     assert f"going on from env step {load(run_dir)['/args/total_timesteps']}\n" in out
     assert read_metrics(run_dir) == read_metrics(only_run(reference[1]))
 
@@ -226,9 +232,9 @@ def test_kill_in_the_last_evaluation_costs_no_training(reference, copy, main):
 def test_no_resume_moves_the_old_run_aside_and_repeats_it(copy, main):
     case, runs = copy
     run_dir, before = only_run(runs), contents(only_run(runs))
-    code, out, _ = main(*command(case, runs, "--no-resume"))
+    out = succeed(main(*command(case, runs, "--no-resume")))
     (old,) = (path for path in runs.iterdir() if path != run_dir)
-    assert code == 0 and str(old) in out
+    assert str(old) in out
     assert contents(old) == before
     assert read_metrics(run_dir) == read_metrics(old)
 
@@ -237,8 +243,7 @@ def test_no_resume_moves_the_old_run_aside_and_repeats_it(copy, main):
 def test_eval_only_repeats_the_final_evaluation_and_changes_no_file(reference, main):
     case, runs, _ = reference
     before = contents(runs)
-    code, out, _ = main(*command(case, runs, "--eval-only"))
-    assert code == 0
+    out = succeed(main(*command(case, runs, "--eval-only")))
     assert contents(runs) == before
     rows = read_metrics(only_run(runs))
     for name in ("mean", "std", "iqm"):
@@ -270,13 +275,13 @@ def test_second_process_on_a_run_may_evaluate_but_not_train(main, tmp_path):
                 assert first.running()
                 time.sleep(0.01)
             if file == "args.json":
-                code, _, err = main(*command("cartpole", tmp_path, *more))
-        evaluated, out, _ = main(*command("cartpole", tmp_path, *more, "--eval-only"))
+                refused = main(*command("cartpole", tmp_path, *more))
+        out = succeed(main(*command("cartpole", tmp_path, *more, "--eval-only")))
         assert first.running()
     finally:
         first.kill()
-    check_error(code, err, f"another process {only_run(tmp_path)}")
-    assert evaluated == 0 and "return_mean" in out
+    check_error(refused, "another process", str(only_run(tmp_path)))
+    assert "return_mean" in out
 
 
 def test_track_offline(tmp_path):

@@ -78,13 +78,13 @@ def expected(key: str, layer) -> torch.Tensor:
     return reference if layer is None else reference.T.flatten()[layer.active.long()]
 
 
+def networks(agent: sac.Agent) -> list[tuple[str, nn.Module]]:
+    return [("actor", agent.actor), ("critic", agent.critic), ("target", agent.target_critic)]
+
+
 def check(case, step, agent):
     worst_parameter = worst_gradient = 0.0
-    for name, network in (
-        ("actor", agent.actor),
-        ("critic", agent.critic),
-        ("target", agent.target_critic),
-    ):
+    for name, network in networks(agent):
         for path, ours, layer in tensors(name, network, gradients=False):
             difference = (
                 (ours - expected(f"{case}/step{step}/after/{name}/{path}", layer)).abs().max()
@@ -107,11 +107,7 @@ def test_three_updates_equal_the_official_code(case, kernel):
     agent = sac.Agent(args, 5, 2, CPU)
     agent.critic.encoders[0] = sac.simba(7, 32, 2)
     agent.target_critic.encoders[0] = sac.simba(7, 32, 2)
-    for name, network in (
-        ("actor", agent.actor),
-        ("critic", agent.critic),
-        ("target", agent.target_critic),
-    ):
+    for name, network in networks(agent):
         if name != "actor":
             network.heads[0] = sac.init_linear(32, 1)
         install(case, name, network, kernel)

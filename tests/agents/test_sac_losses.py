@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import conftest
@@ -11,15 +12,10 @@ import pytest
 import sac_simba_sparse as sac
 import torch
 import torch.nn as nn
-from conftest import CPU
+from conftest import CPU, assert_all_equal, check_optimizer, count_parameters
 
-
-def make_agent(obs_dim: int = 5, action_dim: int = 2, **flags) -> sac.Agent:
-    return conftest.make_agent(sac, obs_dim, action_dim, **flags)
-
-
-def make_batch(**sizes) -> tuple[sac.Batch, torch.Tensor, torch.Tensor]:
-    return conftest.make_batch(sac, **sizes)
+make_agent = partial(conftest.make_agent, sac)
+make_batch = partial(conftest.make_batch, sac)
 
 
 def fixed_policy(mean: torch.Tensor, log_std: torch.Tensor) -> sac.Actor:
@@ -49,7 +45,6 @@ def test_log_probability_by_hand():
 
 
 def test_log_probability_equals_torch_distributions():
-    torch.manual_seed(0)
     mean, log_std, noise = torch.randn(64, 3), 3.5 * torch.rand(64, 3) - 3, torch.randn(64, 3)
     action, log_prob = fixed_policy(mean, log_std).sample(torch.zeros(64, 3), noise)
     normal = torch.distributions.Normal(mean.double(), log_std.double().exp())
@@ -85,17 +80,12 @@ def test_log_std_stays_within_its_range():
 
 def test_actor_loss_by_hand():
     # One critic: (0.5 * -1 - 3 + 0.5 * 3 - 5) / 2 = (-3.5 - 3.5) / 2. Entropy: -(-1 + 3) / 2.
-    one = torch.tensor([[3.0, 5.0]])
-    loss, entropy = sac.actor_loss(
-        policy_stub([-1.0, 3.0]), lambda obs, action: one, 0.5, None, None
-    )
-    assert (loss.item(), entropy.item()) == (-3.5, -1.0)
     # Two: the smaller values are 2 and 5, (-0.5 - 2 + 1.5 - 5) / 2.
-    two = torch.tensor([[3.0, 5.0], [2.0, 6.0]])
-    loss, entropy = sac.actor_loss(
-        policy_stub([-1.0, 3.0]), lambda obs, action: two, 0.5, None, None
-    )
-    assert (loss.item(), entropy.item()) == (-3.0, -1.0)
+    values = torch.tensor([[3.0, 5.0], [2.0, 6.0]])
+    for q, expected in ((values[:1], -3.5), (values, -3.0)):
+        policy = policy_stub([-1.0, 3.0])
+        loss, entropy = sac.actor_loss(policy, lambda obs, action, q=q: q, 0.5, None, None)
+        assert (loss.item(), entropy.item()) == (expected, -1.0)
 
 
 def test_td_target_by_hand():
@@ -104,13 +94,12 @@ def test_td_target_by_hand():
     # terminated = 0 and so bootstraps like the first.
     zeros = torch.zeros(3, 1)
     batch = sac.Batch(zeros, zeros, torch.ones(3), zeros, torch.tensor([0.0, 1.0, 0.0]))
-    policy, one = policy_stub([2.0, 2.0, -2.0]), torch.tensor([[10.0, 10.0, 20.0]])
-    target = sac.td_target(policy, lambda obs, action: one, 0.5, batch, 0.9, None)
-    assert target.tolist() == pytest.approx([9.1, 1.0, 19.9])
     # A second critic is smaller in the first and larger in the last: 1 + 0.9 * (4 - 1) = 3.7.
-    two = torch.tensor([[10.0, 10.0, 20.0], [4.0, 10.0, 30.0]])
-    target = sac.td_target(policy, lambda obs, action: two, 0.5, batch, 0.9, None)
-    assert target.tolist() == pytest.approx([3.7, 1.0, 19.9])
+    policy = policy_stub([2.0, 2.0, -2.0])
+    values = torch.tensor([[10.0, 10.0, 20.0], [4.0, 10.0, 30.0]])
+    for q, expected in ((values[:1], [9.1, 1.0, 19.9]), (values, [3.7, 1.0, 19.9])):
+        target = sac.td_target(policy, lambda obs, action, q=q: q, 0.5, batch, 0.9, None)
+        assert target.tolist() == pytest.approx(expected)
 
 
 def test_td_target_carries_no_gradient():
@@ -177,17 +166,9 @@ def test_an_update_leaves_every_critic_weight_trainable():
 
 def test_optimisers_are_the_papers():
     agent = make_agent()
-    for name, decay in (("actor", 1e-2), ("critic", 1e-2), ("temperature", 0.0)):
-        optimizer = getattr(agent, f"{name}_optimizer")
-        assert type(optimizer) is torch.optim.AdamW and len(optimizer.param_groups) == 1
-        group = optimizer.param_groups[0]
-        assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (
-            1e-4,
-            (0.9, 0.999),
-            1e-8,
-            decay,
-        )
-        assert [*map(id, group["params"])] == [*map(id, getattr(agent, name).parameters())]
+    check_optimizer(agent.actor_optimizer, agent.actor)
+    check_optimizer(agent.critic_optimizer, agent.critic)
+    check_optimizer(agent.temperature_optimizer, agent.temperature, weight_decay=0.0)
     assert agent.alpha().item() == pytest.approx(1e-2)
 
 
@@ -242,7 +223,7 @@ def test_parameters_on_humanoid():
             sac.Critic(67, 21, 512, 2, 1),
             sac.Critic(67, 21, 512, 2, 2),
         )
-    counts = [sum(parameter.numel() for parameter in network.parameters()) for network in networks]
+    counts = [count_parameters(network) for network in networks]
     assert counts == [146_346, 4_248_577, 2 * 4_248_577]
     assert counts[0] + counts[1] == pytest.approx(4.4e6, rel=0.01)
 
@@ -271,7 +252,6 @@ def test_initial_biases_and_norms():
 
 
 def test_he_normal_has_its_variance_and_its_cut():
-    torch.manual_seed(0)
     weight = sac.init_linear(500, 2000, he_normal=True).weight.detach()
     std = math.sqrt(
         2 / 500
@@ -368,8 +348,9 @@ def test_observation_norm_goes_on_bit_for_bit_after_a_checkpoint(tmp_path):
         resumed.update(obs)
     ours, uninterrupted = resumed.state_dict(), norm.state_dict()
     assert list(ours) == list(uninterrupted)
-    for name in ours:
-        assert torch.equal(torch.as_tensor(ours[name]), torch.as_tensor(uninterrupted[name])), name
+    assert_all_equal(
+        map(torch.as_tensor, ours.values()), map(torch.as_tensor, uninterrupted.values())
+    )
 
 
 # Replay
@@ -380,23 +361,26 @@ def transition(i: int) -> tuple:
     return np.full(3, float(i)), np.full(2, i / 100), float(i), np.full(3, i + 0.5), i % 3 == 0
 
 
+def fill(buffer: sac.ReplayBuffer, numbers: range) -> None:
+    for i in numbers:
+        buffer.add(*transition(i))
+
+
 def test_replay_overwrites_the_oldest_and_keeps_transitions_whole():
-    torch.manual_seed(0)
     buffer, norm = sac.ReplayBuffer(4, 3, 2), sac.ObservationNorm(3, CPU)
-    for i in range(3):
-        buffer.add(*transition(i))
+    fill(buffer, range(3))
     assert set(buffer.sample(200, norm).reward.tolist()) == {0.0, 1.0, 2.0}
-    for i in range(3, 10):
-        buffer.add(*transition(i))
+    fill(buffer, range(3, 10))
     batch = buffer.sample(400, norm)
     assert set(batch.reward.tolist()) == {6.0, 7.0, 8.0, 9.0}
     shapes = [tuple(column.shape) for column in batch]
     assert shapes == [(400, 3), (400, 2), (400,), (400, 3), (400,)]
     assert all(column.dtype == torch.float32 for column in batch)
     raw = 1 / math.sqrt(1 + 1e-8)  # statistics without an observation: mean 0, variance 1
-    assert torch.allclose(batch.obs, batch.reward[:, None].expand(-1, 3) * raw)
-    assert torch.allclose(batch.next_obs, (batch.reward[:, None].expand(-1, 3) + 0.5) * raw)
-    assert torch.allclose(batch.action, batch.reward[:, None].expand(-1, 2) / 100)
+    number = batch.reward[:, None]
+    assert torch.allclose(batch.obs, number.expand(-1, 3) * raw)
+    assert torch.allclose(batch.next_obs, (number.expand(-1, 3) + 0.5) * raw)
+    assert torch.allclose(batch.action, number.expand(-1, 2) / 100)
     assert torch.equal(batch.terminated, (batch.reward % 3 == 0).float())
     counts = np.unique(batch.reward, return_counts=True)[1]
     assert counts.min() > 70 and counts.max() < 130  # 100 each, standard deviation 9
@@ -414,8 +398,7 @@ def test_replay_normalises_by_the_newest_statistics():
 
 def test_replay_sampling_follows_its_generator():
     buffer, norm = sac.ReplayBuffer(50, 3, 2), sac.ObservationNorm(3, CPU)
-    for i in range(50):
-        buffer.add(*transition(i))
+    fill(buffer, range(50))
     state = torch.get_rng_state()
     draws = [
         buffer.sample(32, norm, torch.Generator().manual_seed(seed)).reward for seed in (3, 3, 4)
@@ -426,24 +409,17 @@ def test_replay_sampling_follows_its_generator():
 
 @pytest.mark.parametrize("added", [3, 4, 10])
 def test_replay_goes_on_bit_for_bit_after_a_checkpoint(added, tmp_path):
-    buffer, resumed, norm = (
-        sac.ReplayBuffer(4, 3, 2),
-        sac.ReplayBuffer(4, 3, 2),
-        sac.ObservationNorm(3, CPU),
-    )
-    for i in range(added):
-        buffer.add(*transition(i))
-    state = buffer.state_dict()
-    torch.save(state, tmp_path / "replay.pt")
-    for i in range(added, added + 2):
-        buffer.add(*transition(i))
+    buffer, resumed = sac.ReplayBuffer(4, 3, 2), sac.ReplayBuffer(4, 3, 2)
+    fill(buffer, range(added))
+    torch.save(buffer.state_dict(), tmp_path / "replay.pt")
+    fill(buffer, range(added, added + 2))
     resumed.load_state_dict(torch.load(tmp_path / "replay.pt", weights_only=True))
-    for i in range(added, added + 2):
-        resumed.add(*transition(i))
+    fill(resumed, range(added, added + 2))
+    norm = sac.ObservationNorm(3, CPU)
     ours, expected = (
         replay.sample(64, norm, torch.Generator().manual_seed(0)) for replay in (resumed, buffer)
     )
-    assert all(torch.equal(a, b) for a, b in zip(ours, expected))
+    assert_all_equal(ours, expected)
     newest = {float(i) for i in range(added + 2)[-4:]}
     assert set(ours.reward.tolist()) == newest
 

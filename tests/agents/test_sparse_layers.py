@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from functools import partial
 
 import numba
 import pytest
@@ -10,7 +11,7 @@ import sac_simba_sparse as sac
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import CPU, DATA, dense_weight, make_agent
+from conftest import BY_KERNEL, CPU, DATA, count_parameters, count_weights, dense_weight, make_agent
 
 OFFICIAL = json.loads((DATA / "er_sparsity_default.json").read_text())
 KERNELS = ("packed", "dense")
@@ -23,9 +24,8 @@ def all_threads(one_thread):
     torch.set_num_threads(numba.config.NUMBA_NUM_THREADS)
 
 
-def tiny_agent(**flags) -> sac.Agent:
-    """Actor hidden 16, critic hidden 64, for 5 observations and 2 actions."""
-    return make_agent(sac, **flags)
+# Actor hidden 16, critic hidden 64, for 5 observations and 2 actions
+tiny_agent = partial(make_agent, sac)
 
 
 def sparse_layers(network: nn.Module) -> dict[str, sac.SparseLinear]:
@@ -39,10 +39,6 @@ def sparse_layers(network: nn.Module) -> dict[str, sac.SparseLinear]:
 def sparse_linear(linear: nn.Linear, mask: torch.Tensor, kernel: str) -> sac.SparseLinear:
     active = mask.flatten().nonzero().squeeze(1)
     return sac.SparseLinear(linear, active, sac.PackedProduct if kernel == "packed" else None)
-
-
-def active_total(rows: list[dict]) -> tuple[int, int]:
-    return sum(row["active"] for row in rows), sum(row["total"] for row in rows)
 
 
 def assert_close(ours: torch.Tensor, reference: torch.Tensor, tolerance: float = 1e-5) -> None:
@@ -134,34 +130,24 @@ def test_every_layer_keeps_an_exact_number_of_weights(distribution, sparsity):
     table = sac.layer_table(pruned)
     weights, others = table[:-1], table[-1]
 
-    assert [row["layer"] + ".weight" for row in weights] == [
-        n for n, shape in shapes.items() if len(shape) == 2
-    ]
+    names = [row["layer"] + ".weight" for row in weights]
+    assert names == [name for name, shape in shapes.items() if len(shape) == 2]
     layers = sparse_layers(pruned)
-    for row in weights:
-        assert tuple(row["shape"]) == shapes[row["layer"] + ".weight"] and row[
-            "total"
-        ] == math.prod(row["shape"])
-        assert abs(row["active"] - (1 - request[row["layer"] + ".weight"]) * row["total"]) <= 1
+    for name, row in zip(names, weights):
+        assert tuple(row["shape"]) == shapes[name] and row["total"] == math.prod(shapes[name])
+        assert abs(row["active"] - (1 - request[name]) * row["total"]) <= 1
         module = pruned.get_submodule(row["layer"])
         if row["active"] == row["total"]:
             assert type(module) is nn.Linear
             continue
         active = layers[row["layer"]].active
         assert len(module.values) == len(active) == row["active"]
-        assert (
-            len(active.unique()) == len(active)
-            and active.min() >= 0
-            and active.max() < row["total"]
-        )
-    assert (
-        others["active"]
-        == others["total"]
-        == sum(math.prod(shape) for shape in shapes.values() if len(shape) == 1)
-    )
-    active, total = active_total(table)
-    assert total == sum(parameter.numel() for parameter in dense.parameters())
-    assert active == sum(parameter.numel() for parameter in pruned.parameters())
+        assert len(active.unique()) == len(active)
+        assert active.min() >= 0 and active.max() < row["total"]
+    biases = sum(math.prod(shape) for shape in shapes.values() if len(shape) == 1)
+    assert others["active"] == others["total"] == biases
+    active, total = count_weights(table)
+    assert total == count_parameters(dense) and active == count_parameters(pruned)
     if distribution == "erdos_renyi":
         assert (
             abs(active - (1 - sparsity) * total) <= len(shapes) + len(weights) / 2
@@ -211,12 +197,8 @@ def test_masks_of_actor_and_critic_are_independent(monkeypatch):
 
     monkeypatch.setattr(sac, "sparsify", spy)
     flags = {"seed": 1, "sparsity": 0.5}
-    (
-        tiny_agent(**flags),
-        tiny_agent(**flags, mask_seed=1),
-        tiny_agent(**{**flags, "seed": 2}, mask_seed=1),
-    )
-    tiny_agent(**flags, mask_seed=2)
+    for changed in ({}, {"mask_seed": 1}, {"seed": 2, "mask_seed": 1}, {"mask_seed": 2}):
+        tiny_agent(**flags | changed)
     default, same, other_run, other_mask = (tuple(seeds[i : i + 2]) for i in range(0, 8, 2))
     assert default == same == other_run and default[0] != default[1]
     assert not set(default) & set(other_mask)
@@ -244,7 +226,7 @@ def test_sparsity_of_one_network_overrides_that_of_both(flags, actor, critic):
     agent = tiny_agent(**flags)
     for name, sparsity in (("actor", actor), ("critic", critic)):
         rows = sac.layer_table(getattr(agent, name))
-        active, total = active_total(rows)
+        active, total = count_weights(rows)
         # Each parameter tensor rounds what it loses, by less than one; and each layer its count, by
         # at most a half.
         tensors = len(list(getattr(agent, name).parameters()))
@@ -256,11 +238,11 @@ def test_layer_table_of_humanoid():
     torch.manual_seed(1)
     agent = sac.Agent(sac.Args(sparsity=0.9), 67, 21, CPU)
     tables = [sac.layer_table(agent.actor), sac.layer_table(agent.critic)]
-    assert [active_total(rows)[1] for rows in tables] == [146_346, 4_248_577]  # 4.4 M
+    assert [count_weights(rows)[1] for rows in tables] == [146_346, 4_248_577]  # 4.4 M
     for name in ("actor", "critic"):
         official = OFFICIAL[f"sac/{name}/default_x1"]["by_sparsity"]["0.9"]
         rows = sac.layer_table(getattr(agent, name))
-        active, _ = active_total(rows)
+        active, _ = count_weights(rows)
         assert active == pytest.approx(official["expected_active_total"], abs=len(rows) / 2)
         expected = sorted(
             (1 - sparsity) * math.prod(OFFICIAL[f"sac/{name}/default_x1"]["shapes"][path])
@@ -268,10 +250,8 @@ def test_layer_table_of_humanoid():
             if path.endswith("kernel")
         )
         assert sorted(row["active"] for row in rows[:-1]) == pytest.approx(expected, rel=2e-3)
-    stored = sum(
-        parameter.numel() for parameter in (*agent.actor.parameters(), *agent.critic.parameters())
-    )
-    assert stored == sum(row["active"] for rows in tables for row in rows)
+    stored = count_parameters(agent.actor, agent.critic)
+    assert stored == sum(count_weights(rows)[0] for rows in tables)
 
 
 def test_humanoid_at_width_4_has_70_million_parameters_and_7_million_active():
@@ -341,7 +321,7 @@ def compare(mask: torch.Tensor, kernel: str, x: torch.Tensor, grad: torch.Tensor
     assert_close(layer.bias.grad, bias.grad)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@BY_KERNEL
 @pytest.mark.parametrize("batch", [1, 2, 256])
 @pytest.mark.parametrize("out_features,in_features,density", SHAPES)
 def test_layer_equals_a_masked_dense_layer(
@@ -352,9 +332,8 @@ def test_layer_equals_a_masked_dense_layer(
     compare(mask, kernel, torch.randn(batch, in_features), torch.randn(batch, out_features))
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@BY_KERNEL
 def test_layer_takes_any_memory_layout(kernel, all_threads):
-    torch.manual_seed(0)
     mask = random_mask(16, 24, 0.3)
     transposed = torch.randn(24, 9).t(), torch.randn(16, 9).t()
     strided = torch.randn(9, 48)[:, ::2], torch.randn(9, 48)[:, ::3]
@@ -366,9 +345,8 @@ def test_layer_takes_any_memory_layout(kernel, all_threads):
     assert_close(layer(expanded[0]).detach(), F.linear(expanded[0].double(), weight, bias).detach())
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@BY_KERNEL
 def test_layer_computes_only_the_gradients_asked_for(kernel):
-    torch.manual_seed(0)
     layer, weight, bias = layer_and_dense(random_mask(16, 24, 0.3), kernel)
     layer.requires_grad_(False)
     x = torch.randn(5, 24, requires_grad=True)
@@ -403,7 +381,6 @@ class MaskedLinear(nn.Module):
 
 
 def test_twenty_adamw_steps_equal_masked_dense_training():
-    torch.manual_seed(0)
     dense = nn.Sequential(sac.simba(12, 32, 2), sac.init_linear(32, 3))
     networks = {kernel: copy.deepcopy(dense) for kernel in KERNELS} | {
         "masked": copy.deepcopy(dense)
@@ -471,14 +448,14 @@ def test_sparsity_zero_is_the_plain_dense_network():
         )
         assert list(ours.state_dict()) == list(network.state_dict())
         assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), network.parameters()))
-        active, total = active_total(sac.layer_table(getattr(agent, name)))
-        assert active == total == sum(parameter.numel() for parameter in network.parameters())
+        active, total = count_weights(sac.layer_table(getattr(agent, name)))
+        assert active == total == count_parameters(network)
 
 
 # Memory and files
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@BY_KERNEL
 def test_the_target_critic_shares_the_pattern_and_not_the_values(kernel):
     agent = tiny_agent(sparsity=0.8, sparse_kernel=kernel)
     pairs = list(zip(agent.critic.buffers(), agent.target_critic.buffers()))
@@ -489,9 +466,8 @@ def test_the_target_critic_shares_the_pattern_and_not_the_values(kernel):
         assert ours.requires_grad and not target.requires_grad
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@BY_KERNEL
 def test_state_dict_rebuilds_the_pruned_matrix(kernel):
-    torch.manual_seed(0)
     mask = random_mask(16, 24, 0.3)
     linear = nn.Linear(24, 16)
     layer = sparse_linear(copy.deepcopy(linear), mask, kernel)
@@ -510,7 +486,7 @@ def test_state_dict_rebuilds_the_pruned_matrix(kernel):
     assert moments["exp_avg"].shape == moments["exp_avg_sq"].shape == (int(mask.sum()),)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@BY_KERNEL
 def test_weights_of_another_mask_are_refused_and_of_another_kernel_accepted(kernel):
     saved = tiny_agent(sparsity=0.8, sparse_kernel="packed").critic.state_dict()
     same = tiny_agent(sparsity=0.8, sparse_kernel=kernel).critic

@@ -11,7 +11,7 @@ import sac_simba_sparse as sac
 import torch
 import torch.nn as nn
 from analysis import gradient_interference as gi
-from conftest import CPU, check_error
+from conftest import BY_KERNEL, CPU, check_error, count_parameters, load_checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 
 MODULES = {"sac": sac, "ddpg": ddpg}
@@ -78,10 +78,7 @@ def test_equals_one_explicit_gradient_at_a_time(name, sparsity, network):
     )
     double = gi.measure(module, agent, batch, noise, next_noise, GAMMA)[network]
     gradients = explicit_gradients(module, agent, batch, noise, next_noise, network)
-    assert gradients.shape == (
-        K,
-        sum(part.numel() for part in getattr(agent, network).parameters()),
-    )
+    assert gradients.shape == (K, count_parameters(getattr(agent, network)))
     unit = gradients / gradients.norm(dim=1, keepdim=True)
     expected = (unit @ unit.t()).numpy()  # NaN where DDPG clips an action
     np.testing.assert_allclose(double, expected, rtol=0, atol=1e-10)
@@ -106,7 +103,7 @@ def test_inner_products_by_hand():
         assert products.tolist() == expected
 
 
-@pytest.mark.parametrize("kernel", ["dense", "packed"])
+@BY_KERNEL
 def test_neither_chunk_nor_kernel_changes_the_result(kernel):
     agent, (batch, *_) = make_agent(sac, sparsity=0.8, sparse_kernel=kernel), make_batch()
     reference = make_agent(sac, sparsity=0.8)
@@ -139,7 +136,7 @@ def test_memory_does_not_grow_as_transitions_times_parameters(sparsity):
     # transitions.
     flags = {"width_scale": 0.5, "clipped_double_q": False, "sparsity": sparsity}
     agent, (batch, *_) = make_agent(sac, **flags), make_batch(64)
-    active = sum(part.numel() for part in agent.critic.parameters())
+    active = count_parameters(agent.critic)
     assert 64 * active > 50 * 1024 * 256 * (1 - sparsity)
     with LargestTensor() as largest:
         gi.gradient_products(
@@ -211,7 +208,7 @@ def test_draws_and_tabulates_runs(run, tmp_path):
     write_run(tmp_path / "b", ddpg, trained=True, actor_sparsity=0.0)
     torch.manual_seed(99)  # nothing may depend on the generators' state
     code, out, err = run("a", "b", "--samples", 20, "--output", "drawn")
-    assert code == 0 and not err, err
+    assert (code, err) == (0, "")
     table = pd.read_csv("drawn/gradient_interference.csv")
     assert table["run"].tolist() == ["a"] * 4 + ["b"] * 4
     assert table["network"].tolist() == ["actor", "actor", "critic", "critic"] * 2
@@ -234,13 +231,8 @@ def test_takes_distinct_transitions_oldest_first(monkeypatch, tmp_path):
     # rewards tell them.
     write_run(tmp_path / "a", ddpg)
     seen = []
-    monkeypatch.setattr(
-        gi,
-        "measure",
-        lambda module, agent, batch, *_: (
-            seen.append(batch) or {"actor": np.eye(40), "critic": np.eye(40)}
-        ),
-    )
+    found = {"actor": np.eye(40), "critic": np.eye(40)}
+    monkeypatch.setattr(gi, "measure", lambda module, agent, batch, *_: seen.append(batch) or found)
     gi.measure_run(*gi.read_run(tmp_path / "a", 40), 40, seed=0)
     expected = [
         np.float32(np.random.default_rng(n).normal(size=(2, OBS_DIM))[0, 0]) for n in range(15, 55)
@@ -253,25 +245,21 @@ def test_takes_distinct_transitions_oldest_first(monkeypatch, tmp_path):
 
 
 def test_bad_input_ends_with_one_line_and_code_2(run, tmp_path):
-    write_run(tmp_path / "good", sac)
-    write_run(tmp_path / "masks", sac)
-    write_run(tmp_path / "foreign", sac)
-    write_run(tmp_path / "version", sac)
-    write_run(tmp_path / "midway", sac)
+    for name, change in {
+        "good": lambda checkpoint: None,
+        "masks": lambda checkpoint: checkpoint["args"].update(seed=4),
+        "foreign": lambda checkpoint: checkpoint.pop("critic"),
+        "version": lambda checkpoint: checkpoint["args"].update(old_flag=1),
+        "midway": lambda checkpoint: checkpoint.update(finished=False),
+    }.items():
+        write_run(tmp_path / name, sac)
+        checkpoint = load_checkpoint(tmp_path / name)
+        change(checkpoint)
+        torch.save(checkpoint, tmp_path / name / "checkpoint.pt")
     (tmp_path / "empty").mkdir()
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "checkpoint.pt").write_bytes(b"no checkpoint")
 
-    def edit(name: str, change) -> None:
-        path = tmp_path / name / "checkpoint.pt"
-        checkpoint = torch.load(path, weights_only=True)
-        change(checkpoint)
-        torch.save(checkpoint, path)
-
-    edit("masks", lambda checkpoint: checkpoint["args"].update(seed=4))
-    edit("foreign", lambda checkpoint: checkpoint.pop("critic"))
-    edit("version", lambda checkpoint: checkpoint["args"].update(old_flag=1))
-    edit("midway", lambda checkpoint: checkpoint.update(finished=False))
     for arguments, words in (
         (["midway"], "midway/checkpoint.pt was written before the end of training"),
         (["empty"], "no checkpoint.pt in empty"),
@@ -291,6 +279,5 @@ def test_bad_input_ends_with_one_line_and_code_2(run, tmp_path):
         ),
         ([], "at least one run folder"),
     ):
-        code, _, err = run(*arguments)
-        check_error(code, err, words)
+        check_error(run(*arguments), *words.split())
     assert not list((tmp_path / "results").rglob("*.*"))

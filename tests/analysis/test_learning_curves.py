@@ -8,7 +8,7 @@ import pandas as pd
 import plots
 import pytest
 from analysis import learning_curves
-from conftest import check_error
+from conftest import check_error, succeed
 
 SCRIPT = learning_curves.__file__
 
@@ -34,8 +34,7 @@ def test_every_run_is_kept_as_it_is(tmp_path, main):
     write_run(tmp_path / "runs", "a", 1, 0.0, {0: 30.5, 10_000: 1 / 3})
     write_run(tmp_path / "runs", "b", 2, 0.8, {0: 20.0})
     write_run(tmp_path / "runs", "just_begun", 3, 0.8, {})
-    code, out, err = main(SCRIPT, "--runs-dir", "runs", "--output", "out")
-    assert code == 0, err
+    out = succeed(main(SCRIPT, "--runs-dir", "runs", "--output", "out"))
     assert "left out: just_begun: no returns yet" in out
     table = pd.read_csv(tmp_path / "out" / "returns.csv.gz")
     assert list(zip(table.seed, table.sparsity, table.env_step, table.value)) == [
@@ -48,8 +47,7 @@ def test_every_run_is_kept_as_it_is(tmp_path, main):
     write_run(tmp_path / "more", "c", 3, 0.9, {0: 25.0})
     write_run(tmp_path / "more", "a", 1, 0.0, {0: 30.5, 10_000: 1 / 3})  # is among the earlier ones
     earlier = ("--earlier", "out/returns.csv.gz")
-    code, _, err = main(SCRIPT, "--runs-dir", "more", *earlier, "--output", "both")
-    assert code == 0, err
+    succeed(main(SCRIPT, "--runs-dir", "more", *earlier, "--output", "both"))
     both = pd.read_csv(tmp_path / "both" / "returns.csv.gz")
     pd.testing.assert_frame_equal(both[:3], table)
     assert len(both) == 4
@@ -109,10 +107,7 @@ def test_scores_of_atari_games():
 
 
 def test_no_runs(tmp_path, main):
-    code, _, err = main(SCRIPT)
-    assert (code, err) == (2, "error: no run in runs\n")
-    code, _, err = main(SCRIPT, "--earlier", "no.gz")
-    check_error(code, err, "--earlier no.gz: [Errno 2] No such file")
+    assert main(SCRIPT) == (2, "", "error: no run in runs\n")
+    check_error(main(SCRIPT, "--earlier", "no.gz"), "--earlier no.gz: [Errno 2] No such file")
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
-    code, _, err = main(SCRIPT, "--earlier", "other.csv")
-    check_error(code, err, "--earlier other.csv:")
+    check_error(main(SCRIPT, "--earlier", "other.csv"), "--earlier other.csv:")

@@ -9,7 +9,7 @@ import pytest
 import sac_simba_sparse as sac
 import stream_ac_sparse as stream
 from analysis import plan
-from conftest import write_metrics
+from conftest import check_error, succeed, write_metrics
 
 COMMAND = "python sparse_zoo/{}.py --env-id {} --width-scale 0.5 --sparsity 0.9 --seed {}"
 COMMAND += " --runs-dir {} --threads 1"
@@ -62,11 +62,9 @@ def test_finished_runs_are_linked_and_the_others_named(tmp_path, run_plan):
     ]
     runs = [plan.parse_command(command) for command in commands]
     links = tmp_path / "links"
-    code, _, err = run_plan(commands, "link", "--output", links)
-    assert (
-        code == 2
-        and err
-        == f"error: nothing to draw: none of these 3 runs is finished in {tmp_path / 'runs'}\n"
+    lacking = f"none of these 3 runs is finished in {tmp_path / 'runs'}"
+    check_error(
+        run_plan(commands, "link", "--output", links), f"error: nothing to draw: {lacking}\n"
     )
     assert not links.exists()
 
@@ -74,8 +72,7 @@ def test_finished_runs_are_linked_and_the_others_named(tmp_path, run_plan):
     write_metrics(runs[1].folder, (5, "eval/return_mean", 1.5))
     links.mkdir()
     (links / "stale").symlink_to(tmp_path)
-    code, out, _ = run_plan(commands, "link", "--output", links)
-    assert code == 0
+    out = succeed(run_plan(commands, "link", "--output", links))
     assert [path.name for path in links.iterdir()] == [runs[0].folder.name]
     assert "1.5" in (links / runs[0].folder.name / "metrics.csv").read_text()
     assert out.splitlines() == [
@@ -86,7 +83,7 @@ def test_finished_runs_are_linked_and_the_others_named(tmp_path, run_plan):
     code, out, err = run_plan(commands, "unfinished")
     assert code == 0 and out.splitlines() == commands[1:]
     assert err.startswith("3 runs, 1 of them finished; the rest takes about ")
-    code, out, _ = run_plan(commands, "status")
+    out = succeed(run_plan(commands, "status"))
     *lines, last = out.splitlines()
     assert [line.split(":")[0] for line in lines] == [
         "finished",
@@ -110,11 +107,10 @@ def test_no_command_of_an_agent(run_plan, command):
 def test_a_package_that_does_not_work(run_plan, monkeypatch):
     monkeypatch.setitem(sys.modules, "numba", None)  # upon which its import fails
     monkeypatch.delitem(sys.modules, "ddpg_simba_sparse", raising=False)
-    code, out, err = run_plan([COMMAND.format("ddpg_simba_sparse", "x-v0", 1, "runs")], "status")
-    assert (code, out) == (2, "") and err.count("\n") == 1
-    assert (
-        err.startswith("error: ddpg_simba_sparse cannot be imported (import of numba")
-        and "requirements" in err
+    ended = run_plan([COMMAND.format("ddpg_simba_sparse", "x-v0", 1, "runs")], "status")
+    assert ended[1] == ""
+    check_error(
+        ended, "error: ddpg_simba_sparse cannot be imported (import of numba", "requirements"
     )
 
 
@@ -138,20 +134,18 @@ def test_core_hours():
         return plan.core_hours(plan.Run("", "sac_simba_sparse", sac.Args(**flags), Path()), costs)
 
     frames = 110_000 + 1000 * (50 + 12 * 10)  # 10,000 env steps are without updates
-    assert hours() == pytest.approx((100_000 * 160 + frames * 2) / 3.6e6)
-    assert hours(env_id="b") == pytest.approx((100_000 * 160 + frames * 4) / 3.6e6)
-    assert hours(env_id="c") == pytest.approx((100_000 * 160 + frames * 3) / 3.6e6)
-    assert hours(width_scale=5, sparsity=0.9) == pytest.approx(
-        (100_000 * (10 + 1000) + frames * 2) / 3.6e6
-    )
-    assert hours(width_scale=5, sparsity=0.5) == pytest.approx(
-        (100_000 * (10 + 150 * 25) + frames * 2) / 3.6e6
-    )
-    assert hours(depth_scale=2, batch_size=128) == pytest.approx(
-        (100_000 * 155 + frames * 2) / 3.6e6
-    )
-    assert hours(updates_per_step=1, action_repeat=1) == pytest.approx(hours())
-    assert hours(learning_starts=60_000) == pytest.approx((50_000 * 160 + frames * 2) / 3.6e6)
+    for flags, updates, update_ms, frame_ms in (
+        ({}, 100_000, 160, 2),
+        ({"env_id": "b"}, 100_000, 160, 4),
+        ({"env_id": "c"}, 100_000, 160, 3),
+        ({"width_scale": 5, "sparsity": 0.9}, 100_000, 10 + 1000, 2),
+        ({"width_scale": 5, "sparsity": 0.5}, 100_000, 10 + 150 * 25, 2),
+        ({"depth_scale": 2, "batch_size": 128}, 100_000, 155, 2),
+        ({"updates_per_step": 1, "action_repeat": 1}, 100_000, 160, 2),
+        ({"learning_starts": 60_000}, 50_000, 160, 2),
+    ):
+        expected = (updates * update_ms + frames * frame_ms) / 3.6e6
+        assert hours(**flags) == pytest.approx(expected), flags
     assert np.isnan(plan.core_hours(plan.Run("", "new_agent", sac.Args(), Path()), costs))
 
 

@@ -1,15 +1,16 @@
 """runs.py: what is finished, one line for what is damaged, flags as the agents have them."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
+import ddpg_simba_sparse as ddpg
 import der_impala_sparse as der
 import drqv2_sparse as drq
 import pytest
 import runs
 import sac_simba_sparse as sac
+from conftest import call, check_error, succeed
 
 SCRIPT = Path(runs.__file__)
 HEADER = "env_step,agent_step,update_step,metric,value\n"
@@ -45,6 +46,10 @@ DAMAGED = {
         {"metrics": f"{HEADER}500,0,0,eval/return_mean,1.5\n60"},
         "unfinished, at env step 500 of 1,000",
     ),
+    "too few flags": (
+        {"args": '{"args": {"seed": 7}}'},
+        "args.json has no depth_scale, env_id, exp_name, sparsity, total_timesteps, width_scale",
+    ),
     "run.old1": ({}, "moved aside by --no-resume"),
 }
 
@@ -72,7 +77,7 @@ def test_finished_is_a_run_with_a_final_return(tmp_path):
 
 def test_flags_that_change_results_are_the_agents(tmp_path):
     """checkpoint_interval changes what DrQ-v2 and DER compute, and nothing of SAC."""
-    for module in (sac, drq, der):
+    for module in (sac, ddpg, drq, der):
         assert runs.execution_flags(module.__name__) == module.EXECUTION_FLAGS
     assert runs.execution_flags("my_fork") <= sac.EXECUTION_FLAGS & der.EXECUTION_FLAGS
     for name, module in (("sac", sac), ("drq", drq)):
@@ -89,25 +94,20 @@ def test_index(tmp_path):
     write_run(tmp_path / "a", width_scale=0.5, critic_sparsity=0.9)
     write_run(tmp_path / "b", f"{HEADER}400,0,0,eval/return_mean,7.0\n", seed=2)
     write_run(tmp_path / "c", args="[]")
-    command = [sys.executable, str(SCRIPT)]
-    done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    _, first, second, damaged = (" ".join(line.split()) for line in done.stdout.splitlines())
+    out = succeed(call(sys.executable, SCRIPT, tmp_path))
+    _, first, second, damaged = (" ".join(line.split()) for line in out.splitlines())
     agent = "dm_control/dog-run-v0 sac_simba_sparse"
     assert first == f"{agent} 0.5 0/0.9 1 1,000 2.5 finished"
     assert second == f"{agent} 1 0 2 400 7.0 at env step 400 of 1,000"
     assert damaged == "left out: c: args.json is damaged (TypeError)"
-    done = subprocess.run([*command, "nowhere"], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (2, "error: no runs in nowhere\n")
+    check_error(call(sys.executable, SCRIPT, "nowhere"), "error: no runs in nowhere\n")
 
 
 @pytest.mark.parametrize("tool", ["scaling", "plasticity", "streaming", "atari_scores"])
 def test_all_scripts_say_the_same(tmp_path, tool):
     for name, (how, _) in DAMAGED.items():
         write_run(tmp_path / "runs" / name, **how)
-    command = [sys.executable, str(SCRIPT.with_name(f"{tool}.py"))]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("error: "), done.stderr
-    assert done.stderr.count("\n") == 1
-    assert "left out: a list: args.json is damaged (TypeError)" in done.stdout
-    assert "left out: run.old1: moved aside by --no-resume" in done.stdout
+    ended = call(sys.executable, SCRIPT.with_name(f"{tool}.py"), cwd=tmp_path)
+    check_error(ended)
+    assert "left out: a list: args.json is damaged (TypeError)" in ended[1]
+    assert "left out: run.old1: moved aside by --no-resume" in ended[1]

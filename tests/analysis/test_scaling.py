@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from analysis import scaling
+from conftest import check_error, succeed
 from matplotlib.image import imread
 
 SAC, DDPG, DRQ = "sac_simba_sparse", "ddpg_simba_sparse", "drqv2_sparse"
@@ -35,19 +36,24 @@ def write_run(
 
 
 @pytest.fixture
-def main(main, tmp_path):
-    """The program's exit code, stdout, stderr and table."""
+def main(main):
+    return lambda figure, *more: main(
+        scaling.__file__, "--figure", figure, "--output", "out", *more
+    )
 
-    def run(figure: str, *more: str):
+
+@pytest.fixture
+def draw(main, tmp_path):
+    """What the program says and its table, where it draws."""
+
+    def run(figure: str, *more: str) -> tuple[str, pd.DataFrame]:
+        text = succeed(main(figure, *more))
         out = tmp_path / "out"
-        code, *texts = main(scaling.__file__, "--figure", figure, "--output", "out", *more)
-        if code:
-            return code, *texts, None
         table = pd.read_csv(out / f"{figure}.csv")
         assert imread(out / f"{figure}.png").std() > 0.01
         assert (out / f"{figure}.svg").stat().st_size > 1000
         assert (out / f"{figure}.md").read_text().count("\n") == 2 + len(table)
-        return code, *texts, table
+        return text, table
 
     return run
 
@@ -79,51 +85,39 @@ def test_no_interval_for_one_seed_and_one_seed_beside_several():
     assert (low, high) == (pytest.approx(5 / 3), pytest.approx(25 / 3))
 
 
-def test_published_returns():
-    assert scaling.published_return(
-        "SAC", "dm_control/humanoid-run-v0", 1_000_000
-    ) == pytest.approx(181.6, abs=1)
-    assert scaling.published_return("DDPG", "dm_control/humanoid-run-v0", 1_000_000) is not None
-    assert scaling.published_return(
-        "DrQ-v2", "dm_control/quadruped-run-v0", 2_000_000
-    ) == pytest.approx(586, abs=1)
-    assert scaling.published_return("SAC", "dm_control/humanoid-run-v0", 1234) is None
-    assert scaling.published_return("DER", "ALE/Pong-v5", 100_000) is None
+@pytest.mark.parametrize(
+    "algorithm,env_id,env_steps,value",
+    [
+        ("SAC", "dm_control/humanoid-run-v0", 1_000_000, pytest.approx(181.6, abs=1)),
+        ("DDPG", "dm_control/humanoid-run-v0", 1_000_000, pytest.approx(158.1, abs=1)),
+        ("DrQ-v2", "dm_control/quadruped-run-v0", 2_000_000, pytest.approx(586, abs=1)),
+        ("SAC", "dm_control/humanoid-run-v0", 1234, None),
+        ("DER", "ALE/Pong-v5", 100_000, None),
+    ],
+)
+def test_published_returns(algorithm, env_id, env_steps, value):
+    assert scaling.published_return(algorithm, env_id, env_steps) == value
 
 
-def test_scaling_over_all_tasks(tmp_path, main):
+def test_scaling_over_all_tasks(tmp_path, draw):
     runs = tmp_path / "runs"
     for env_id, base in (("a-v0", 100.0), ("b-v0", 300.0)):
         for seed in range(1, 5):
-            for width, sparsity, gain in ((1, 0, 0), (2, 0, 10), (4, 0, -20), (4, 0.75, 30)):
-                write_run(
-                    runs,
-                    base + gain + seed,
-                    env_id=env_id,
-                    width_scale=width,
-                    sparsity=sparsity,
-                    seed=seed,
-                )
-            write_run(runs, base + 5, env_id=env_id, width_scale=2, depth_scale=2, seed=seed)
-            write_run(
-                runs,
-                base + 15,
-                env_id=env_id,
-                width_scale=2,
-                depth_scale=2,
-                sparsity=0.5,
-                seed=seed,
-            )
-    code, out, _, table = main("aggregate")
-    assert code == 0 and "left out" not in out and "fewer seeds" not in out
+            for width, depth, sparsity, gain in (
+                (1, 1, 0, seed),
+                (2, 1, 0, 10 + seed),
+                (4, 1, 0, -20 + seed),
+                (4, 1, 0.75, 30 + seed),
+                (2, 2, 0, 5),
+                (2, 2, 0.5, 15),
+            ):
+                size = {"width_scale": width, "depth_scale": depth, "sparsity": sparsity}
+                write_run(runs, base + gain, env_id=env_id, seed=seed, **size)
+    out, table = draw("aggregate")
+    assert "left out" not in out and "fewer seeds" not in out
     row = table[(table.width_scale == 4) & (table.sparsity == 0.75)].iloc[0]
-    assert (row.tasks, row.seeds_min, row.seeds_max, row.weights, row.active) == (
-        2,
-        4,
-        4,
-        16_000,
-        4_000,
-    )
+    counts = row[["tasks", "seeds_min", "seeds_max", "weights", "active"]]
+    assert counts.tolist() == [2, 4, 4, 16_000, 4_000]
     values = np.array([131, 132, 133, 134, 331, 332, 333, 334.0])
     assert row.iqm == np.mean([133, 134, 331, 332]) and row["mean"] == values.mean()
     assert row["std"] == pytest.approx(values.std(ddof=1)) and row.low < row.iqm < row.high
@@ -140,7 +134,7 @@ def test_scaling_over_all_tasks(tmp_path, main):
     assert list(zip(sparse.depth_scale, sparse.sparsity)) == [(1, 0), (2, 0.5)]
 
 
-def test_missing_runs_are_named_and_never_averaged_away(tmp_path, main):
+def test_missing_runs_are_named_and_never_averaged_away(tmp_path, draw):
     runs = tmp_path / "runs"
     for env_id in ("a-v0", "b-v0"):
         for seed in (1, 2):
@@ -150,8 +144,8 @@ def test_missing_runs_are_named_and_never_averaged_away(tmp_path, main):
     write_run(runs, 30.0, env_id="a-v0", width_scale=3)
     write_run(runs, 30.0, env_id="b-v0", width_scale=3)
     write_run(runs, 99.0, env_id="b-v0", width_scale=3)
-    code, out, _, table = main("aggregate")
-    assert code == 0 and table.width_scale.tolist() == [1, 3]
+    out, table = draw("aggregate")
+    assert table.width_scale.tolist() == [1, 3]
     assert "left out: run5: unfinished, at env step 1,000,000" in out
     assert "left out: SAC, width 2, depth 1, sparsity 0: no finished run of b-v0" in out
     assert "fewer seeds: SAC, some task, width 3, depth 1, sparsity 0: 1 of 2 seeds" in out
@@ -160,20 +154,17 @@ def test_missing_runs_are_named_and_never_averaged_away(tmp_path, main):
 
 
 @pytest.mark.parametrize("figure", ["aggregate", "depth"])
-def test_widths_alone_are_no_line_of_depths(tmp_path, main, figure):
+def test_widths_alone_are_no_line_of_depths(tmp_path, figure, draw):
     for width in (0.5, 1, 2):
         write_run(tmp_path / "runs", 1.0, width_scale=width)
-    code, _, _, table = main(figure)
-    assert (
-        code == 0
-        and scaling.along(table, "depth_scale").empty
-        and len(scaling.along(table, "width_scale")) == 3
-    )
+    _, table = draw(figure)
+    assert scaling.along(table, "depth_scale").empty
+    assert len(scaling.along(table, "width_scale")) == 3
     assert "no finished runs of several depths" in (tmp_path / "out" / f"{figure}.svg").read_text()
 
 
 @pytest.mark.parametrize("figure", ["size", "size-linear", "sparsity", "width", "depth"])
-def test_pictures_of_single_tasks(tmp_path, main, figure):
+def test_pictures_of_single_tasks(tmp_path, figure, draw):
     for exp_name in (SAC, DDPG):
         for seed in (1, 2, 3):
             for width, depth, sparsity in (
@@ -187,38 +178,36 @@ def test_pictures_of_single_tasks(tmp_path, main, figure):
                 write_run(
                     tmp_path / "runs", 100.0 * width + seed, exp_name=exp_name, seed=seed, **size
                 )
-    code, out, _, table = main(figure)
-    assert code == 0 and "left out" not in out
+    out, table = draw(figure)
+    assert "left out" not in out
     assert len(table) == 10 and table.algorithm.tolist() == ["SAC"] * 5 + ["DDPG"] * 5
     assert table[table.width_scale == 4]["mean"].tolist() == [402, 402]
     assert table[table.width_scale == 4]["std"].tolist() == [1, 1]
     assert len(pd.read_csv(tmp_path / "out" / "runs.csv")) == 30
 
 
-def test_runs_of_earlier_calls(tmp_path, main):
+def test_runs_of_earlier_calls(tmp_path, main, draw):
     """Half of the runs from the table of an earlier call: the same as all from their folders."""
     runs, first = tmp_path / "runs", tmp_path / "first.csv"
     for seed in (1, 2, 3):
         for sparsity in (0, 0.5):
             write_run(runs, 100 + 7.3 * seed**2 + 50 * sparsity, seed=seed, sparsity=sparsity)
             write_run(runs, 200 + 7.3 * seed**2, seed=seed, sparsity=sparsity, exp_name=DDPG)
-    _, _, _, whole = main("sparsity")
+    _, whole = draw("sparsity")
     pd.read_csv(tmp_path / "out" / "runs.csv").head(5).to_csv(first, index=False)
     for name in pd.read_csv(first).run.head(4):  # the fifth is in both
         shutil.rmtree(runs / name)
-    code, out, _, table = main("sparsity", "--earlier", str(first))
-    assert code == 0 and "12 runs" in out and "left out" not in out
+    out, table = draw("sparsity", "--earlier", first)
+    assert "12 runs" in out and "left out" not in out
     pd.testing.assert_frame_equal(table, whole)
 
     pd.read_csv(first).assign(env_steps=50_000).to_csv(first, index=False)
-    code, _, err, _ = main("sparsity", "--earlier", str(first))
-    assert code == 2 and "50,000 and 1,000,000 env steps" in err and err.count("\n") == 1
-    for bad in ("nowhere.csv", str(tmp_path / "out" / "sparsity.csv")):
-        code, _, err, _ = main("sparsity", "--earlier", bad)
-        assert code == 2 and bad in err and err.count("\n") == 1
+    check_error(main("sparsity", "--earlier", first), "50,000 and 1,000,000 env steps")
+    for bad in ("nowhere.csv", "out/sparsity.csv"):
+        check_error(main("sparsity", "--earlier", bad), bad)
 
 
-def test_gain(tmp_path, main):
+def test_gain(tmp_path, main, draw):
     runs = tmp_path / "runs"
     for exp_name, factor in ((SAC, 1.0), (DDPG, 2.0)):
         for seed, spread in ((1, -1), (2, 1)):
@@ -239,83 +228,55 @@ def test_gain(tmp_path, main):
         ("SimBa", 0.9, 6.6),
     ]
     pd.DataFrame(rows, columns=["network", "sparsity", "score"]).to_csv(scores, index=False)
-    code, out, _, table = main("gain", "--scores", str(scores))
-    assert code == 0
-    assert table.sparsity.tolist() == [0.5, 0.9] and table.gain.tolist() == [
-        pytest.approx(20),
-        pytest.approx(35),
-    ]
-    assert (
-        table.scenarios.tolist() == [2, 2]
-        and (table.low < table.gain).all()
-        and (table.gain < table.high).all()
-    )
+    out, table = draw("gain", "--scores", scores)
+    assert table.sparsity.tolist() == [0.5, 0.9] and table.scenarios.tolist() == [2, 2]
+    assert table.gain.tolist() == pytest.approx([20, 35])
+    assert (table.low < table.gain).all() and (table.gain < table.high).all()
     assert "left out: sparsity 0.7: no finished run of DDPG, dm_control/dog-run-v0" in out
     assert "left out: SAC, bad-v0: the dense network's mean return is not positive" in out
     write_run(runs, 90.0, width_scale=5)
-    code, _, err, _ = main("gain")
-    assert (
-        code == 2
-        and "one size of network" in err
-        and "1 x 1, 5 x 1" in err
-        and err.count("\n") == 1
-    )
+    check_error(main("gain"), "one size of network", "1 x 1, 5 x 1")
 
 
-def test_bars(tmp_path, main):
+def test_bars(tmp_path, main, draw):
     for env_id in ("dm_control/quadruped-run-v0", "dm_control/hopper-hop-v0"):
         for width, sparsity in ((1, 0), (4, 0), (4, 0.8)):
             for seed in (1, 2):
                 size = {"env_id": env_id, "width_scale": width, "sparsity": sparsity, "seed": seed}
                 write_run(tmp_path / "runs", 100.0 * width + seed, exp_name=DRQ, **size)
-    code, _, _, table = main("bars")
-    assert code == 0 and len(table) == 6 and set(table.algorithm) == {"DrQ-v2"}
+    _, table = draw("bars")
+    assert len(table) == 6 and set(table.algorithm) == {"DrQ-v2"}
     assert table[table.width_scale == 4].iqm.tolist() == [401.5] * 4
     write_run(tmp_path / "runs", 100.0)
-    code, _, err, _ = main("bars")
-    assert code == 2 and err == (
-        "error: bars are for one algorithm and depth, and there are 2 of them; "
-        "keep such runs apart\n"
-    )
+    what = "bars are for one algorithm and depth, and there are 2 of them; keep such runs apart"
+    check_error(main("bars"), f"error: {what}\n")
 
 
-def test_a_line_for_each_size(tmp_path, main):
+def test_a_line_for_each_size(tmp_path, main, draw):
     for width, depth in ((1, 1), (1, 2), (2, 1), (3, 1), (4, 1), (5, 1)):
         write_run(tmp_path / "runs", 100.0, width_scale=width, depth_scale=depth)
-    assert main("sparsity")[0] == 0
+    draw("sparsity")
     text = (tmp_path / "out" / "sparsity.svg").read_text()
-    assert (
-        "width scale 1, depth scale 2 (2.0k weights)" in text
-        and "width scale 5, depth scale 1" in text
-    )
+    assert "width scale 1, depth scale 2 (2.0k weights)" in text
+    assert "width scale 5, depth scale 1" in text
     write_run(tmp_path / "runs", 100.0, width_scale=6)
-    code, _, err, _ = main("sparsity")
-    assert code == 2 and err.startswith("error: 7 sizes of network") and err.count("\n") == 1
+    check_error(main("sparsity"), "error: 7 sizes of network")
 
 
 def test_errors(tmp_path, main):
-    code, _, err, _ = main("size")
-    assert code == 2 and err.startswith("error: nothing to draw") and err.count("\n") == 1
+    check_error(main("size"), "error: nothing to draw")
     write_run(tmp_path / "runs", 1.0)
     write_run(tmp_path / "runs", 1.0, sparsity=0.5)
-    code, _, err, _ = main("gain", "--scores", str(tmp_path / "none.csv"))
-    assert code == 2 and "--scores" in err and "none.csv" in err
-    (tmp_path / "runs" / "broken").mkdir()
-    (tmp_path / "runs" / "run1").rename(tmp_path / "runs" / "run1.old1")
-    code, out, _, table = main("size")
-    assert len(table) == 1 and "left out: run1.old1: moved aside by --no-resume" in out
-    assert code == 0 and "left out: broken: args.json: No such file or directory" in out
+    check_error(main("gain", "--scores", "none.csv"), "--scores", "none.csv")
 
 
 def test_runs_that_cannot_be_compared(tmp_path, main):
     write_run(tmp_path / "runs", 1.0, threads=1)
     write_run(tmp_path / "runs", 1.0, threads=2, seed=2)
     write_run(tmp_path / "runs", 1.0, exp_name=DDPG, total_timesteps=5)
-    assert main("size")[0] == 0
+    succeed(main("size"))
     write_run(tmp_path / "runs", 1.0, seed=3, total_timesteps=5)
-    code, _, err, _ = main("size")
-    assert code == 2 and err.count("\n") == 1
-    assert (
+    mixed = (
         "mixes runs of sac_simba_sparse with --total-timesteps 1000000 and 5; keep such runs apart"
-        in err
     )
+    check_error(main("size"), mixed)

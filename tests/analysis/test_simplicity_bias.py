@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import torch
 from analysis import simplicity_bias as bias
+from conftest import check_error, succeed
 
 N = 40
 ROW, COLUMN = torch.meshgrid(
@@ -34,7 +35,6 @@ def test_waves_are_weighted_by_amplitude_and_constants_do_not_count():
 
 
 def test_white_noise_has_the_mean_frequency_of_the_grid():
-    torch.manual_seed(0)
     frequency = torch.fft.fftfreq(N, dtype=torch.float64)
     mean = torch.hypot(frequency[:, None], frequency[None, :]).mean().item()
     assert mean == pytest.approx(0.383, abs=0.002)  # of a square of side 1 about its centre
@@ -44,7 +44,6 @@ def test_white_noise_has_the_mean_frequency_of_the_grid():
 def test_score_of_a_linear_encoder_is_that_of_its_plane():
     # Heads behind x -> x are planes a x + b y of random direction: the score lies between those of
     # x and of noise.
-    torch.manual_seed(0)
     axis = torch.linspace(-1, 1, N)
     plane = 1 / bias.complexity(axis[:, None].expand(N, N)[:, :, None].contiguous()).item()
     assert bias.score(torch.nn.Identity(), 2, 2, 8, N, 1.0) == pytest.approx(plane, rel=0.01)
@@ -70,21 +69,17 @@ def test_simba_is_simpler_than_an_mlp_and_sparse_simba_than_dense():
 def test_command_line_draws_and_writes(tmp_path, main):
     flags = "--width-scale 0.0625 --grid 20 --inits 2 --heads 4 --sparsities 0 0.5"
     flags += " --threads 1 --output out"
-    code, _, err = main(bias.__file__, *flags.split())
-    assert code == 0, err
+    succeed(main(bias.__file__, *flags.split()))
     table = pd.read_csv(tmp_path / "out" / "scores.csv")
     assert list(zip(table.network, table.sparsity, table.seed)) == [
-        *(
-            ("MLP", 0.0, 0),
-            ("MLP", 0.0, 1),
-            ("SimBa", 0.0, 0),
-            ("SimBa", 0.0, 1),
-            ("SimBa", 0.5, 0),
-            ("SimBa", 0.5, 1),
-        )
+        ("MLP", 0.0, 0),
+        ("MLP", 0.0, 1),
+        ("SimBa", 0.0, 0),
+        ("SimBa", 0.0, 1),
+        ("SimBa", 0.5, 0),
+        ("SimBa", 0.5, 1),
     ]
     assert table.score.between(2, 12).all() and table.score.nunique() == 6
     assert imageio.imread(tmp_path / "out" / "simplicity_bias.png").std() > 1
-    code, _, err = main(bias.__file__, *flags.split(), "--inits", "0")
-    assert code == 2
-    assert err == "error: --inits and --heads must be at least 1, --grid at least 2\n"
+    bad = main(bias.__file__, *flags.split(), "--inits", "0")
+    check_error(bad, "error: --inits and --heads must be at least 1, --grid at least 2\n")

@@ -6,6 +6,7 @@ import conftest
 import pandas as pd
 import pytest
 from analysis import streaming
+from conftest import check_error, succeed
 from matplotlib.image import imread
 
 
@@ -30,17 +31,16 @@ def write_run(folder: Path, returns: dict[int, float], finished: bool = True, **
 
 
 @pytest.fixture
-def main(main, tmp_path):
-    """The program's exit code, what it says and its output folder."""
-
-    def run(*flags: str) -> tuple[int, str, Path]:
-        code, out, err = main(streaming.__file__, "--output", "out", "--bin", "500", *flags)
-        return code, err if code else out, tmp_path / "out"
-
-    return run
+def main(main):
+    return lambda *flags: main(streaming.__file__, "--output", "out", "--bin", "500", *flags)
 
 
-def test_figures_and_numbers(tmp_path, main):
+@pytest.fixture
+def out(tmp_path) -> Path:
+    return tmp_path / "out"
+
+
+def test_figures_and_numbers(tmp_path, main, out):
     for seed, last in ((1, 10.0), (2, 20.0)):
         write_run(
             tmp_path / "runs",
@@ -53,70 +53,56 @@ def test_figures_and_numbers(tmp_path, main):
         write_run(tmp_path / "runs", {400: 1.0, 950: 7.0}, seed=seed, init="sparse_init")
     write_run(tmp_path / "runs", {400: 1.0}, seed=3)
     write_run(tmp_path / "runs", {400: 1.0}, seed=4, finished=False)
-    code, text, out = main("--figures", "13")
-    assert code == 0 and [path.name for path in out.glob("*.png")] == ["figure_13.png"]
+    text = succeed(main("--figures", "13"))
+    assert [path.name for path in out.glob("*.png")] == ["figure_13.png"]
     assert "left out: run7: unfinished, at env step 400 of 1,000" in text
-    assert (
+    lost = (
         "no final return: Ant-v4, width scale 1, dense, seed 3: no episode ended in its last tenth"
-        in text
     )
+    assert lost in text
     table = pd.read_csv(out / "final_returns.csv").set_index(["width_scale", "init", "sparsity"])
-    assert (
-        table.loc[(0.25, "lecun", 0.84), "mean"] == 16
-        and table.loc[(0.25, "lecun", 0.84), "seeds"] == 2
-    )
+    assert table.loc[(0.25, "lecun", 0.84), ["mean", "seeds"]].tolist() == [16, 2]
     assert table.loc[(1.0, "sparse_init", 0.0), "mean"] == 7
 
-    code, _, out = main()
-    assert code == 0 and len(list(out.glob("*.png"))) == len(list(out.glob("*.svg"))) == 3
+    succeed(main())
+    assert len(list(out.glob("*.png"))) == len(list(out.glob("*.svg"))) == 3
     assert all(imread(path).std() > 0.01 for path in out.glob("*.png"))
 
 
 def test_no_runs(main):
-    code, text, _ = main()
-    assert code == 2 and text.startswith("error: no finished run") and text.count("\n") == 1
+    check_error(main(), "error: no finished run")
 
 
-def test_runs_that_cannot_be_averaged(tmp_path, main):
+def test_runs_that_cannot_be_averaged(tmp_path, main, out):
     write_run(tmp_path / "runs", {950: 5.0})
-    write_run(
-        tmp_path / "runs", {950: 50.0}, name="run0.old1", trace_lambda=0.5
-    )  # moved aside: does not count
-    write_run(tmp_path / "runs", {950: 5.0}, finished=False, seed=2)
-    (tmp_path / "runs" / "run2" / "metrics.csv").write_text("")
-    code, text, out = main("--figures", "12")
-    assert code == 0 and "left out: run2: metrics.csv is damaged or empty (EmptyDataError)" in text
-    assert "left out: run0.old1: moved aside by --no-resume" in text
+    # Moved aside: does not count
+    write_run(tmp_path / "runs", {950: 50.0}, name="run0.old1", trace_lambda=0.5)
+    succeed(main("--figures", "12"))
     assert pd.read_csv(out / "final_returns.csv")["mean"].tolist() == [5]
     write_run(tmp_path / "runs", {950: 5.0}, seed=3, gamma=0.9)
     write_run(tmp_path / "runs", {950: 5.0}, seed=4, gamma=0.99)
-    code, text, _ = main("--figures", "12")
-    assert code == 2 and text.count("\n") == 1 and "--gamma 0.9 and 0.99" in text
+    check_error(main("--figures", "12"), "--gamma 0.9 and 0.99")
 
 
-def test_runs_that_cannot_be_used_are_named(tmp_path, main):
+def test_runs_that_cannot_be_used_are_named(tmp_path, main, out):
     write_run(tmp_path / "runs", {950: 5.0}, name="a")
-    write_run(
-        tmp_path / "runs", {950: 9.0}, name="b", eval_interval=7
-    )  # the same network, task and seed
+    # The same network, task and seed
+    write_run(tmp_path / "runs", {950: 9.0}, name="b", eval_interval=7)
     write_run(tmp_path / "runs", {}, name="c", seed=2)  # no episode has ended
-    write_run(tmp_path / "runs", {950: 5.0}, name="d", seed=3)
-    (tmp_path / "runs" / "d" / "args.json").write_text('{"args"')
-    code, text, out = main()
-    assert code == 0 and "left out: b: a second run of this network, task and seed" in text
-    assert "left out: d: args.json is damaged (JSONDecodeError)" in text
+    text = succeed(main())
+    assert "left out: b: a second run of this network, task and seed" in text
     assert "not drawn: figure 13, for lack of a finished run with --init sparse_init" in text
     assert pd.read_csv(out / "final_returns.csv")["values"].tolist() == [5]
     assert main("--figures", "13")[0] == 2
 
 
-def test_no_episode_in_the_last_tenth_and_runs_of_other_names(tmp_path, main):
+def test_no_episode_in_the_last_tenth_and_runs_of_other_names(tmp_path, main, out):
     write_run(tmp_path / "runs", {400: 5.0}, name="a")
     write_run(tmp_path / "runs", {400: 5.0}, name="b")
     fork = tmp_path / "runs" / "b" / "args.json"
     fork.write_text(fork.read_text().replace("stream_ac_sparse", "my_stream"))
-    code, text, out = main("--figures", "12", "17")
-    assert code == 0 and "left out: b: a run of my_stream" in text
+    text = succeed(main("--figures", "12", "17"))
+    assert "left out: b: a run of my_stream" in text
     assert "not drawn: figure 12, for lack of a final return with --init lecun" in text
     assert [path.name for path in out.glob("*.png")] == ["figure_17.png"]
 
@@ -126,5 +112,4 @@ def test_no_episode_in_the_last_tenth_and_runs_of_other_names(tmp_path, main):
 )
 def test_bad_input(tmp_path, main, flags, words):
     write_run(tmp_path / "runs", {950: 5.0})
-    code, text, _ = main(*flags)
-    assert code == 2 and text.count("\n") == 1 and all(word in text for word in words.split())
+    check_error(main(*flags), *words.split())

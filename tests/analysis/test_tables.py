@@ -5,6 +5,7 @@ from dataclasses import fields
 
 import pytest
 from analysis import tables
+from conftest import check_error, succeed
 
 COMMANDS = "".join(
     f"python sparse_zoo/{agent}_simba_sparse.py --width-scale {width} --depth-scale {depth}"
@@ -16,13 +17,11 @@ COMMANDS = "".join(
 
 @pytest.fixture
 def table(main, tmp_path):
-    """The rows (what, here, paper, mark) of a table; the exit code and error if it fails."""
+    """The rows (what, here, paper, mark) of a table."""
 
     def run(number: int, commands: str = COMMANDS):
         flags = ("--table", number, "--output", ".")
-        code, out, err = main(tables.__file__, *flags, stdin=commands)
-        if code:
-            return code, err
+        out = succeed(main(tables.__file__, *flags, stdin=commands))
         lines = (tmp_path / "table.md").read_text().splitlines()
         # A value with a bar in it would break the table
         assert len({line.count("|") for line in lines}) == 1
@@ -84,10 +83,6 @@ def test_values_follow_the_code(table, monkeypatch):
     )
 
 
-def test_no_commands(table):
-    code, err = table(2, "")
-    assert (
-        code == 2
-        and err.startswith("error: no command of sac_simba_sparse.py")
-        and err.count("\n") == 1
-    )
+def test_no_commands(main):
+    ended = main(tables.__file__, "--table", "2")
+    check_error(ended, "error: no command of sac_simba_sparse.py")

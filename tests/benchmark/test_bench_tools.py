@@ -4,21 +4,20 @@ bench_stream.py needs a clone of the original code.
 """
 
 import re
-from subprocess import CompletedProcess
 
 import pandas as pd
 import pytest
-from conftest import BENCH, ROOT, Process, check_error
+from conftest import BENCH, ROOT, Ended, Process, check_error, succeed
 
 
-def run(tool: str, *flags: str) -> CompletedProcess:
+def run(tool: str, *flags: str) -> Ended:
     return Process(BENCH / tool, *flags).finish()
 
 
 def test_kernels():
-    done = run("bench_kernels.py", "--shape", "512", "256", "--batch-size", "16", "--repeats", "1")
-    assert done.returncode == 0, done.stderr
-    times = dict(re.findall(r"^\| (.+?) +\| ([\d.]+) +\|$", done.stdout, re.M))
+    flags = "--shape 512 256 --batch-size 16 --repeats 1"
+    out = succeed(run("bench_kernels.py", *flags.split()))
+    times = dict(re.findall(r"^\| (.+?) +\| ([\d.]+) +\|$", out, re.M))
     forward = {name.partition(": ")[2] for name in times if name.startswith("forward")}
     assert forward == {"dense", "CSR matrix", "embedding_bag", "packed without blocks", "packed"}
     assert len(times) == 9 and all(0 <= float(ms) < 1000 for ms in times.values())
@@ -29,8 +28,7 @@ def test_costs_replace_those_of_the_same_agent_only(tmp_path):
     old = pd.read_csv(ROOT / "docs" / "results" / "costs.csv")
     old.to_csv(output, index=False)
     flags = "--agents stream_ac_sparse --seconds 0.05 --output"
-    done = run("bench_costs.py", *flags.split(), str(output))
-    assert done.returncode == 0, done.stderr
+    succeed(run("bench_costs.py", *flags.split(), output))
     new = pd.read_csv(output)
     assert set(new.agent) == set(old.agent) and len(new) == len(old) and (new.ms > 0).all()
     same = new[new.agent != "stream_ac_sparse"].reset_index(drop=True)
@@ -40,20 +38,30 @@ def test_costs_replace_those_of_the_same_agent_only(tmp_path):
     assert not new.ms[new.agent == "stream_ac_sparse"].isin(old.ms).all()
 
 
+@pytest.mark.parametrize("agent", ["sac", "ddpg"])
+def test_cost_of_diagnostics(agent):
+    flags = f"--agent {agent} --width-scale 0.25 --sparsity 0 0.9 --turns 3"
+    out = succeed(run("bench_diagnostics.py", *flags.split()))
+    pattern = r"diagnose ([\d.]+) ms, update ([\d.]+) ms, .*: ([\d.]+) %"
+    lines = [[float(number) for number in found] for found in re.findall(pattern, out)]
+    assert len(lines) == 2
+    for diagnose, update, share in lines:
+        expected = 100 * diagnose / (diagnose + 10_000 // 2 * 2 * update)
+        assert share == pytest.approx(expected, rel=0.1, abs=0.001) and share < 2
+
+
 @pytest.mark.slow
 def test_pixel_agents():
     flags = "--width-scale 0.0625 --sparsity 0.8 --turns 1 --threads 1"
-    done = run("bench_der.py", *flags.split())
-    assert done.returncode == 0, done.stderr
-    names, row = (line.split() for line in done.stdout.splitlines()[-2:])
+    out = succeed(run("bench_der.py", *flags.split()))
+    names, row = (line.split() for line in out.splitlines()[-2:])
     assert names[2:8] == ["plain", "encoder", "update", "act", "replay", "env"]
     update, act, replay, env, steps = map(float, row[4:9])
     assert steps == pytest.approx(1000 / (update + act + replay + env), rel=0.01)
 
-    done = run("bench_drqv2.py", "--linear", "--batch-size", "8", *flags.split())
-    assert done.returncode == 0, done.stderr
-    ours, masked = map(float, re.findall(r"([\d.]+) ms$", done.stdout, re.M))
-    assert f"ratio time={ours / masked:.2f}" in done.stdout
+    out = succeed(run("bench_drqv2.py", "--linear", "--batch-size", "8", *flags.split()))
+    ours, masked = map(float, re.findall(r"([\d.]+) ms$", out, re.M))
+    assert f"ratio time={ours / masked:.2f}" in out
 
 
 @pytest.mark.parametrize(
@@ -66,6 +74,4 @@ def test_pixel_agents():
     ],
 )
 def test_bad_input(tool, flags):
-    done = run(tool, *flags.split())
-    check_error(done.returncode, done.stderr)
-    assert done.stderr.startswith(f"error: {flags}: ")
+    check_error(run(tool, *flags.split()), f"error: {flags}: ")

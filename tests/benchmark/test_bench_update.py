@@ -1,26 +1,20 @@
 """bench_update.py: it measures, and its count of arithmetic is that of PyTorch's own counter."""
 
 import re
-import subprocess
 import sys
 
 import bench_update
 import pandas as pd
 import pytest
+from conftest import call, succeed
 from torch.utils.flop_counter import FlopCounterMode
 
 
 def test_one_row():
     flags = "--width-scale 0.25 --sparsity 0.9 --turns 1 --turn-seconds 0.01 --threads 1"
-    command = [sys.executable, bench_update.__file__, *flags.split()]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    ratio = dict(
-        part.split("=") for part in done.stdout.splitlines()[-1].removeprefix("ratio ").split()
-    )
-    sides = re.findall(
-        r"^(?:masked dense twin|ours) +([\d.]+) ms per update +(\d+) MiB", done.stdout, re.M
-    )
+    out = succeed(call(sys.executable, bench_update.__file__, *flags.split()))
+    ratio = dict(re.findall(r"(\w+)=(\S+)", out.splitlines()[-1]))
+    sides = re.findall(r"^(?:masked dense twin|ours) +([\d.]+) ms per update +(\d+) MiB", out, re.M)
     (twin_ms, twin_mib), (ours_ms, ours_mib) = [map(float, side) for side in sides]
     assert float(ratio["time"]) == pytest.approx(ours_ms / twin_ms, rel=0.02)
     assert float(ratio["memory"]) == pytest.approx(ours_mib / twin_mib, rel=0.02)

@@ -2,7 +2,6 @@
 
 import os
 import re
-import subprocess
 import sys
 from functools import cache
 from pathlib import Path
@@ -11,24 +10,28 @@ import pytest
 import sac_simba_sparse as sac
 import torch
 from analysis import plan
-from conftest import ROOT, check_error, write_metrics
+from conftest import (
+    ROOT,
+    Ended,
+    call,
+    check_error,
+    count_weights,
+    environment,
+    succeed,
+    write_metrics,
+)
 
 FIGURES = [f"fig{number}" for number in range(1, 19)]
 
 
-def benchmark(*arguments: str, **environment) -> subprocess.CompletedProcess:
-    own = ("RUNS", "RESULTS", "THREADS", "FLAGS", "SBATCH_OPTIONS")
-    inherited = {name: value for name, value in os.environ.items() if name not in own}
-    environment = {**inherited, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **environment}
-    command = [str(ROOT / "benchmark.sh"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1800)
+def benchmark(*arguments: str, **more: str) -> Ended:
+    return call(ROOT / "benchmark.sh", *arguments, env=environment(**more), timeout=1800)
 
 
 @cache
 def commands(target: str, scale: str = "paper", *more: str) -> tuple[str, ...]:
-    done = benchmark(target, "--scale", scale, "--runner", "dry-run", *more)
-    assert done.returncode == 0, done.stderr
-    return tuple(done.stdout.splitlines())
+    out = succeed(benchmark(target, "--scale", scale, "--runner", "dry-run", *more))
+    return tuple(out.splitlines())
 
 
 def values(target: str, flag: str, scale: str = "paper") -> set[str]:
@@ -69,7 +72,7 @@ def test_counts(target):
 
 @cache
 def listing() -> str:
-    return benchmark("list", "--scale", "paper").stdout
+    return succeed(benchmark("list", "--scale", "paper"))
 
 
 def test_shared_runs_are_made_once():
@@ -128,7 +131,7 @@ def weights(width: float, depth: int) -> int:
         agent = sac.Agent(
             sac.Args(width_scale=width, depth_scale=depth), 67, 21, torch.device("meta")
         )
-    return sum(row["total"] for row in layer_tables(agent))
+    return count_weights(layer_tables(agent))[1]
 
 
 def test_sparse_networks_have_as_many_active_weights_as_the_dense_one_of_width_2():
@@ -169,8 +172,7 @@ def test_small_networks_can_be_as_sparse(scale):
         _, width, _, depth, _, sparsity = size.split()
         args = sac.Args(width_scale=float(width), depth_scale=int(depth), sparsity=float(sparsity))
         agent = sac.Agent(args, 17, 6, torch.device("cpu"))
-        rows = layer_tables(agent)
-        active, total = (sum(row[name] for row in rows) for name in ("active", "total"))
+        active, total = count_weights(layer_tables(agent))
         assert active / total == pytest.approx(1 - float(sparsity), abs=0.01)
 
 
@@ -180,20 +182,14 @@ def test_flags_of_the_command_line():
         "--seed 1 " in line for line in lines
     )  # Figure 9 shows one run each
     assert len(commands("fig7", "smoke", "--seeds", "3")) == 9
-    done = benchmark(
-        "fig9", "--runner", "dry-run", FLAGS="--device cuda", RUNS="/tmp/there", THREADS="7"
-    )
-    assert all(
-        line.endswith("--runs-dir /tmp/there --threads 7 --device cuda")
-        for line in done.stdout.splitlines()
-    )
-    done = benchmark(
-        "fig13", "--runner", "dry-run", FLAGS="--device  cuda --track"
-    )  # a stream knows no CUDA
-    assert done.stdout.count("\n") == 18 and all(
-        line.endswith("--track") for line in done.stdout.splitlines()
-    )
-    assert "cuda" not in done.stdout
+    where = {"RUNS": "/tmp/there", "THREADS": "7"}
+    out = succeed(benchmark("fig9", "--runner", "dry-run", FLAGS="--device cuda", **where))
+    end = "--runs-dir /tmp/there --threads 7 --device cuda"
+    assert all(line.endswith(end) for line in out.splitlines())
+    # A stream knows no CUDA
+    out = succeed(benchmark("fig13", "--runner", "dry-run", FLAGS="--device  cuda --track"))
+    assert out.count("\n") == 18 and all(line.endswith("--track") for line in out.splitlines())
+    assert "cuda" not in out
 
 
 @pytest.mark.parametrize(
@@ -213,9 +209,9 @@ def test_flags_of_the_command_line():
     ],
 )
 def test_nonsense(arguments, words):
-    done = benchmark(*arguments, RUNS="/nonexistent/runs", RESULTS="/nonexistent/results")
-    assert done.stdout == ""
-    check_error(done.returncode, done.stderr, words)
+    ended = benchmark(*arguments, RUNS="/nonexistent/runs", RESULTS="/nonexistent/results")
+    assert ended[1] == ""
+    check_error(ended, *words.split())
 
 
 def test_slurm_gets_the_runs_that_are_not_finished(tmp_path):
@@ -232,31 +228,29 @@ done
     (tmp_path / "sbatch").chmod(0o755)
     where["PATH"] = f"{tmp_path}:{os.environ['PATH']}"
     arguments = ("fig7", "--scale", "smoke", "--seeds", "3")
-    every = benchmark(*arguments, "--runner", "dry-run", THREADS="1", **where).stdout.splitlines()
+    dry_run = benchmark(*arguments, "--runner", "dry-run", THREADS="1", **where)
+    every = succeed(dry_run).splitlines()
     first = plan.parse_command(every[0]).folder
     write_metrics(first, (1000, "final/return_mean", 1.0))
-    done = benchmark(*arguments, "--runner", "slurm", **where)
-    assert done.returncode == 0 and done.stderr.startswith("9 runs, 1 of them finished; "), (
-        done.stderr
-    )
-    assert "--array=1-4 " in done.stdout
-    tasks = re.split(r"^task \d\n", done.stdout.partition("\nwhen it has ended")[0], flags=re.M)[1:]
+    code, out, err = benchmark(*arguments, "--runner", "slurm", **where)
+    assert code == 0 and err.startswith("9 runs, 1 of them finished; "), err
+    assert "--array=1-4 " in out
+    tasks = re.split(r"^task \d\n", out.partition("\nwhen it has ended")[0], flags=re.M)[1:]
     dealt = [task.splitlines() for task in tasks]
     assert dealt == [every[number::4] for number in (1, 2, 3, 4)]
 
 
 def test_python_without_the_packages():
-    done = benchmark("fig9", PYTHON="/nonexistent/python")
-    check_error(done.returncode, done.stderr, "activate the virtual environment")
+    ended = benchmark("fig9", PYTHON="/nonexistent/python")
+    check_error(ended, "activate", "the virtual environment")
 
 
 def test_failed_runs_are_named_with_their_logs(tmp_path):
     where = {"RUNS": str(tmp_path / "runs"), "RESULTS": str(tmp_path / "results")}
-    done = benchmark("fig9", "--scale", "smoke", "--jobs", "2", FLAGS="--tau 2", **where)
-    assert done.returncode == 1
-    assert "these runs failed" in done.stderr and "nothing to draw" in done.stderr
-    logs = set(re.findall(r"(\S+\.log) \(exit code 2\)", done.stderr))
+    flags = ("--scale", "smoke", "--jobs", "2")
+    code, _, err = benchmark("fig9", *flags, FLAGS="--tau 2", **where)
+    assert code == 1 and "these runs failed" in err and "nothing to draw" in err
+    logs = set(re.findall(r"(\S+\.log) \(exit code 2\)", err))
     assert len(logs) == 2
-    assert all(
-        "error: --tau 2.0 is not allowed: 0 <= tau <= 1" in Path(log).read_text() for log in logs
-    )
+    message = "error: --tau 2.0 is not allowed: 0 <= tau <= 1"
+    assert all(message in Path(log).read_text() for log in logs)

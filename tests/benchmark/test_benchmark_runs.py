@@ -6,13 +6,12 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import termios
 import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, environment
 from matplotlib.image import imread
 
 FIGURES = [f"fig{number}" for number in range(1, 19)]
@@ -20,15 +19,8 @@ FIGURES = [f"fig{number}" for number in range(1, 19)]
 SWEEP, FLAGS = "fig13", "--total-timesteps 30000 --eval-interval 10000 --checkpoint-interval 1000"
 
 
-def environment(folder: Path, **more: str) -> dict[str, str]:
-    own = ("RUNS", "RESULTS", "THREADS", "FLAGS", "SBATCH_OPTIONS")
-    inherited = {name: value for name, value in os.environ.items() if name not in own}
-    where = {
-        "RUNS": str(folder / "runs"),
-        "RESULTS": str(folder / "results"),
-        "PYTHON": sys.executable,
-    }
-    return {**inherited, **where, "OMP_NUM_THREADS": "1", **more}
+def places(folder: Path) -> dict[str, str]:
+    return {"RUNS": str(folder / "runs"), "RESULTS": str(folder / "results")}
 
 
 def start(folder: Path, *arguments: str, **more: str) -> subprocess.Popen:
@@ -39,7 +31,7 @@ def start(folder: Path, *arguments: str, **more: str) -> subprocess.Popen:
         "text": True,
         "start_new_session": True,
     }
-    return subprocess.Popen(command, env=environment(folder, **more), **pipes)
+    return subprocess.Popen(command, env=environment(**places(folder), **more), **pipes)
 
 
 def type_in(keyboard: int, terminal: int, folder: Path, line: str, **more: str) -> subprocess.Popen:
@@ -53,7 +45,7 @@ def type_in(keyboard: int, terminal: int, folder: Path, line: str, **more: str) 
         "stdin": terminal,
         "stdout": terminal,
         "stderr": terminal,
-        "env": environment(folder, **more),
+        "env": environment(**places(folder), **more),
     }
     shell = subprocess.Popen(["bash", "--norc", "-i"], preexec_fn=own, **where)
     os.write(keyboard, f"{line}\n".encode())
