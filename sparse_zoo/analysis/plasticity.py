@@ -125,7 +125,7 @@ def describe(table: pd.DataFrame) -> pd.DataFrame:
     ]
     for _, column in table.groupby(["env_id", "exp_name"]):
         for name in others:
-            if column[name].astype(str).nunique() > 1:
+            if len({str(value) for value in column[name]}) > 1:
                 words = [f", {name.replace('_', ' ')} {value}" for value in column[name]]
                 table.loc[column.index, "size"] += words
     table["sparsity"] = [
@@ -158,7 +158,7 @@ def load_runs(
             left_out.append(f"{run.name}: {reason}")
     parts = [runs.read_table(path, COLUMNS, "--earlier") for path in earlier]
     if flags:
-        table = describe(pd.DataFrame.from_dict(flags, "index", dtype=object))
+        table = describe(pd.DataFrame(list(flags.values()), index=list(flags), dtype=object))
         table = table[["seed", "width_scale", *CONFIGURATION]]
         own = [values[name].assign(run=name, **row) for name, row in table.iterrows()]
         parts = own + parts
