@@ -10,8 +10,11 @@ TARGET: table1 to table5, fig1 to fig18, all. Default: --scale cpu --runner loca
 environment (folders count from this script's):
              RUNS (folder of runs, default runs/SCALE), RESULTS (of pictures and tables, default results/SCALE),
              PYTHON (default python), THREADS (CPU threads of a run, default cores / jobs; slurm: 1),
-             FLAGS (more flags for every agent, such as '--device cuda'), SBATCH_OPTIONS (more options for sbatch)"
-set -euo pipefail
+             FLAGS (more flags for every agent, such as '--device cuda', split at spaces),
+             ONLY (only runs whose command matches this regular expression: '--width-scale 1 .*--sparsity 0.9 '),
+             SBATCH_OPTIONS (more options for sbatch)"
+set -feuo pipefail # -f: a * is a character
+{ LC_ALL=C.UTF-8; } 2>/dev/null # names are shown as they are
 cd "$(dirname "$0")"
 
 # === SCALES ===
@@ -142,7 +145,7 @@ drqv2() { # drqv2 "TASKS" WIDTH SPARSITY
 }
 stream() { # stream WIDTH SPARSITY INIT
   local given=${FLAGS:-} FLAGS
-  FLAGS=$(sed -E 's/--device[= ]+cuda//' <<<"$given") # one sample at a time is work for a CPU
+  FLAGS=$(sed -E 's/--device[= ]+cuda[^ ]*//' <<<"$given") # one sample at a time is work for a CPU
   for task in $streaming; do
     run "$other_seeds" stream_ac_sparse --env-id "$task" --width-scale "$1" --sparsity "$2" --init "$3" $streaming_flags
   done
@@ -152,9 +155,12 @@ der() { # der WIDTH SPARSITY
     run "$other_seeds" der_impala_sparse --env-id "ALE/$game-v5" --width-scale "$1" --sparsity "$2" $atari_flags
   done
 }
-run() { # run SEEDS AGENT FLAG...: one command for each seed
+run() { # run SEEDS AGENT FLAG...: one command for each seed, quoted for a shell, if it matches ONLY
+  local line
   for ((seed = 1; seed <= ${seeds:-$1}; seed++)); do
-    echo $python "sparse_zoo/$2.py" "${@:3}" --seed $seed --runs-dir "$runs" --threads "$threads" ${FLAGS:-}
+    printf -v line "%q " $python "sparse_zoo/$2.py" "${@:3}" --seed $seed \
+      --runs-dir "$runs" --threads "$threads" ${FLAGS:-}
+    if [[ $line =~ $only ]]; then echo "${line% }"; fi
   done
 }
 calc() { LC_ALL=C awk "BEGIN { printf \"%.4g\", $1 }"; }
@@ -167,7 +173,7 @@ analysis() { $python "sparse_zoo/analysis/$1.py" "${@:2}"; }
 plot() { # plot TARGET: from its finished runs; the others are named
   local out=$results/$1 from large variants bias=$results/$1/bias_$scale
   if [[ $1 == table* ]]; then # beside the paper's values, so with the paper's widths and depths
-    (set_scale paper && commands $figures) | analysis tables --table "${1#table}" --output "$out"
+    (only="" && set_scale paper && commands $figures) | analysis tables --table "${1#table}" --output "$out"
     return
   fi
   commands "$1" | analysis plan link --output "$out/runs" || return
@@ -186,7 +192,7 @@ plot() { # plot TARGET: from its finished runs; the others are named
         analysis simplicity_bias $bias_flags --threads "${THREADS:-$cores}" --output "$bias" || return
       analysis scaling --figure gain $from --scores "$bias/scores.csv"
       ;;
-    fig9) analysis gradient_interference "$out"/runs/* --samples $samples --output "$out" ;;
+    fig9) (set +f && analysis gradient_interference "$out"/runs/* --samples $samples --output "$out") ;;
     fig10) analysis scaling --figure bars $from ;;
     fig11) analysis plasticity $from --metrics eval/return_mean diagnostics/critic_active_units ;;
     fig12 | fig13 | fig17) analysis streaming --figures "${1#fig}" $from --bin $curve_bin ;;
@@ -201,8 +207,7 @@ plot() { # plot TARGET: from its finished runs; the others are named
 run_local() { # keeps $jobs runs going until all are done; a signal ends them, and the same command goes on
   local group
   export logs=$runs/logs failures=$runs/logs/failures.$$
-  mkdir -p "$logs"
-  rm -f "$failures"
+  { mkdir -p "$logs" && : >"$failures"; } 2>/dev/null || fail "cannot write to $logs; make room, or set RUNS"
   export -f run_one
   set -m # the runs get a process group of their own, so that a signal can be sent to all of them
   # shellcheck disable=SC2016
@@ -212,9 +217,9 @@ run_local() { # keeps $jobs runs going until all are done; a signal ends them, a
   set +m # but what follows does not: Ctrl-C has to reach this shell
   trap 'interrupted=1; kill -TERM -- "-$group"' INT TERM HUP
   while kill -0 -- "-$group" 2>/dev/null; do sleep 0.2; done
-  trap - INT TERM HUP
-  [[ -z ${interrupted:-} ]] || fail "interrupted; the same command goes on from the last checkpoints" 130
-  [[ -e $failures ]] || return 0
+  trap "$on_signal" INT TERM HUP
+  [[ -z ${interrupted:-} ]] || fail "interrupted; the same command goes on from the last checkpoints" 1
+  if [[ ! -s $failures ]]; then rm "$failures" && return; fi
   { echo "these runs failed, their logs say why:" && cat "$failures" && rm "$failures"; } >&2
   return 1
 }
@@ -223,58 +228,82 @@ run_one() { # run_one COMMAND
   log=$logs/$(cksum <<<"$1" | cut -d ' ' -f 1).log
   trap 'exit 255' TERM # upon which xargs starts no more
   echo "$ $1" >>"$log"
-  $1 >>"$log" 2>&1 </dev/null || code=$?
+  eval "$1" >>"$log" 2>&1 </dev/null || code=$?
   if ((code)); then echo "$log (exit code $code): $1" | tee -a "$failures"; else echo "finished: ${1#*sparse_zoo/}"; fi
 }
 run_slurm() { # one array job; Slurm restarts preempted tasks, which resume; sbatch reads SBATCH_PARTITION and so on
   local folder job size max=${MAX_ARRAY:-1000} # Slurm's default limit; beyond it, tasks take several runs each
-  folder=$(mkdir -p "$runs/slurm" && cd "$runs/slurm" && pwd)
-  job=$(mktemp "$folder/$target.XXXXXX")
-  cat >"$job.txt"
+  folder=$(mkdir -p "$runs/slurm" && cd "$runs/slurm" && pwd) 2>/dev/null &&
+    job=$(mktemp "$folder/$target.XXXXXX" 2>/dev/null) && cat 2>/dev/null >"$job.txt" ||
+    fail "cannot write to $runs/slurm; make room, or set RUNS"
   size=$(awk -v max="$max" 'END { print NR < max ? NR : max }' "$job.txt")
-  cat >"$job" <<JOB
+  cat >"$job" <<JOB || fail "cannot write to $job; make room, or set RUNS"
 #!/usr/bin/env bash
 #SBATCH --job-name=$target --array=1-$size${limit:+%$limit} --cpus-per-task=$threads
-#SBATCH --requeue --open-mode=append --output="$job.%a.log"
-cd "$PWD"
+#SBATCH --requeue --open-mode=append
+cd $(printf %q "$PWD")
 code=0
-while read -r command; do \$command </dev/null || code=\$?; done < <(sed -n "\$SLURM_ARRAY_TASK_ID~${size}p" "$job.txt")
+while read -r command; do
+  eval "\$command" </dev/null || code=\$?
+done < <(sed -n "\$SLURM_ARRAY_TASK_ID~${size}p" $(printf %q "$job.txt"))
 exit \$code
 JOB
-  sbatch ${SBATCH_OPTIONS:-} "$job" || return
-  echo "when it has ended, with the same FLAGS, RUNS and RESULTS:" \
+  SBATCH_OUTPUT="${job//%/%%}.%a.log" sbatch ${SBATCH_OPTIONS:-} "$job" || return
+  echo "when it has ended, with the same FLAGS, ONLY, RUNS and RESULTS:" \
     "./benchmark.sh plot $target --scale $scale${seeds:+ --seeds $seeds}"
 }
 
 # === COMMAND LINE ===
 fail() { echo "error: $1" >&2 && exit "${2:-2}"; } # fail MESSAGE [EXIT_CODE]
-number() { [[ $2 =~ ^[1-9][0-9]*$ ]] || fail "$1 $2: must be a whole number above 0"; }
+number() { # number NAME VALUE MOST
+  [[ $2 =~ ^[1-9][0-9]{0,9}$ ]] && (($2 <= $3)) || fail "$1 $2: must be a whole number above 0, at most $3"
+}
 
 tables="table1 table2 table3 table4 table5"
 figures=$(printf 'fig%d ' {1..18})
-action=run scale=cpu runner=local seeds="" limit="" code=0
-case ${1:-} in
-  "" | -h | --help) echo "$usage" && exit ;;
-  plot | status) action=$1 && shift ;;
-esac
-target=${1:-}
-shift $(($# > 0))
-[[ -n $target && " $tables $figures all list " == *" $target "* ]] || fail "no target '$target'; ./benchmark.sh list names them"
+action=run scale=cpu runner="" seeds="" limit="" code=0
+on_signal='fail "interrupted; the same command goes on" 1'
+trap "$on_signal" INT TERM HUP
+names=()
+(($#)) || set -- --help
 while (($#)); do
-  (($# > 1)) || fail "$1: unknown, or its value is missing; ./benchmark.sh --help"
+  [[ $1 != --*=* ]] || set -- "${1%%=*}" "${1#*=}" "${@:2}"
+  case $1 in
+    -h | --help) echo "$usage"; exit ;;
+    --scale | --runner | --jobs | --seeds) (($# > 1)) || fail "$1: its value is missing; ./benchmark.sh --help" ;;
+    -*) fail "$1: unknown flag; ./benchmark.sh --help" ;;
+    *) names+=("$1") && shift && continue ;;
+  esac
   case $1 in
     --scale) scale=$2 ;;
     --runner) runner=$2 ;;
-    --jobs) number "$1" "$2" && limit=$2 ;;
-    --seeds) number "$1" "$2" && seeds=$2 ;;
-    *) fail "$1: unknown flag; ./benchmark.sh --help" ;;
+    --jobs) number "$1" "$2" 1000 && limit=$2 ;;
+    --seeds) number "$1" "$2" 1000 && seeds=$2 ;;
   esac
   shift 2
 done
+[[ ${names-} != plot && ${names-} != status ]] || { action=${names[0]} && names=("${names[@]:1}"); }
+target=${names[0]-}
+[[ -n $target && " $tables $figures all list " == *" $target "* && "$action $target" != [ps]*" list" ]] ||
+  fail "no target '$target' to $action; ./benchmark.sh list names them"
+((${#names[@]} == 1)) || fail "$target ${names[1]}: one target at a time"
+if [[ $action != run || $target == list ]]; then
+  [[ -z $runner$limit ]] || fail "--runner and --jobs: only for a target that is to be run"
+fi
+runner=${runner:-local}
 [[ $runner =~ ^(local|slurm|dry-run)$ ]] || fail "--runner $runner: must be local, slurm or dry-run"
+[[ $target != table* || $runner == local ]] || fail "--runner $runner: a table has no runs"
 set_scale "$scale"
-python=${PYTHON:-python} runs=${RUNS:-runs/$scale} results=${RESULTS:-results/$scale}
+python=${PYTHON:-python} only=${ONLY:-} runs=${RUNS:-runs/$scale} results=${RESULTS:-results/$scale}
+runs=${runs/#\~\//$HOME/} results=${results/#\~\//$HOME/}
+FLAGS=${FLAGS:-}
+FLAGS=${FLAGS//[[:space:]]/ }
 [[ $runs$results != *[[:space:]]* ]] || fail "RUNS and RESULTS: no spaces in the names of folders, please"
+[[ $(printf %q "$runs$results$python$FLAGS") != "\$'"* ]] ||
+  fail "RUNS, RESULTS, PYTHON and FLAGS: only characters that can be printed, in UTF-8, please"
+[[ "" =~ $only ]] 2>/dev/null || (($? == 1)) || fail "ONLY='$only': not a regular expression (as of grep -E)"
+[[ -z ${THREADS:-} ]] || number THREADS "$THREADS" 1000
+[[ -z ${MAX_ARRAY:-} ]] || number MAX_ARRAY "$MAX_ARRAY" 4000000
 cores=$(unset OMP_NUM_THREADS OMP_THREAD_LIMIT && nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 jobs=${limit:-$cores}
 threads=$((cores > jobs ? cores / jobs : 1))
@@ -282,6 +311,9 @@ threads=$((cores > jobs ? cores / jobs : 1))
 threads=${THREADS:-$threads}
 targets=$target
 [[ $target != all && $target != list ]] || targets="$tables $figures"
+if [[ -n $only && $target != list && $target != table* && -z $(commands $targets) ]]; then
+  fail "ONLY='$only': matches no run of $target; --runner dry-run without ONLY shows their commands"
+fi
 
 if [[ $target == list ]]; then
   for name in $tables; do echo "$name: from the code"; done
@@ -298,10 +330,13 @@ else
   mkdir -p "$runs" "$results" 2>/dev/null || fail "cannot write to $runs and $results; set RUNS and RESULTS to other folders"
   if [[ $action == run && $target != table* ]]; then
     [[ $runner == local ]] || command -v sbatch >/dev/null || fail "--runner slurm: there is no sbatch here"
-    todo=$(commands $targets | analysis plan unfinished) # and prints how long that takes
+    todo=$(commands $targets | analysis plan unfinished) || exit # and prints how long that takes
     [[ -z $todo ]] || "run_$runner" <<<"$todo" || code=1
     [[ $runner == local ]] || exit $code
   fi
-  for name in $targets; do plot "$name" || code=$((code ? code : $?)); done
+  for name in $targets; do
+    [[ $name != fig* || -n $(commands $name) ]] || continue # ONLY leaves it without runs
+    plot "$name" || code=$((code ? code : $?))
+  done
   exit $code
 fi

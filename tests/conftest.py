@@ -2,6 +2,7 @@
 
 import csv
 import gc
+import hashlib
 import io
 import json
 import multiprocessing
@@ -132,7 +133,7 @@ def call(*command, **how) -> Ended:
 
 def environment(**more: str) -> dict[str, str]:
     """That of benchmark.sh, whose own variables are not inherited."""
-    own = ("RUNS", "RESULTS", "THREADS", "FLAGS", "SBATCH_OPTIONS")
+    own = ("RUNS", "RESULTS", "THREADS", "FLAGS", "ONLY", "MAX_ARRAY", "SBATCH_OPTIONS")
     inherited = {name: value for name, value in os.environ.items() if name not in own}
     return {**inherited, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **more}
 
@@ -144,10 +145,10 @@ def succeed(ended: Ended) -> str:
     return out
 
 
-def check_error(ended: Ended, *words: str) -> None:
+def check_error(ended: Ended, *words: str, code: int = 2) -> None:
     """Bad input ends a program with exit code 2 and one line that names what was wrong."""
-    code, _, error = ended
-    assert code == 2
+    exit_code, _, error = ended
+    assert exit_code == code, error
     assert error.startswith("error: ") and error.endswith("\n") and error.count("\n") == 1, error
     assert all(word in error for word in words), error
 
@@ -161,12 +162,20 @@ def only_run(runs: Path) -> Path:
 
 
 def contents(folder: Path) -> dict[str, bytes | None]:
-    """Every file and folder; not the lock, which holds nothing."""
-    paths = (path for path in folder.rglob("*") if path.name != ".lock")
+    """Every file and folder; not the lock, and who holds it."""
+    paths = (path for path in folder.rglob("*") if path.name not in (".lock", ".owner"))
     return {
         str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
         for path in paths
     }
+
+
+def rewrite_checkpoint(run_dir: Path, **changes) -> None:
+    """Changes entries of a checkpoint, which keeps its digest behind it."""
+    file = io.BytesIO()
+    torch.save(load_checkpoint(run_dir) | changes, file)
+    digest = hashlib.sha256(file.getvalue()).digest()
+    (run_dir / "checkpoint.pt").write_bytes(file.getvalue() + digest)
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, str]]:

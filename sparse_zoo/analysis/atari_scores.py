@@ -16,13 +16,12 @@ Games without a run are named, and the number of games stands beside every aggre
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import runs
 import numpy as np
 import pandas as pd
 import plots
-import runs
-import tyro
-from matplotlib.figure import Figure
 from runs import fail
+from matplotlib.figure import Figure
 
 VARIANT = ["width_scale", "depth_scale", "sparsity"]
 # Flags that may differ between the runs of one comparison, beside those that change no result
@@ -35,9 +34,9 @@ class Args:
     """folder that holds one folder per run"""
     output: str = "results/atari"
     """folder of the figure and the numbers"""
-    baseline_width: float = 1.0
+    baseline_width: runs.Width = 1.0
     """width scale of the dense runs that others are compared with"""
-    samples: int = 2000
+    samples: runs.Count = 2000
     """bootstrap samples"""
 
 
@@ -169,23 +168,24 @@ def figure_18(percent: pd.DataFrame) -> Figure:
     return figure
 
 
-if __name__ == "__main__":
-    args = tyro.cli(Args)
-    if args.samples < 1:
-        fail(f"--samples {args.samples}: must be at least 1")
+def main(args: Args) -> None:
     scores = normalise(load(args.runs_dir))
     if scores.empty:
         fail("no run of one of the 26 games of Atari-100k")
     summary = summarise(scores, args.samples)
     percent = improvements(scores, args.baseline_width)
-    output = runs.make_folder(args.output)
-    scores.to_csv(output / "scores.csv", index=False, float_format="%.4f")
-    summary.to_csv(output / "aggregates.csv", index=False, float_format="%.4f")
     named = percent.set_axis([variant_name(*column) for column in percent], axis=1)
-    named.to_csv(output / "improvements.csv", float_format="%.2f")
-    print(summary.drop(columns="missing").to_string(index=False, float_format="{:.3f}".format))
     files = "scores.csv, aggregates.csv and improvements.csv"
-    if percent.notna().to_numpy().any():
-        plots.save(figure_18(percent), output, "figure_18")
-        files += ", figure_18"
-    print(f"{files} are in {output}")
+    with runs.new_files(args.output) as output:
+        scores.to_csv(output / "scores.csv", index=False, float_format="%.4f")
+        summary.to_csv(output / "aggregates.csv", index=False, float_format="%.4f")
+        named.to_csv(output / "improvements.csv", float_format="%.2f")
+        if percent.notna().to_numpy().any():
+            plots.save(figure_18(percent), output, "figure_18")
+            files += ", figure_18"
+    print(summary.drop(columns="missing").to_string(index=False, float_format="{:.3f}".format))
+    print(f"{files} are in {args.output}")
+
+
+if __name__ == "__main__":
+    runs.start(main, Args)

@@ -38,7 +38,9 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
+import runs
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
@@ -47,8 +49,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
+from runs import algorithm_name, fail, import_agent, network_sparsities
 from matplotlib.figure import Figure
-from runs import algorithm_name, fail, import_agent, make_folder, network_sparsities
 
 sac = import_agent("sac_simba_sparse")
 ddpg = import_agent("ddpg_simba_sparse")
@@ -61,13 +63,13 @@ CHUNK = 2**13  # active weights at a time: k * CHUNK floats, 8 MB for 256 transi
 class Args:
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """run folders of SAC or DDPG, one row of the figure each"""
-    samples: int = 256
+    samples: Annotated[int, "2 <= x <= 10**5"] = 256
     """transitions k"""
-    seed: int = 0
+    seed: Annotated[int, "0 <= x < 2**32"] = 0
     """of the choice of transitions and of the noise on their actions"""
-    output: Path = Path("results/gradient_interference")
+    output: str = "results/gradient_interference"
     """folder for gradient_interference.csv, .png and .svg"""
-    threads: int | None = None
+    threads: runs.Threads = None
     """CPU threads (default: all cores)"""
 
 
@@ -216,8 +218,11 @@ def restore_networks(module, agent, checkpoint: dict, run_dir: Path) -> None:
     try:
         for name in names:
             getattr(agent, name).load_state_dict(checkpoint[name])
-    except (ValueError, RuntimeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         fail(f"{run_dir}: {str(error).splitlines()[0]}")
+    for name in names:
+        if not all(part.isfinite().all() for part in getattr(agent, name).parameters()):
+            fail(f"{run_dir}: the checkpoint's {name} has weights that are not finite", 3)
 
 
 def measure_run(
@@ -290,21 +295,18 @@ def draw(results: list[tuple[str, dict]]) -> Figure:
     return figure
 
 
-if __name__ == "__main__":
-    args = tyro.cli(Args)
+def main(args: Args) -> None:
     if not args.runs:
         fail("name at least one run folder")
-    if args.samples < 2:
-        fail(f"--samples {args.samples}: must be at least 2")
     torch.set_num_threads(args.threads or torch.get_num_threads())
     os.environ.setdefault("MUJOCO_GL", "disabled")
     loaded = [read_run(run_dir, args.samples) for run_dir in args.runs]
-    output = make_folder(args.output)
     measured = [measure_run(*run, args.samples, args.seed) for run in loaded]
     table = pd.DataFrame([row for *_, rows in measured for row in rows])
-    table.to_csv(output / "gradient_interference.csv", index=False)
     figure = draw([(title, matrices) for title, matrices, _ in measured])
-    plots.save(figure, output, "gradient_interference", dpi=150)  # a pixel or more a transition
+    with runs.new_files(args.output) as output:
+        table.to_csv(output / "gradient_interference.csv", index=False)
+        plots.save(figure, output, "gradient_interference", dpi=150)  # a pixel a transition
     for title, _, rows in measured:
         print(title)
         for row in rows:
@@ -313,4 +315,8 @@ if __name__ == "__main__":
                 f"mean |cos| {row['mean_abs']:.3f}  negative {row['negative']:5.1%}  "
                 f"no gradient {row['no_gradient']}"
             )
-    print(f"figure and table are in {output}")
+    print(f"figure and table are in {args.output}")
+
+
+if __name__ == "__main__":
+    runs.start(main, Args)

@@ -14,10 +14,9 @@ humans (atari26_scores.csv) where they are in the picture.
 import math
 from dataclasses import dataclass
 
+import runs
 import pandas as pd
 import plots
-import runs
-import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -46,7 +45,8 @@ class Args:
 
 def load(runs_dir: str, earlier: tuple[str, ...] = ()) -> pd.DataFrame:
     """A row for each return: run, FLAGS, env_step, metric (eval/, final/, episode/), value."""
-    tables = [runs.read_table(path, COLUMNS, "--earlier") for path in earlier]
+    finite = ("width_scale", "sparsity", "seed", "env_step")
+    tables = [runs.read_table(path, COLUMNS, "--earlier", finite) for path in earlier]
     found, left_out = runs.load_runs(runs_dir, needed=(), unfinished=True)
     for run in found:
         returns = run.metrics[run.metrics.metric.str.contains("/return")]
@@ -143,13 +143,16 @@ def draw(returns: pd.DataFrame) -> Figure:
     return figure
 
 
-if __name__ == "__main__":
-    args = tyro.cli(Args)
+def main(args: Args) -> None:
     returns = load(args.runs_dir, args.earlier)
-    output = runs.make_folder(args.output)
-    returns.to_csv(output / "returns.csv.gz", index=False, compression=runs.GZIP)
-    plots.save(draw(returns), output, "learning_curves")
+    with runs.new_files(args.output) as output:
+        returns.to_csv(output / "returns.csv.gz", index=False, compression=runs.GZIP)
+        plots.save(draw(returns), output, "learning_curves")
     last = returns[returns.metric.isin(["eval/return_mean", runs.FINAL])].groupby("run").tail(1)
     shown = ["exp_name", "env_id", "sparsity", "seed", "env_step", "metric", "value"]
     print(last[shown].to_string(index=False))
-    print(f"figure and returns are in {output}")
+    print(f"figure and returns are in {args.output}")
+
+
+if __name__ == "__main__":
+    runs.start(main, Args)

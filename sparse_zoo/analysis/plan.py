@@ -19,9 +19,9 @@ from functools import cache
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import runs
 import numpy as np
 import pandas as pd
-import runs
 import tyro
 from runs import COSTS, fail
 
@@ -47,20 +47,31 @@ class Run(NamedTuple):
 
 
 @cache
-def parse_flags(agent: str, flags: str):
-    """An agent's Args for some flags."""
-    return tyro.cli(runs.import_agent(agent).Args, args=shlex.split(flags))
+def parse_flags(agent: str, flags: tuple[str, ...]):
+    """An agent's Args for some flags, checked by its rules."""
+    module = runs.import_agent(agent)
+    try:
+        args = runs.parse_flags(module.Args, list(flags))
+    except SystemExit as end:
+        if end.code:
+            raise
+        fail("a command with --help is no run; take it out of FLAGS")
+    module.check_flags(args)
+    return args
 
 
 def parse_command(command: str) -> Run:
     """The run of `python sparse_zoo/AGENT.py --flags`."""
-    script, _, flags = command.partition(".py ")
-    agent = script.rpartition("/")[2]
-    before, _, after = flags.partition("--seed ")  # seeds share what is slow
-    seed, _, after = after.partition(" ")
+    agent = ""
     try:
-        args = replace(parse_flags(agent, before + after), seed=int(seed))
-    except (ImportError, ValueError) as error:
+        words = shlex.split(command)
+        script = [word.endswith(".py") for word in words].index(True)
+        agent = Path(words[script]).stem
+        flags = words[script + 1 :]
+        place = len(flags) - 1 - flags[::-1].index("--seed")  # the last one counts
+        others = (*flags[:place], *flags[place + 2 :])  # seeds share what is slow
+        args = replace(parse_flags(agent, others), seed=int(flags[place + 1]))
+    except (ImportError, IndexError, ValueError) as error:
         if isinstance(error, ImportError) and error.name != agent:
             fail(f"{agent} cannot be imported ({error}); install requirements.txt")
         fail(f"not the command of an agent, with --seed: {command}")
@@ -134,12 +145,12 @@ def describe(count: int, todo: list[Run]) -> str:
     return text
 
 
-def link(planned: list[Run], states: list[str], output: Path) -> None:
+def link(planned: list[Run], states: list[str], output: str) -> None:
     """Links to the finished runs in an otherwise empty folder; names the others."""
     if "finished" not in states:
         where = planned[0].folder.parent
         fail(f"nothing to draw: none of these {len(planned)} runs is finished in {where}")
-    runs.make_folder(output)
+    output = runs.make_folder(output)
     for old in output.iterdir():
         if old.is_symlink():
             old.unlink()
@@ -150,21 +161,26 @@ def link(planned: list[Run], states: list[str], output: Path) -> None:
             print(f"missing: {run.folder} is {state}")
 
 
-if __name__ == "__main__":
-    args = tyro.cli(Args)
+def main(args: Args) -> None:
     planned = [parse_command(line) for line in sys.stdin.read().splitlines()]
     if not planned:
-        fail("no commands on standard input")
+        fail("no commands on standard input; pipe ./benchmark.sh TARGET --runner dry-run into this")
+    if len({run.folder for run in planned}) < len(planned):
+        fail("several commands have the same run folder; take --seed and the like out of FLAGS")
     states = [find_state(run) for run in planned]
     if args.action == "unfinished":
         todo = [run for run, state in zip(planned, states) if state != "finished"]
         print(describe(len(planned), todo), file=sys.stderr)
         for run in todo:
             print(run.command)
-        sys.exit()
+        return
     if args.action == "link":
-        link(planned, states, Path(args.output))
+        link(planned, states, args.output)
     else:
         for run, state in zip(planned, states):
             print(f"{state}: {run.folder}")
     print(f"{states.count('finished')} of {len(planned)} runs are finished")
+
+
+if __name__ == "__main__":
+    runs.start(main, Args)

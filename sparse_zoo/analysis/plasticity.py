@@ -13,17 +13,16 @@ from itertools import product
 from pathlib import Path
 from typing import Literal
 
+import runs
 import numpy as np
 import pandas as pd
 import plots
-import runs
-import tyro
+from runs import fail
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator
 from plots import mean_interval
-from runs import fail
 
 # Each figure's metrics, one row each, and its panels for every environment
 METRICS = {
@@ -59,6 +58,7 @@ COLUMN = ["env_id", "algorithm"]  # one column of panels
 CONFIGURATION = [*COLUMN, "size", "sparsity", "actor_sparsity", "critic_sparsity", "reset_interval"]
 # Of *_runs.csv.gz
 COLUMNS = ["env_step", "metric", "value", "run", "seed", "width_scale", *CONFIGURATION]
+EXACT = ("env_step", "seed", "width_scale", *CONFIGURATION[-3:])
 ORDER = ["width_scale", "depth_scale", "critic_sparsity", "actor_sparsity", "reset_interval"]
 MOST_NETWORKS = 10  # that can be told apart in one panel
 
@@ -91,10 +91,7 @@ class Args:
 def measurements(run: runs.Run) -> pd.DataFrame:
     """The diagnostics and evaluations of a run: env_step, metric, value."""
     kind = run.metrics.metric.str.split("/").str[0]
-    metrics = run.metrics[kind.isin(["diagnostics", "eval"])]
-    if metrics.duplicated(["env_step", "metric"]).any():
-        raise runs.UnusableError("metrics.csv has some measurements twice")
-    return metrics
+    return run.metrics[kind.isin(["diagnostics", "eval"])]
 
 
 def settings(run: runs.Run) -> dict:
@@ -151,12 +148,9 @@ def load_runs(
     flags = {}
     values = {}
     for run in found:
-        try:
-            values[run.name] = measurements(run)
-            flags[run.name] = settings(run)
-        except runs.UnusableError as reason:
-            left_out.append(f"{run.name}: {reason}")
-    parts = [runs.read_table(path, COLUMNS, "--earlier") for path in earlier]
+        values[run.name] = measurements(run)
+        flags[run.name] = settings(run)
+    parts = [runs.read_table(path, COLUMNS, "--earlier", EXACT) for path in earlier]
     if flags:
         table = describe(pd.DataFrame(list(flags.values()), index=list(flags), dtype=object))
         table = table[["seed", "width_scale", *CONFIGURATION]]
@@ -405,8 +399,7 @@ def choose_runs(args: Args) -> pd.DataFrame:
     return data
 
 
-if __name__ == "__main__":
-    args = tyro.cli(Args)
+def main(args: Args) -> None:
     metrics = args.metrics or METRICS[args.figure]
     panels = PANELS.get(args.figure, ("training",))
     everything = choose_runs(args)
@@ -426,14 +419,19 @@ if __name__ == "__main__":
         )
     curves = over_training(chosen)
     ends = at_the_end(data)
-    folder = runs.make_folder(args.output)
-    plots.save(draw(curves, ends, metrics, panels), folder, args.figure)
+    picture = draw(curves, ends, metrics, panels)
     curves = curves.sort_values(COLUMN, kind="stable")
     ends = ends.sort_values(COLUMN, kind="stable")
-    if "training" in panels:
-        curves.to_csv(folder / f"{args.figure}.csv", index=False)
-    ends.to_csv(folder / f"{args.figure}_end.csv", index=False)
-    path = folder / f"{args.figure}_runs.csv.gz"
-    everything.to_csv(path, index=False, compression=runs.GZIP)
-    (folder / f"{args.figure}_end.md").write_text(to_markdown(ends, metrics))
-    print(f"{data.run.nunique()} runs: pictures and tables are {folder / args.figure}*")
+    with runs.new_files(args.output) as folder:
+        plots.save(picture, folder, args.figure)
+        if "training" in panels:
+            curves.to_csv(folder / f"{args.figure}.csv", index=False)
+        ends.to_csv(folder / f"{args.figure}_end.csv", index=False)
+        path = folder / f"{args.figure}_runs.csv.gz"
+        everything.to_csv(path, index=False, compression=runs.GZIP)
+        (folder / f"{args.figure}_end.md").write_text(to_markdown(ends, metrics))
+    print(f"{data.run.nunique()} runs: pictures and tables are {Path(args.output, args.figure)}*")
+
+
+if __name__ == "__main__":
+    runs.start(main, Args)

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import scipy.stats
+from runs import RESULTS
 from matplotlib import colormaps, rcParams
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
@@ -20,7 +21,6 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter
 from PIL import Image
-from runs import RESULTS
 
 DENSE = "#404040"
 NEUTRAL = "0.65"  # a line through points of several sparsities

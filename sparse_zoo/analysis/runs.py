@@ -7,15 +7,30 @@ prints a line for each run: task, agent, width, sparsity, seed, env steps, last 
 
 import ast
 import importlib
+import io
 import json
+import math
+import os
 import re
+import signal
 import sys
+import warnings
 import zlib
 from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
-from typing import NoReturn
+from tempfile import TemporaryDirectory
+from typing import Annotated, NoReturn, get_type_hints
+
+# Ctrl-C while packages load is one line too: so scripts import this file first (pyproject.toml)
+OWN = Path(sys.argv[0]).resolve().parent.name in ("analysis", "bench")
+if OWN and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    interrupted = "interrupted; nothing was written, the same command starts again"
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(interrupted))
 
 import pandas as pd
 import tyro
@@ -34,7 +49,7 @@ ALGORITHMS = {
 }
 FINAL = "final/return_mean"
 NOT_RUNS = {"logs", "slurm"}  # folders that benchmark.sh makes beside the runs
-UNREADABLE = (OSError, EOFError, ValueError, KeyError, TypeError, zlib.error)
+UNREADABLE = (OSError, EOFError, ValueError, KeyError, TypeError, RecursionError, zlib.error)
 GZIP = {"method": "gzip", "mtime": 0}  # without the time: the same runs give the same file
 NUMBER = (int, float)
 KINDS = {
@@ -52,20 +67,80 @@ KINDS = {
 }
 ALWAYS = ("env_id", "exp_name", "seed", "width_scale", "sparsity")
 
+# Rules of flags that several scripts have: see check_flags
+Count = Annotated[int, "1 <= x <= 10**6"]
+Threads = Annotated[int | None, "1 <= x <= 1024"]
+Width = Annotated[float, "1/128 <= x <= 1000"]
+Sparsity = Annotated[float, "0 <= x < 1"]
+Widths = Annotated[tuple[float, ...], "1/128 <= x <= 1000"]
+Sparsities = Annotated[tuple[float, ...], "0 <= x < 1"]
+
 
 class UnusableError(Exception):
     """Why a run cannot be used, in a few words."""
 
 
-def fail(message: str) -> NoReturn:
-    """Ends the program with one line for a person and exit code 2."""
-    print("error:", message.replace("\n", " "), file=sys.stderr)
-    sys.exit(2)
+def fail(message: str, code: int = 2) -> NoReturn:
+    """Ends the program with one line for a person (exit code 3: a value is not finite)."""
+    print("error:", " ".join(message.split()), file=sys.stderr)
+    sys.exit(code)
+
+
+def start(main: Callable, kind: type) -> None:
+    """Runs main with the flags of a script; whatever ends it is one line."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of folders can be any bytes
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")  # what is missing or not finite is in the results
+    try:
+        args = parse_flags(kind)
+        check_flags(args)
+        main(args)
+        sys.stdout.flush()
+    except OSError as error:
+        sys.stdout = None  # or Python tries again to write what it could not
+        fail(f"{error}; mend that, then give the same command again")
+    except Exception as error:
+        if sys.flags.dev_mode:
+            raise
+        fail(f"{type(error).__name__}: {error} (python -X dev {sys.argv[0]} ... shows where)")
+
+
+def parse_flags(kind: type, args: list[str] | None = None):
+    """The flags of a command line; what tyro cannot read is one line."""
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            return tyro.cli(kind, args=args)
+    except SystemExit as end:
+        if not end.code:  # --help
+            raise
+    lines = (line.strip("│ ") for line in said.getvalue().splitlines()[1:])  # in a box
+    text = takewhile(lambda line: line[:1] not in "─╰", lines)
+    fail(f"{' '.join(text)}; --help lists the flags")
+
+
+def check_flags(args) -> None:
+    """Ends the program if a flag breaks the rule that stands beside it in Args, or is empty.
+
+    The rule of a flag of several values is that of each, and at least one is needed.
+    """
+    for name, hint in get_type_hints(type(args), include_extras=True).items():
+        value = getattr(args, name)
+        flag = f"--{name.replace('_', '-')}"
+        rules = [rule for rule in getattr(hint, "__metadata__", ()) if isinstance(rule, str)]
+        values = value if isinstance(value, tuple) else (value,)
+        if "" in values or (rules and not values):
+            fail(f"{flag}: its value is empty")
+        for x in values:
+            for rule in rules if x is not None else ():
+                if not eval(rule, {"x": x, "inf": math.inf}):
+                    needed = re.sub(r"\bx\b", name, rule)
+                    fail(f"{flag} {x} is not allowed: {needed}")
 
 
 def make_folder(path: str | Path) -> Path:
     """The folder of --output; ends the program if it cannot be made."""
-    folder = Path(path)
+    folder = Path(path).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -73,15 +148,29 @@ def make_folder(path: str | Path) -> Path:
     return folder
 
 
-def read_table(path: str | Path, columns: list[str], flag: str) -> pd.DataFrame:
+@contextmanager
+def new_files(path: str | Path) -> Iterator[Path]:
+    """A new folder; at the end its files replace those of --output, or after a failure none."""
+    folder = make_folder(path)
+    with TemporaryDirectory(dir=folder, prefix=".new") as temporary:
+        yield Path(temporary)
+        for file in sorted(Path(temporary).iterdir()):
+            os.replace(file, folder / file.name)
+
+
+def read_table(
+    path: str | Path, columns: list[str], flag: str, finite: tuple[str, ...] = ()
+) -> pd.DataFrame:
     """Columns of a table that an earlier call left; ends the program if it cannot be used."""
     try:
         table = pd.read_csv(path)[columns]
-        for name in {"value", "return", "env_step", "seed", "score"} & set(columns):
-            table[name].astype(float)
+        for name in {"value", *finite} & set(columns):
+            numbers = table[name].astype(float)
+            if name in finite and not numbers.abs().lt(2**63).all():
+                raise ValueError(f"column {name} has values that are not finite numbers")
     except UNREADABLE as error:
-        fail(f"{flag} {path}: {error}")
-    return table
+        fail(f"{flag} {path}: {error or type(error).__name__}; give a file of an earlier call")
+    return table.drop_duplicates()
 
 
 # Agents
@@ -159,22 +248,37 @@ class Run:
         """Weights before pruning, and active ones, of all networks."""
         try:
             rows = [row for network in self.layers.values() for row in network]
-            return sum(row["total"] for row in rows), sum(row["active"] for row in rows)
+            total, active = (sum(row[name] for row in rows) for name in ("total", "active"))
         except (AttributeError, KeyError, TypeError):
-            raise UnusableError("args.json has no layer tables") from None
+            total = active = None
+        if not (fits(total, NUMBER) and fits(active, NUMBER)):
+            raise UnusableError("args.json has no layer tables")
+        return total, active
 
 
 def read_metrics(folder: Path) -> pd.DataFrame:
     """env_step, metric and value of a run's metrics.csv, without a last line that is cut off."""
     kinds = {"env_step": float, "metric": str, "value": float}
     try:
-        metrics = pd.read_csv(folder / "metrics.csv", usecols=list(kinds), dtype=kinds)
-        metrics = metrics.dropna(subset=["env_step", "metric"])
+        data = (folder / "metrics.csv").read_bytes()
+        whole = io.BytesIO(data[: data.rfind(b"\n") + 1])
+        metrics = pd.read_csv(whole, usecols=list(kinds), dtype=kinds)
+        if not metrics.env_step.between(0, 2**53).all() or metrics.metric.isna().any():
+            raise ValueError
+        if metrics.duplicated(["env_step", "metric"]).any():
+            raise UnusableError("metrics.csv has some measurements twice")
         return metrics.astype({"env_step": int})[list(kinds)]
     except OSError as error:
         raise UnusableError(f"metrics.csv: {error.strerror}") from None
     except ValueError as error:
         raise UnusableError(f"metrics.csv is damaged or empty ({type(error).__name__})") from None
+
+
+def fits(value, kind: type | tuple) -> bool:
+    """Whether a value of args.json is of a kind: numbers of 64 bits, text that can be printed."""
+    if not isinstance(value, kind) or isinstance(value, bool):
+        return False
+    return value.isprintable() if isinstance(value, str) else -(2**63) <= value < 2**63
 
 
 def describe_state(metrics: pd.DataFrame, total: int | None) -> str:
@@ -194,13 +298,15 @@ def load_run(folder: Path, needed: tuple[str, ...] = ()) -> Run:
         flags = dict(record["args"])
     except OSError as error:
         raise UnusableError(f"args.json: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except UNREADABLE as error:
         raise UnusableError(f"args.json is damaged ({type(error).__name__})") from None
-    given = {name for name in KINDS if flags.get(name) is not None}
-    checked = sorted(given.union(ALWAYS, needed))
-    bad = [name for name in checked if not isinstance(flags.get(name), KINDS[name])]
+    bad = []
+    for name in {*ALWAYS, *needed} | (KINDS.keys() & flags.keys()):
+        optional = name not in ALWAYS and name not in needed
+        if not fits(flags.get(name), KINDS[name]) and not (optional and flags[name] is None):
+            bad.append(name)
     if bad:
-        raise UnusableError(f"args.json has no {', '.join(bad)}")
+        raise UnusableError(f"args.json has no {', '.join(sorted(bad))}")
     return Run(folder, flags, record.get("layers"), read_metrics(folder))
 
 
@@ -225,6 +331,8 @@ def load_runs(
                 raise UnusableError(f"a run of {run.flags['exp_name']}")
             if not unfinished and run.state != "finished":
                 raise UnusableError(f"unfinished, {run.state}")
+            if not unfinished and not math.isfinite(run.final_return):
+                raise UnusableError("its final return is not finite")
             runs.append(run)
         except UnusableError as reason:
             left_out.append(f"{folder.name}: {reason}")
@@ -282,15 +390,21 @@ def describe_run(run: Run) -> dict:
     }
 
 
-def print_index(runs_dir: Path) -> None:
+@dataclass
+class Args:
+    runs_dir: tyro.conf.Positional[str] = "runs"
+    """folder that holds one folder per run"""
+
+
+def main(args: Args) -> None:
     """A line for each run of a folder."""
-    runs, left_out = load_runs(runs_dir, needed=(), unfinished=True)
+    runs, left_out = load_runs(args.runs_dir, needed=(), unfinished=True)
     if not runs and not left_out:
-        fail(f"no runs in {runs_dir}")
+        fail(f"no runs in {args.runs_dir}")
     if runs:
         print(pd.DataFrame([describe_run(run) for run in runs]).to_string(index=False))
     print_left_out(left_out)
 
 
 if __name__ == "__main__":
-    print_index(tyro.cli(tyro.conf.Positional[Path], default=Path("runs")))
+    start(main, Args)

@@ -13,21 +13,19 @@ task. The CSV and Markdown tables have all of these numbers. Docs: docs/benchmar
 
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
 from typing import Literal
 
+import runs
 import numpy as np
 import pandas as pd
 import plots
-import runs
-import tyro
+from runs import fail
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter, NullFormatter
 from plots import bootstrap_interval, interquartile_mean
-from runs import fail
 
 SCENARIO = ["algorithm", "env_id"]
 SIZE = ["width_scale", "depth_scale"]
@@ -45,6 +43,7 @@ COLUMNS = [  # those of runs.csv
     "env_steps",
     "return",
 ]
+EXACT = (*SIZE, "sparsity", "seed", "weights", "active", "env_steps", "return")
 MOST_SIZES = 6  # that can be told apart in one panel
 
 
@@ -59,7 +58,7 @@ class Args:
     """folder that holds one folder per run"""
     earlier: tuple[str, ...] = ()
     """runs.csv files that earlier calls left, whose runs are counted as well"""
-    scores: Path | None = None
+    scores: str | None = None
     """scores.csv of simplicity_bias.py, drawn beside the gains"""
     output: str = "results/scaling"
     """folder of the picture and the tables"""
@@ -85,7 +84,8 @@ def load(runs_dir: str, earlier: tuple[str, ...] = ()) -> tuple[pd.DataFrame, li
         except runs.UnusableError as reason:
             left_out.append(f"{run.name}: {reason}")
     for path in earlier:
-        rows += runs.read_table(path, COLUMNS, "--earlier").to_dict("records")
+        table = runs.read_table(path, COLUMNS, "--earlier", EXACT)
+        rows += table.to_dict("records")
     if not rows:
         return pd.DataFrame(columns=COLUMNS), left_out
     # A run may be among the earlier ones as well
@@ -515,8 +515,7 @@ def draw(figure: str, table: pd.DataFrame, points: pd.DataFrame, scores) -> Figu
             return draw_bars(table, points)
 
 
-if __name__ == "__main__":
-    args = tyro.cli(Args)
+def main(args: Args) -> None:
     table, left_out = load(args.runs_dir, args.earlier)
     gaps = []
     if args.figure == "aggregate":
@@ -535,12 +534,18 @@ if __name__ == "__main__":
         print(f"fewer seeds: {line}")
     scores = None
     if args.scores:
-        scores = runs.read_table(args.scores, ["network", "sparsity", "score"], "--scores")
-    folder = runs.make_folder(args.output)
-    plots.save(draw(args.figure, table, points, scores), folder, args.figure)
-    table.to_csv(folder / "runs.csv", index=False)
-    points.to_csv(folder / f"{args.figure}.csv", index=False)
+        numbers = ("sparsity", "score")
+        scores = runs.read_table(args.scores, ["network", *numbers], "--scores", numbers)
     cells = points.map(lambda value: f"{value:.4g}" if isinstance(value, float) else value)
     markdown = plots.markdown_table(list(points), cells.to_numpy().tolist())
-    (folder / f"{args.figure}.md").write_text(markdown)
-    print(f"{len(table)} runs: {args.figure}.png, .svg, .csv and .md and runs.csv are in {folder}")
+    with runs.new_files(args.output) as folder:
+        plots.save(draw(args.figure, table, points, scores), folder, args.figure)
+        table.to_csv(folder / "runs.csv", index=False)
+        points.to_csv(folder / f"{args.figure}.csv", index=False)
+        (folder / f"{args.figure}.md").write_text(markdown)
+    files = f"{args.figure}.png, .svg, .csv and .md and runs.csv"
+    print(f"{len(table)} runs: {files} are in {args.output}")
+
+
+if __name__ == "__main__":
+    runs.start(main, Args)

@@ -21,19 +21,19 @@ et al. 2024, arXiv:2410.09754, after Teney et al. 2024). The paper gives no more
 
 import time
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
+import runs
 import numba
+import numpy as np
 import pandas as pd
 import plots
 import torch
 import torch.nn as nn
-import tyro
 from matplotlib.figure import Figure
-from runs import fail, import_agent, make_folder
 from scaling import draw_scores
 
-sac = import_agent("sac_simba_sparse")
+sac = runs.import_agent("sac_simba_sparse")
 OBSERVATIONS = 67  # humanoid
 ACTIONS = 21
 INPUTS = OBSERVATIONS + ACTIONS
@@ -41,23 +41,23 @@ INPUTS = OBSERVATIONS + ACTIONS
 
 @dataclass
 class Args:
-    width_scale: float = 5.0
+    width_scale: runs.Width = 5.0
     """critic 512 x scale wide (5: the paper's large network)"""
-    depth_scale: int = 1
+    depth_scale: Annotated[int, "1 <= x <= 100"] = 1
     """critic of 2 x scale residual blocks"""
-    sparsities: tuple[float, ...] = (0.0, 0.2, 0.4, 0.6, 0.8, 0.9)
+    sparsities: runs.Sparsities = (0.0, 0.2, 0.4, 0.6, 0.8, 0.9)
     """sparsities of the critic"""
     sparsity_distribution: Literal["erdos_renyi", "uniform"] = "erdos_renyi"
     """how sparsity is spread over the layers"""
-    inits: int = 10
+    inits: runs.Count = 10
     """random initialisations (and masks) per sparsity, seeds 0, 1, ..."""
-    heads: int = 32
+    heads: runs.Count = 32
     """random heads per initialisation"""
-    grid: int = 300
+    grid: Annotated[int, "2 <= x <= 5000"] = 300
     """points along each of the two inputs"""
-    reach: float = 100.0
+    reach: Annotated[float, "0 < x < inf"] = 100.0
     """the grid covers [-reach, reach]^2"""
-    threads: int | None = None
+    threads: runs.Threads = None
     """CPU threads (default: all cores)"""
     output: str = "results/simplicity_bias"
     """folder of the figure and the numbers"""
@@ -145,17 +145,18 @@ def draw(table: pd.DataFrame, args: Args) -> Figure:
     return figure
 
 
-if __name__ == "__main__":
-    args = tyro.cli(Args)
-    if args.inits < 1 or args.heads < 1 or args.grid < 2:
-        fail("--inits and --heads must be at least 1, --grid at least 2")
-    if not all(0 <= sparsity < 1 for sparsity in args.sparsities):
-        fail(f"--sparsities {args.sparsities}: each must be at least 0 and below 1")
+def main(args: Args) -> None:
     threads = args.threads or torch.get_num_threads()
     numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
     torch.set_num_threads(threads)
-    output = make_folder(args.output)
-    table = measure(args)
-    table.to_csv(output / "scores.csv", index=False)
-    plots.save(draw(table, args), output, "simplicity_bias")
-    print(f"figure and scores are in {output}")
+    with runs.new_files(args.output) as output:
+        table = measure(args)
+        if not np.isfinite(table.score).all():
+            runs.fail("a score is not finite; choose a smaller --reach or other networks", 3)
+        table.to_csv(output / "scores.csv", index=False)
+        plots.save(draw(table, args), output, "simplicity_bias")
+    print(f"figure and scores are in {args.output}")
+
+
+if __name__ == "__main__":
+    runs.start(main, Args)

@@ -9,19 +9,17 @@ bands reach from the lowest to the highest seed. The table gives Student's 95 % 
 over seeds, which is wide for few seeds, as it should be.
 """
 
-import sys
 from dataclasses import dataclass
 from itertools import product
-from typing import Literal
+from typing import Annotated, Literal
 
+import runs
 import numpy as np
 import pandas as pd
 import plots
-import runs
-import tyro
+from runs import fail
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from runs import fail
 from scipy import stats
 
 KEYS = ["env_id", "width_scale", "init", "sparsity"]
@@ -40,10 +38,10 @@ class Args:
     """returns.csv.gz files that earlier calls left, whose runs are drawn as well"""
     output: str = "results/streaming"
     """folder of the figures and the numbers"""
-    figures: tuple[Literal[12, 13, 17], ...] = (12, 13, 17)
+    figures: Annotated[tuple[Literal[12, 13, 17], ...], "x > 0"] = (12, 13, 17)
     """which to draw; those that need SparseInit runs (13) or runs without it (12, 17) are left out
     without them"""
-    bin: int = 20_000
+    bin: Annotated[int, "1 <= x <= 10**9"] = 20_000
     """env steps averaged into one point of a curve"""
 
 
@@ -59,7 +57,8 @@ def load(runs_dir: str, earlier: tuple[str, ...] = ()) -> pd.DataFrame:
         tables.append(episodes.reset_index().assign(run=run.name, **flags))
     own, twice = runs.drop_twice(pd.concat(tables), KEYS)
     runs.print_left_out(left_out + twice)
-    tables = [runs.read_table(path, COLUMNS, "--earlier") for path in earlier]
+    finite = tuple(name for name in COLUMNS if name not in ("env_id", "init"))
+    tables = [runs.read_table(path, COLUMNS, "--earlier", finite) for path in earlier]
     episodes = pd.concat([own[COLUMNS], *tables], ignore_index=True)
     if episodes.empty:
         fail(f"no finished run of stream_ac_sparse with an episode that ended, in {runs_dir}")
@@ -178,32 +177,33 @@ def figure_12(final: pd.DataFrame) -> Figure:
     return figure
 
 
-if __name__ == "__main__":
-    args = tyro.cli(Args)
-    if args.bin < 1:
-        fail(f"--bin {args.bin}: must be at least 1")
+def main(args: Args) -> None:
     episodes = load(args.runs_dir, args.earlier)
     data = average_bins(episodes, args.bin)
     final = final_returns(episodes)
     for line in name_missing(episodes, final):
         print(line)
-    output = runs.make_folder(args.output)
-    compact = episodes.assign(**{"return": episodes["return"].round(2)}).astype({"length": int})
-    compact.to_csv(output / "returns.csv.gz", index=False, compression=runs.GZIP)
-    drawn = []
-    for number in args.figures:
-        init = "sparse_init" if number == 13 else "lecun"
-        table = final if number == 12 else data
-        if not (table.init == init).any():
-            what = "final return" if number == 12 else "finished run"
-            print(f"not drawn: figure {number}, for lack of a {what} with --init {init}")
-            continue
-        draw = {12: figure_12, 13: figure_13, 17: figure_17}[number]
-        plots.save(draw(table), output, f"figure_{number}")
-        drawn.append(f"figure_{number}")
     summary = summarise(final)
-    summary.to_csv(output / "final_returns.csv", index=False, float_format="%.5g")
+    compact = episodes.assign(**{"return": episodes["return"].round(2)}).astype({"length": int})
+    drawn = []
+    with runs.new_files(args.output) as output:
+        compact.to_csv(output / "returns.csv.gz", index=False, compression=runs.GZIP)
+        summary.to_csv(output / "final_returns.csv", index=False, float_format="%.5g")
+        for number in args.figures:
+            init = "sparse_init" if number == 13 else "lecun"
+            table = final if number == 12 else data
+            if not (table.init == init).any():
+                what = "final return" if number == 12 else "finished run"
+                print(f"not drawn: figure {number}, for lack of a {what} with --init {init}")
+                continue
+            draw = {12: figure_12, 13: figure_13, 17: figure_17}[number]
+            plots.save(draw(table), output, f"figure_{number}")
+            drawn.append(f"figure_{number}")
     print(summary.to_string(index=False, float_format="{:.4g}".format))
-    print(f"{', '.join([*drawn, 'final_returns.csv'])} and returns.csv.gz are in {output}")
+    print(f"{', '.join([*drawn, 'final_returns.csv'])} and returns.csv.gz are in {args.output}")
     if not drawn:
-        sys.exit(2)
+        fail("no figure was drawn; the lines above say what each lacks")
+
+
+if __name__ == "__main__":
+    runs.start(main, Args)

@@ -12,16 +12,15 @@ Rows that differ are marked. Docs: docs/benchmark.md.
 import os
 import re
 import sys
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import runs
 import pandas as pd
 import plots
 import torch
-import tyro
-from runs import fail, import_agent, make_folder
+from runs import fail, import_agent
 
 CPU = torch.device("cpu")
 PAPER = Path(__file__).with_name("paper_tables.csv")
@@ -229,9 +228,7 @@ def to_markdown(rows: Rows) -> str:
     return plots.markdown_table(["", "here", "the paper", ""], marked)
 
 
-if __name__ == "__main__":
-    args = tyro.cli(Args)
-    warnings.filterwarnings("ignore", category=UserWarning, module="gymnasium")
+def main(args: Args) -> None:
     os.environ.setdefault("MUJOCO_GL", "disabled")
     torch.manual_seed(0)
     # Read for every table, or who writes them dies of a broken pipe
@@ -248,5 +245,10 @@ if __name__ == "__main__":
         case 5:
             rows = der()
     text = to_markdown(rows)
-    (make_folder(args.output) / "table.md").write_text(text)
+    with runs.new_files(args.output) as folder:
+        (folder / "table.md").write_text(text)
     print(f"Table {args.table}\n\n{text}")
+
+
+if __name__ == "__main__":
+    runs.start(main, Args)

@@ -15,15 +15,16 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
+import timing
 import bench_der
 import bench_drqv2
 import bench_stream
 import numpy as np
 import pandas as pd
-import timing
 import torch
-import tyro
+from timing import runs
 from bench_update import make_update
 
 TASKS = {
@@ -136,21 +137,20 @@ AGENTS = {
 
 @dataclass
 class Args:
-    agents: tuple[str, ...] = tuple(AGENTS)
+    agents: Annotated[tuple[str, ...], f"x in {tuple(AGENTS)}"] = tuple(AGENTS)
     """which agents to measure"""
-    seconds: float = 3.0
+    seconds: Annotated[float, "0 < x <= 3600"] = 3.0
     """CPU time of each measurement (at least two calls)"""
-    output: Path = timing.COSTS
+    output: str = str(timing.COSTS)
     """file of the measurements"""
 
 
-if __name__ == "__main__":
-    args = tyro.cli(Args)
-    for agent in args.agents:
-        if agent not in AGENTS:
-            timing.fail(f"--agents {agent}: must be of {' '.join(AGENTS)}")
-    if args.seconds <= 0:
-        timing.fail(f"--seconds {args.seconds}: must be above 0")
+def main(args: Args) -> None:
+    output = Path(args.output)
+    runs.make_folder(output.parent)
+    known = pd.DataFrame(columns=COLUMNS)
+    if output.exists():
+        known = runs.read_table(output, COLUMNS, "--output")
     os.environ.setdefault("MUJOCO_GL", "egl")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the agents of pixels do
     for agent in args.agents:
@@ -159,8 +159,11 @@ if __name__ == "__main__":
         rows = list(AGENTS[agent](module, args.seconds))
         table = pd.DataFrame(rows).assign(agent=agent).reindex(columns=COLUMNS)
         print(table.to_string(index=False))
-        if args.output.exists():
-            old = pd.read_csv(args.output)
-            others = old[old.agent != agent]
-            table = pd.concat([others, table]) if len(others) else table
-        table.to_csv(args.output, index=False, float_format="%.4g")
+        others = known[known.agent != agent]
+        known = pd.concat([others, table]) if len(others) else table
+        with runs.new_files(output.parent) as folder:
+            known.to_csv(folder / output.name, index=False, float_format="%.4g")
+
+
+if __name__ == "__main__":
+    runs.start(main, Args)

@@ -22,10 +22,10 @@ from itertools import product
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-import numpy as np
 import timing
+import numpy as np
 import torch
-import tyro
+from timing import runs
 from torch.utils.flop_counter import FlopCounterMode
 
 der = timing.import_agent("der_impala_sparse")
@@ -35,15 +35,15 @@ REPEATS = {"plain": 1, "encoder": 1, "update": 1, "act": 20, "replay": 20, "env"
 
 @dataclass
 class Args:
-    width_scale: tuple[float, ...] = (1.0, 3.0)
+    width_scale: runs.Widths = (1.0, 3.0)
     """widths to measure"""
-    sparsity: tuple[float, ...] = (0.0, 0.4, 0.8)
+    sparsity: runs.Sparsities = (0.0, 0.4, 0.8)
     """sparsities to measure"""
     bf16: bool = False
     """our convolutions in bfloat16"""
-    turns: int = 5
+    turns: runs.Count = 5
     """times of each part"""
-    threads: int | None = None
+    threads: runs.Threads = None
     """CPU threads (default: all cores)"""
 
 
@@ -89,7 +89,7 @@ def parts(
 
     def run_plain() -> None:
         plain.send(flags.width_scale)
-        plain.recv()
+        timing.receive(plain)
 
     def update() -> None:
         der.update(agent, batch, agent.network.draw_noise(), agent.network.draw_noise())
@@ -125,8 +125,7 @@ def print_row(functions: dict[str, Callable], flags: der.Args, turns: int) -> No
     )
 
 
-if __name__ == "__main__":
-    args = tyro.cli(Args)
+def main(args: Args) -> None:
     threads = args.threads or torch.get_num_threads()
     plain = timing.start_process(serve_plain, threads)
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the agent does
@@ -142,3 +141,7 @@ if __name__ == "__main__":
         for width, sparsity in product(args.width_scale, args.sparsity):
             flags = der.Args(width_scale=width, sparsity=sparsity, bf16=args.bf16)
             print_row(parts(flags, replay, env, plain), flags, args.turns)
+
+
+if __name__ == "__main__":
+    runs.start(main, Args)

@@ -16,7 +16,7 @@ from typing import Literal
 
 import timing
 import torch
-import tyro
+from timing import runs
 from bench_update import make_batch
 
 OBS_DIM = 67
@@ -27,16 +27,15 @@ ACTION_DIM = 21
 class Args:
     agent: Literal["sac", "ddpg"] = "sac"
     """whose diagnose and update"""
-    width_scale: tuple[float, ...] = (1.0, 4.0)
+    width_scale: runs.Widths = (1.0, 4.0)
     """widths of both networks"""
-    sparsity: tuple[float, ...] = (0.0, 0.9)
+    sparsity: runs.Sparsities = (0.0, 0.9)
     """sparsities of both networks"""
-    turns: int = 5
+    turns: runs.Count = 5
     """turns of each, after one that is not counted"""
 
 
-if __name__ == "__main__":
-    args = tyro.cli(Args)
+def main(args: Args) -> None:
     module = timing.import_agent(f"{args.agent}_simba_sparse")
     timing.set_threads(module, 1)
     size = module.Args.batch_size
@@ -58,3 +57,7 @@ if __name__ == "__main__":
             f"share of training time at the default interval: {100 * share:.3f} %",
             flush=True,
         )
+
+
+if __name__ == "__main__":
+    runs.start(main, Args)

@@ -24,10 +24,10 @@ from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-import numpy as np
 import timing
+import numpy as np
 import torch
-import tyro
+from timing import runs
 
 drq = timing.import_agent("drqv2_sparse")
 ACTION_DIM = 12  # quadruped
@@ -37,19 +37,19 @@ ACTION_DIM = 12  # quadruped
 class Args:
     reference: str | None = None
     """folder with a clone of drqv2"""
-    width_scale: float = 1.0
+    width_scale: runs.Width = 1.0
     """of the critic, ours and theirs"""
-    sparsity: float = 0.0
+    sparsity: runs.Sparsity = 0.0
     """of our critic; theirs is dense"""
     bf16: bool = False
     """our convolutions in bfloat16"""
     linear: bool = False
     """compare with masked dense layers, encoder left out"""
-    batch_size: int = 256
+    batch_size: runs.Count = 256
     """transitions per update"""
-    turns: int = 5
+    turns: runs.Count = 5
     """updates of each side"""
-    threads: int | None = None
+    threads: runs.Threads = None
     """CPU threads (default: all cores)"""
 
 
@@ -142,15 +142,11 @@ def serve(connection: Connection, args: Args, side: str) -> None:
 def start(args: Args, side: str) -> Connection:
     """The process of one side, when it is ready."""
     connection = timing.start_process(serve, args, side)
-    try:
-        connection.recv()
-    except EOFError:
-        sys.exit(1)  # the process has said why
+    timing.receive(connection)
     return connection
 
 
-if __name__ == "__main__":
-    args = tyro.cli(Args)
+def main(args: Args) -> None:
     if args.reference and not (Path(args.reference) / "drqv2.py").exists():
         timing.fail(f"--reference {args.reference}: no clone of drqv2")
     names = ["ours", "masked dense"] if args.linear else ["ours", "our sampling"]
@@ -166,10 +162,14 @@ if __name__ == "__main__":
     for _ in range(args.turns):
         for name, connection in sides.items():
             connection.send(1)
-            times[name].append(connection.recv())
+            times[name].append(timing.receive(connection))
     for name, median in timing.medians(times).items():
         print(f"{name:<14}{median:9.1f} ms")
     if names[-1] != "our sampling":
         found = timing.compare_turns(times["ours"], times[names[-1]])
         print(f"ratios of single turns: {found['low']:.3f} to {found['high']:.3f}")
         print(f"ratio time={found['ratio']:.3f}")
+
+
+if __name__ == "__main__":
+    runs.start(main, Args)

@@ -7,29 +7,28 @@ count.
 """
 
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated
 
 import timing
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import tyro
-from timing import plots
+from timing import plots, runs
 
 sac = timing.import_agent("sac_simba_sparse")
 
 
 @dataclass
 class Args:
-    shape: tuple[int, int] = (8192, 2048)
+    shape: Annotated[tuple[int, int], "1 <= x <= 10**6"] = (8192, 2048)
     """rows (outputs) and columns (inputs) of the layer"""
-    sparsity: float = 0.9
+    sparsity: runs.Sparsity = 0.9
     """fraction of weights removed"""
-    batch_size: int = 256
+    batch_size: runs.Count = 256
     """inputs"""
-    repeats: int = 7
+    repeats: runs.Count = 7
     """each product is timed this often, in turns; the least counts"""
 
 
@@ -46,7 +45,6 @@ def products(args: Args) -> dict[str, Callable]:
     blocked = sac.SparseLinear(dense, active, sac.PackedProduct)
     sac.BLOCK = in_features + out_features  # one block: rows in order, as in a CSR matrix
     plain = sac.SparseLinear(dense, active, sac.PackedProduct)
-    warnings.filterwarnings("ignore", message="Sparse")  # CSR support is in beta state
     values = plain.values.detach()
     pointers = plain.product.pointers
     columns = plain.product.col
@@ -88,12 +86,13 @@ def products(args: Args) -> dict[str, Callable]:
     }
 
 
-if __name__ == "__main__":
-    args = tyro.cli(Args)
-    if not 0 <= args.sparsity < 1:
-        timing.fail(f"--sparsity {args.sparsity}: must be at least 0 and below 1")
+def main(args: Args) -> None:
     timing.set_threads(sac, 1)
     times = timing.take_turns(products(args), args.repeats, time.process_time)
     rows = [[name, f"{min(values):.1f}"] for name, values in times.items()]
     title = f"product, {args.shape[0]} x {args.shape[1]}, sparsity {args.sparsity:g}"
     print(plots.markdown_table([title, "CPU ms"], rows), end="")
+
+
+if __name__ == "__main__":
+    runs.start(main, Args)

@@ -10,18 +10,18 @@ time, medians over the turns. Without --reference ours runs alone, followed by w
 """
 
 import time
-import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 from types import ModuleType
+from typing import Annotated, Literal
 
+import timing
 import gymnasium as gym
 import numpy as np
-import timing
 import torch
-import tyro
+from timing import runs
 
 ours = timing.import_agent("stream_ac_sparse")
 PARTS = ("act", "environment", "normalise", "learn")
@@ -33,15 +33,15 @@ class Args:
     """folder with a clone of streaming-drl"""
     env_id: str = "Walker2d-v4"
     """which task"""
-    width_scale: float = 1.0
+    width_scale: runs.Width = 1.0
     """hidden units of both sides: 128 x scale"""
-    sparsity: float = 0.0
+    sparsity: runs.Sparsity = 0.0
     """of ours"""
-    sparse_kernel: str = "auto"
-    """of ours: auto, packed or dense"""
-    turns: int = 7
+    sparse_kernel: Literal["auto", "packed", "dense"] = "auto"
+    """of ours"""
+    turns: runs.Count = 7
     """turns of each side"""
-    steps: int = 1000
+    steps: Annotated[int, "4 <= x <= 10**7"] = 1000
     """env steps in a turn of ours; theirs takes a quarter of it"""
     table: bool = False
     """width scales 1, 4 and 8 by sparsities 0 and 0.9, as a Markdown table"""
@@ -158,11 +158,13 @@ def print_row(args: Args, theirs: ModuleType | None) -> None:
         print(f"ratio speed={found['ratio']:.2f}")
 
 
-if __name__ == "__main__":
-    args = tyro.cli(Args)
-    warnings.filterwarnings("ignore", module="gymnasium")
+def main(args: Args) -> None:
     torch.set_num_threads(1)
     theirs = None
     if args.reference:
         theirs = timing.import_reference(args.reference, "stream_ac_continuous", "streaming-drl")
     (print_table if args.table else print_row)(args, theirs)
+
+
+if __name__ == "__main__":
+    runs.start(main, Args)

@@ -26,35 +26,34 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import product
 from multiprocessing.connection import Connection
-from typing import Literal
+from typing import Annotated, Literal
 
-import pandas as pd
 import timing
+import pandas as pd
 import torch
-import tyro
+from timing import plots, runs
 from matplotlib.figure import Figure
-from timing import plots
 
 
 @dataclass
 class Args:
     agent: Literal["sac", "ddpg"] = "sac"
     """which agent's update"""
-    width_scale: float = 4.0
+    width_scale: runs.Width = 4.0
     """width of both networks"""
-    sparsity: float = 0.9
+    sparsity: runs.Sparsity = 0.9
     """sparsity of both networks"""
-    obs_dim: int = 67
+    obs_dim: runs.Count = 67
     """observation size (67: humanoid)"""
-    action_dim: int = 21
+    action_dim: runs.Count = 21
     """action size (21: humanoid)"""
-    batch_size: int = 256
+    batch_size: runs.Count = 256
     """transitions per update"""
-    turns: int = 7
+    turns: runs.Count = 7
     """turns of each side, each of at least --turn-seconds"""
-    turn_seconds: float = 1.5
+    turn_seconds: Annotated[float, "0 <= x <= 3600"] = 1.5
     """least length of a turn"""
-    threads: int | None = None
+    threads: runs.Threads = None
     """CPU threads of the side whose turn it is (default: all cores)"""
     table: bool = False
     """width scales 1, 2, 4, 5 by sparsities 0, 0.8, 0.9, 0.95, as a Markdown table"""
@@ -122,13 +121,13 @@ def compare(args: Args) -> dict[str, float]:
     """ms per update and peak MiB of both sides, their ratios, our active weights and GFLOP."""
     sides = {side: timing.start_process(serve, args, side) for side in ("twin", "ours")}
     for connection in sides.values():
-        connection.recv()
+        timing.receive(connection)
     milliseconds = {side: [] for side in sides}
     counts = dict.fromkeys(sides, 1)
     for turn in range(args.turns + 1):
         for side, connection in sides.items():
             connection.send(counts[side])
-            taken = connection.recv()
+            taken = timing.receive(connection)
             if turn == 0:  # only sets how many updates fill a turn
                 counts[side] = max(1, round(1000 * args.turn_seconds / taken))
             else:
@@ -137,7 +136,8 @@ def compare(args: Args) -> dict[str, float]:
     for side, connection in sides.items():
         connection.send(0)
         result[f"{side}_ms"] = statistics.median(milliseconds[side])
-        result[f"{side}_mib"], weights = connection.recv()  # ours comes last: its weights count
+        # Ours comes last: its weights count
+        result[f"{side}_mib"], weights = timing.receive(connection)
     ratios = timing.compare_turns(milliseconds["ours"], milliseconds["twin"])
     result |= {"time": ratios["ratio"], "time_low": ratios["low"], "time_high": ratios["high"]}
     result["memory"] = result["ours_mib"] / result["twin_mib"]
@@ -233,16 +233,21 @@ def print_row(args: Args) -> None:
     print(f"ratio time={found['time']:.3f} memory={found['memory']:.2f}")
 
 
-if __name__ == "__main__":
-    args = tyro.cli(Args)
+def main(args: Args) -> None:
     if args.profile:
         profile(args)
     elif not args.table:
         print_row(args)
     else:
+        if args.output:
+            runs.make_folder(args.output)  # known to be there before all is measured
         table = print_table(args)
         if args.output:
-            folder = timing.make_folder(args.output)
-            table.to_csv(folder / "update_costs.csv", index=False, float_format="%.5g")
-            plots.save(draw(table), folder, "update_costs")
-            print(f"update_costs.csv, .png and .svg are in {folder}")
+            with runs.new_files(args.output) as folder:
+                table.to_csv(folder / "update_costs.csv", index=False, float_format="%.5g")
+                plots.save(draw(table), folder, "update_costs")
+            print(f"update_costs.csv, .png and .svg are in {args.output}")
+
+
+if __name__ == "__main__":
+    runs.start(main, Args)

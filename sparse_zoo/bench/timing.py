@@ -2,6 +2,7 @@
 
 import importlib
 import multiprocessing
+import signal
 import statistics
 import sys
 import time
@@ -9,14 +10,14 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "analysis"))
+import runs  # noqa: F401
 import numpy as np
+import plots  # noqa: F401  for the scripts of this folder, which cannot find it before
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "analysis"))
-import plots  # noqa: F401  for the scripts of this folder, which cannot find it before
-from runs import COSTS, fail, import_agent, make_folder  # noqa: F401
+from runs import COSTS, RESULTS, fail, import_agent  # noqa: F401
 
 CPU = torch.device("cpu")
 
@@ -24,7 +25,7 @@ CPU = torch.device("cpu")
 def set_threads(module, threads: int | None) -> None:
     """CPU threads of an agent's kernels and of PyTorch (None: all cores)."""
     threads = threads or torch.get_num_threads()
-    module.numba.set_num_threads(threads)
+    module.numba.set_num_threads(min(threads, module.numba.config.NUMBA_NUM_THREADS))
     torch.set_num_threads(threads)  # after numba, whose start sets the number for both
 
 
@@ -74,9 +75,30 @@ def start_process(serve: Callable, *args) -> Connection:
     """Starts serve(connection, *args) in a process of its own; the other end of its connection."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    context.Process(target=serve, args=(theirs, *args), daemon=True).start()
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for this process alone
+    context.Process(target=serve_or_say, args=(serve, theirs, *args), daemon=True).start()
+    signal.signal(signal.SIGINT, handler)
     theirs.close()
     return ours
+
+
+def serve_or_say(serve: Callable, connection: Connection, *args) -> None:
+    """In the process: what ends it early is sent as well."""
+    try:
+        serve(connection, *args)
+    except (Exception, SystemExit) as error:
+        connection.send(error)
+
+
+def receive(connection: Connection):
+    """What a process sends; if an error ended it, this program ends by the same."""
+    try:
+        answer = connection.recv()
+    except EOFError:
+        fail("a process of this benchmark was ended; was there too little memory?")
+    if isinstance(answer, BaseException):
+        raise answer
+    return answer
 
 
 def stepper(env, choose_action: Callable) -> Callable[[], None]:

@@ -272,7 +272,7 @@ def test_bad_input_ends_with_one_line_and_code_2(run, tmp_path):
         ),
         (["masks", "--samples", 20], "masks: the saved mask is not the one drawn here"),
         (["good", "--samples", 41], "--samples 41 good has 40 transitions"),
-        (["good", "--samples", 1], "--samples 1: must be at least 2"),
+        (["good", "--samples", 1], "--samples 1 is not allowed"),
         (
             ["good", "--samples", 20, "--output", "good/checkpoint.pt"],
             "cannot write to good/checkpoint.pt --output",

@@ -1,16 +1,23 @@
 """runs.py: what is finished, one line for what is damaged, flags as the agents have them."""
 
+import gzip
 import json
+import math
+import os
+import shlex
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
+import runs
 import ddpg_simba_sparse as ddpg
 import der_impala_sparse as der
 import drqv2_sparse as drq
 import pytest
-import runs
 import sac_simba_sparse as sac
-from conftest import call, check_error, succeed
+from conftest import call, check_error, contents, succeed
 
 SCRIPT = Path(runs.__file__)
 HEADER = "env_step,agent_step,update_step,metric,value\n"
@@ -20,7 +27,8 @@ FINISHED = HEADER + "0,0,0,eval/return_mean,1.5\n1000,500,9,final/return_mean,2.
 def write_run(folder: Path, metrics: str | None = FINISHED, args: str | None = None, **flags):
     folder.mkdir(parents=True)
     own = vars(sac.Args()) | {"env_id": "dm_control/dog-run-v0", "total_timesteps": 1000} | flags
-    (folder / "args.json").write_text(json.dumps({"args": own}) if args is None else args)
+    text = json.dumps({"args": own}) if args is None else args
+    (folder / "args.json").write_text(text, errors="surrogateescape")
     if metrics is not None:
         (folder / "metrics.csv").write_text(metrics)
     return folder
@@ -41,6 +49,34 @@ DAMAGED = {
         {"metrics": f"{HEADER}0,0,0,eval/return_mean,high\n"},
         "metrics.csv is damaged or empty (ValueError)",
     ),
+    "nested": ({"args": "[" * 100_000}, "args.json is damaged (RecursionError)"),
+    "not UTF-8": ({"args": "\udcff"}, "args.json is damaged (UnicodeDecodeError)"),
+    "true": ({"seed": True}, "args.json has no seed"),
+    "NaN": ({"width_scale": math.nan}, "args.json has no width_scale"),
+    "a line break in a name": ({"exp_name": "a\nb"}, "args.json has no exp_name"),
+    "twice": (
+        {"metrics": FINISHED + FINISHED.splitlines()[-1] + "\n"},
+        "metrics.csv has some measurements twice",
+    ),
+    "too large": ({"seed": 10**400}, "args.json has no seed"),
+    "a list for a name": ({"env_id": ["a"]}, "args.json has no env_id"),
+    "a return that is not finite": (
+        {"metrics": FINISHED.replace("2.5", "nan")},
+        "its final return is not finite",
+    ),
+    "cut off inside the last number": (
+        {"metrics": FINISHED[:-2]},
+        "unfinished, at env step 0 of 1,000",
+    ),
+    "half a line": (
+        {"metrics": f"{HEADER}0,0\n"},
+        "metrics.csv is damaged or empty (ValueError)",
+    ),
+    "env step of 10^30": (
+        {"metrics": FINISHED.replace("1000", "1e30")},
+        "metrics.csv is damaged or empty (ValueError)",
+    ),
+    "zeros": ({"metrics": "\0" * 99}, "metrics.csv is damaged or empty (EmptyDataError)"),
     "no rows": ({"metrics": HEADER}, "unfinished, at env step 0 of 1,000"),
     "unfinished": (
         {"metrics": f"{HEADER}500,0,0,eval/return_mean,1.5\n60"},
@@ -103,6 +139,12 @@ def test_index(tmp_path):
     check_error(call(sys.executable, SCRIPT, "nowhere"), "error: no runs in nowhere\n")
 
 
+def test_line_ends_of_windows(tmp_path):
+    write_run(tmp_path / "a", FINISHED.replace("\n", "\r\n"))
+    (run,), _ = runs.load_runs(tmp_path)
+    assert run.state == "finished" and run.final_return == 2.5
+
+
 @pytest.mark.parametrize("tool", ["scaling", "plasticity", "streaming", "atari_scores"])
 def test_all_scripts_say_the_same(tmp_path, tool):
     for name, (how, _) in DAMAGED.items():
@@ -111,3 +153,91 @@ def test_all_scripts_say_the_same(tmp_path, tool):
     check_error(ended)
     assert "left out: a list: args.json is damaged (TypeError)" in ended[1]
     assert "left out: run.old1: moved aside by --no-resume" in ended[1]
+
+
+RETURNS = ["run", "env_step", "metric", "value"]
+FLAGS = {
+    "scaling": ["--figure all", "--output ''", "--runs-dir ''", "--earlier {table}", "--nope"],
+    "plasticity": ["--variants 1", "--metrics nothing", "--earlier {folder}", "--earlier {cut}"],
+    "learning_curves": ["--earlier {table}", "--earlier {binary}", "--earlier nowhere"],
+    "streaming": ["--bin 0", "--bin 1e3", "--bin ''", f"--bin {10**30}", "--figures", "--bin nan"],
+    "atari_scores": ["--samples 0", f"--samples {10**30}", "--baseline-width nan"],
+    "simplicity_bias": [
+        "--width-scale 0",
+        "--threads -1",
+        "--reach nan",
+        "--grid 1",
+        "--sparsities 0 1",
+        "--sparsities",
+        f"--depth-scale {10**30}",
+    ],
+    "gradient_interference": ["", "{folder}", "{table} --samples 1", "{folder} --seed -1"],
+    "tables": ["--table 6", "--table 2"],
+    "plan": ["status", "draw"],
+    "runs": ["nowhere", "''", "a b"],
+}
+
+
+@pytest.mark.parametrize("tool,flags", [(tool, flags) for tool in FLAGS for flags in FLAGS[tool]])
+def test_bad_flags_and_files_are_one_line(main, tmp_path, tool, flags):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "table").write_text(",".join(RETURNS) + "\na,1,eval/return_mean,high\n")
+    (tmp_path / "binary").write_bytes(b"\x1f\x8b\xff\n")
+    (tmp_path / "cut").write_bytes(gzip.compress(b"run,value\n" * 99)[:-9])
+    write_run(tmp_path / "runs" / "a")
+    before = contents(tmp_path)
+    words = shlex.split(flags.format(**{name: name for name in before if "/" not in name}))
+    check_error(main(SCRIPT.with_name(f"{tool}.py"), *words))
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("text", ["nope", "--help", "--tau nan", "--eval-interval 0", "--seed 2"])
+def test_flags_of_commands_that_no_run_can_have(main, text):
+    command = f"python sparse_zoo/sac_simba_sparse.py --seed 1 {text}\n"
+    check_error(main(SCRIPT.with_name("plan.py"), "status", stdin=2 * command))
+
+
+@pytest.fixture
+def full(tmp_path):
+    """A folder on a disk of its own that is full."""
+    folder = tmp_path / "full"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(folder)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs root, to mount a small disk")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_keeps_the_earlier_results(main, tmp_path, full):
+    write_run(tmp_path / "runs" / "a")
+    out = full / "out"
+    out.mkdir()
+    (out / "returns.csv.gz").write_text("earlier")
+    before = contents(full)
+    tool = SCRIPT.with_name("learning_curves.py")
+    check_error(main(tool, "--output", out), "No space left")
+    assert contents(full) == before
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_ctrl_c_is_one_line(tmp_path, early):
+    """While packages load, and later, when it waits for commands."""
+    command = [sys.executable, str(SCRIPT.with_name("plan.py")), "status"]
+    pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, cwd=tmp_path, **pipes)
+    imported = "pandas" if early else "scipy"
+    while imported not in Path(f"/proc/{process.pid}/maps").read_text():
+        time.sleep(0.01)
+    time.sleep(0 if early else 3)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and err.startswith("interrupted; ") and err.count("\n") == 1
+
+
+def test_standard_output_that_cannot_be_written(tmp_path):
+    write_run(tmp_path / "a")
+    with open("/dev/full", "w") as nowhere:
+        pipes = {"stdout": nowhere, "stderr": subprocess.PIPE, "text": True}
+        done = subprocess.run([sys.executable, str(SCRIPT), str(tmp_path)], **pipes)
+    check_error((done.returncode, "", done.stderr), "No space left")

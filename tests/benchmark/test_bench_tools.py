@@ -4,6 +4,7 @@ bench_stream.py needs a clone of the original code.
 """
 
 import re
+import shlex
 
 import pandas as pd
 import pytest
@@ -64,14 +65,19 @@ def test_pixel_agents():
     assert f"ratio time={ours / masked:.2f}" in out
 
 
-@pytest.mark.parametrize(
-    "tool,flags",
-    [
-        ("bench_kernels.py", "--sparsity 2.0"),
-        ("bench_costs.py", "--seconds 0.0"),
-        ("bench_costs.py", "--agents nobody"),
-        ("bench_drqv2.py", "--reference nowhere"),
-    ],
-)
-def test_bad_input(tool, flags):
-    check_error(run(tool, *flags.split()), f"error: {flags}: ")
+BAD = {
+    "bench_kernels.py": ["--sparsity 2.0", "--shape 0 8", "--repeats 0", "--batch-size -1"],
+    "bench_costs.py": ["--seconds 0.0", "--seconds nan", "--agents nobody", "--output /dev/null/x"],
+    "bench_der.py": ["--turns 0", "--width-scale 0", "--sparsity 1.0", "--threads -1"],
+    "bench_diagnostics.py": ["--turns -1", "--width-scale nan", "--sparsity", "--agent der"],
+    "bench_drqv2.py": ["--reference nowhere", "--batch-size 0", "--width-scale inf"],
+    "bench_stream.py": ["--steps 3", "--sparse-kernel fast", "--reference nowhere"],
+    "bench_update.py": ["--turns 0", "--obs-dim 0", "--turn-seconds nan", "--output ''"],
+}
+
+
+@pytest.mark.parametrize("tool,flags", [(tool, flags) for tool in BAD for flags in BAD[tool]])
+def test_bad_input(main, tool, flags):
+    ended = main(BENCH / tool, *shlex.split(flags))
+    check_error(ended, flags.split()[0])
+    assert ended[1] == ""

@@ -206,12 +206,95 @@ def test_flags_of_the_command_line():
         (["fig1", "--seeds"], "--seeds"),
         (["fig1", "--dry-run"], "--dry-run"),
         (["fig1", "--gpus", "1"], "--gpus unknown"),
+        (["fig1", "fig2"], "fig1 fig2 one target"),
+        (["plot", "list"], "no target 'list' plot"),
+        (["plot", "fig13", "--runner", "dry-run"], "--runner"),
+        (["list", "--jobs", "2"], "--jobs"),
+        (["table1", "--runner", "dry-run"], "--runner dry-run table"),
+        (["fig1", "--seeds", "9" * 20], "--seeds 99999999999999999999 at most"),
+        (["fig1", "--seeds="], "--seeds"),
+        (["fig1", "--jobs", "nan"], "--jobs nan"),
     ],
 )
 def test_nonsense(arguments, words):
     ended = benchmark(*arguments, RUNS="/nonexistent/runs", RESULTS="/nonexistent/results")
     assert ended[1] == ""
     check_error(ended, *words.split())
+
+
+@pytest.mark.parametrize(
+    "environment,words",
+    [
+        ({"FLAGS": "--eval-interval 0"}, "--eval-interval 0"),
+        ({"FLAGS": "; touch {}/p"}, "; touch"),
+        ({"FLAGS": "--env-id \x01"}, "FLAGS"),
+        ({"RUNS": "a b"}, "RUNS spaces"),
+        ({"RUNS": "a\nb"}, "RUNS spaces"),
+        ({"RUNS": os.fsdecode(b"/x/\xff")}, "RUNS UTF-8"),
+        ({"RUNS": "/dev/null"}, "/dev/null RUNS"),
+        ({"RESULTS": "/dev/null/x"}, "/dev/null/x RESULTS"),
+        ({"THREADS": "0"}, "THREADS 0"),
+        ({"THREADS": "1;touch {}/p"}, "THREADS"),
+        ({"MAX_ARRAY": "-1"}, "MAX_ARRAY -1"),
+        ({"ONLY": "("}, "ONLY='(' regular"),
+        ({"ONLY": "--width-scale 77 "}, "ONLY matches no run fig7"),
+    ],
+)
+def test_nonsense_in_the_environment(tmp_path, environment, words):
+    where = {"RUNS": str(tmp_path / "runs"), "RESULTS": str(tmp_path / "results")}
+    environment = {name: value.format(tmp_path) for name, value in environment.items()}
+    ended = benchmark("fig7", "--scale", "smoke", "--seeds", "2", **where | environment)
+    assert ended[1] == ""
+    check_error(ended, *words.split())
+    assert not (tmp_path / "p").exists()
+
+
+@pytest.mark.parametrize("arguments", [(), ("--help",), ("fig13", "--help"), ("plot", "-h")])
+def test_help(arguments):
+    code, out, err = benchmark(*arguments)
+    assert (code, err) == (0, "") and out.startswith("usage: ")
+
+
+def test_only_some_runs():
+    only = "--width-scale 0.625 .*--sparsity 0.9 .*--seed [12] "
+    every = commands("fig3", "smoke", "--seeds", "3")
+    chosen = succeed(benchmark("--scale=smoke", "fig3", "--seeds=3", "--runner=dry-run", ONLY=only))
+    assert chosen.splitlines() == [line for line in every if re.search(only, line)]
+    assert chosen.count("\n") == 4
+    counts = succeed(benchmark("list", "--scale", "smoke", ONLY=only))
+    assert "fig7: 1 runs\n" in counts and "fig10: 0 runs\n" in counts
+
+
+ODD = "/x/r'$(touch${IFS}PLACE/p)`touch${IFS}PLACE/p`;*\"\\%j🙂"
+
+
+def test_names_are_names_and_not_commands(tmp_path):
+    """A folder's name that a shell would run goes through the plan, a job script and a run."""
+    odd = str(tmp_path) + ODD.replace("PLACE", str(tmp_path))
+    where = {"RUNS": odd, "RESULTS": str(tmp_path / "results"), "LC_ALL": "C", "THREADS": "1"}
+    (tmp_path / "sbatch").write_text("""#!/bin/sh
+echo "$SBATCH_OUTPUT"
+sed -i 's/eval/eval echo/' "$1" && SLURM_ARRAY_TASK_ID=1 bash "$1"
+""")
+    (tmp_path / "python").write_text(f"""#!/bin/sh
+case $1 in sparse_zoo/analysis/* | -c) exec {sys.executable} "$@" ;; esac
+printf '%s\\n' "$@" && exit 2
+""")
+    for name in ("sbatch", "python"):
+        (tmp_path / name).chmod(0o755)
+    where |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": "python"}
+    arguments = ("fig13", "--scale", "smoke", "--runner")
+    lines = succeed(benchmark(*arguments, "dry-run", **where)).splitlines()
+    assert {plan.parse_command(line).flags.runs_dir for line in lines} == {odd}
+    sent = succeed(benchmark(*arguments, "slurm", **where, ONLY="sparse_init", MAX_ARRAY="1"))
+    output, command = sent.splitlines()[:2]
+    assert output.startswith(odd.replace("%", "%%")) and output.endswith(".%a.log")
+    assert f"--runs-dir {odd} " in command
+    code, _, err = benchmark(*arguments, "local", **where, ONLY="sparse_init")
+    assert code == 1 and f"{odd}/logs/" in err, err
+    (log,) = Path(odd, "logs").glob("*.log")
+    assert f"\n--runs-dir\n{odd}\n" in log.read_text()
+    assert not (tmp_path / "p").exists() and not list(ROOT.glob("p"))
 
 
 def test_slurm_gets_the_runs_that_are_not_finished(tmp_path):
@@ -222,7 +305,7 @@ grep '^#SBATCH' "$1"
 for SLURM_ARRAY_TASK_ID in 1 2 3 4; do
   echo "task $SLURM_ARRAY_TASK_ID"
   export SLURM_ARRAY_TASK_ID
-  sed 's/do \\$command/do echo $command/' "$1" | bash
+  sed 's/eval/eval echo/' "$1" | bash
 done
 """)
     (tmp_path / "sbatch").chmod(0o755)
@@ -248,9 +331,8 @@ def test_python_without_the_packages():
 def test_failed_runs_are_named_with_their_logs(tmp_path):
     where = {"RUNS": str(tmp_path / "runs"), "RESULTS": str(tmp_path / "results")}
     flags = ("--scale", "smoke", "--jobs", "2")
-    code, _, err = benchmark("fig9", *flags, FLAGS="--tau 2", **where)
+    code, _, err = benchmark("fig9", *flags, FLAGS="--env-id nowhere-v0", **where)
     assert code == 1 and "these runs failed" in err and "nothing to draw" in err
     logs = set(re.findall(r"(\S+\.log) \(exit code 2\)", err))
     assert len(logs) == 2
-    message = "error: --tau 2.0 is not allowed: 0 <= tau <= 1"
-    assert all(message in Path(log).read_text() for log in logs)
+    assert all("nowhere" in Path(log).read_text() for log in logs)
