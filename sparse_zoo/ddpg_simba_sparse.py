@@ -42,6 +42,12 @@ In this file: flags, networks, replay, losses, agent, update; then `train`, the 
 then an appendix that this file shares with the others: sparse layers, diagnostics, runs.
 """
 
+import signal
+import sys
+
+if __name__ == "__main__":  # Ctrl-C ends with one line, also in the seconds of the imports below
+    signal.signal(signal.SIGINT, lambda *_: sys.exit("interrupted"))
+
 import copy
 import hashlib
 import json
@@ -50,13 +56,14 @@ import os
 import platform
 import random
 import re
-import signal
 import subprocess
-import sys
+import tempfile
+import threading
+import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import partial, wraps
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, NoReturn, get_type_hints
@@ -69,7 +76,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
-from filelock import FileLock, Timeout
+from filelock import FileLock, SoftFileLock, Timeout
 from gymnasium.wrappers.utils import RunningMeanStd
 from matplotlib.figure import Figure
 from scipy.stats import trim_mean
@@ -89,7 +96,7 @@ class Args:
     """seed of networks, exploration, replay and environments (below 2^32)"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where the networks live; auto takes CUDA when there is one"""
-    threads: Annotated[int | None, "x >= 1"] = None
+    threads: Annotated[int | None, "1 <= x <= 10**4"] = None
     """CPU threads (default: all cores); a resumed run is bit-equal only with the same number"""
     runs_dir: str = "runs"
     """folder that holds one folder per run"""
@@ -104,17 +111,19 @@ class Args:
     env_id: str = "dm_control/humanoid-run-v0"
     """any Gymnasium id with Box (or Dict of Box) observations and Box actions;
     dm_control/* through Shimmy"""
-    action_repeat: Annotated[int, "x >= 1"] = 2
+    action_repeat: Annotated[int, "1 <= x <= 10**6"] = 2
     """simulator frames per decision, rewards summed"""
     total_timesteps: Annotated[int, "x >= 1"] = 1_000_000
     """env steps of training (simulator frames, action repeat included)"""
+    max_episode_steps: Annotated[int | None, "x >= 1"] = None
+    """env steps after which an episode is cut off (default: the environment's own limit)"""
 
     # Algorithm (Table 3 of the paper)
     learning_starts: Annotated[int, "x >= 0"] = 10_000
     """env steps of uniformly random actions before the first update"""
     updates_per_step: Annotated[int, "x >= 1"] = 2
     """gradient updates per decision (the replay ratio)"""
-    batch_size: Annotated[int, "x >= 1"] = 256
+    batch_size: Annotated[int, "1 <= x <= 10**6"] = 256
     """transitions per update"""
     buffer_size: Annotated[int, "x >= 1"] = 1_000_000
     """largest number of transitions kept for replay"""
@@ -136,9 +145,9 @@ class Args:
     (Figure 6; default: never)"""
 
     # Size and sparsity
-    width_scale: Annotated[float, "1/128 <= x < inf"] = 1.0
+    width_scale: Annotated[float, "1/128 <= x <= 1000"] = 1.0
     """hidden units: actor 128 x scale, critic 512 x scale"""
-    depth_scale: Annotated[int, "x >= 1"] = 1
+    depth_scale: Annotated[int, "1 <= x <= 1000"] = 1
     """residual blocks: actor 1 x scale, critic 2 x scale"""
     sparsity: Annotated[float, "0 <= x < 1"] = 0.0
     """fraction of parameters removed from the actor and from the critic; 0: the dense baseline"""
@@ -157,9 +166,9 @@ class Args:
     # Logging
     eval_interval: Annotated[int, "x >= 1"] = 10_000
     """env steps between evaluations, the first at step 0"""
-    eval_episodes: Annotated[int, "x >= 1"] = 10
+    eval_episodes: Annotated[int, "1 <= x <= 10**6"] = 10
     """episodes of each evaluation (deterministic policy)"""
-    final_eval_episodes: Annotated[int, "x >= 1"] = 100
+    final_eval_episodes: Annotated[int, "1 <= x <= 10**6"] = 100
     """episodes of the last evaluation and of --eval-only"""
     diagnostics_interval: Annotated[int, "x >= 0"] = 10_000
     """env steps between measurements of rank, dormancy and norms (0: never)"""
@@ -537,6 +546,7 @@ def train(args: Args) -> None:
         return
 
     run.begin({"actor": layer_table(agent.actor), "critic": layer_table(agent.critic)})
+    env.set_wrapper_attr("env_step", run.env_step)  # which errors name
     losses = {}
     episode_over = True
     if run.agent_step == 0:
@@ -615,26 +625,149 @@ EXECUTION_FLAGS = {
 # Appendix: the same in every file that has it
 
 
+# === ENVIRONMENT GATE (identical in every file that has it) ===
+GYMNASIUM = (
+    "in Gymnasium 1.x, reset returns (observation, info) "
+    "and step (observation, reward, terminated, truncated, info)"
+)
+
+
+def fail_in_environment(args, where: str, error: Exception) -> NoReturn:
+    """One line for an error in code from elsewhere; its traceback goes to a file."""
+    folder = run_folder(args)
+    if not folder.is_dir():
+        folder = Path(tempfile.gettempdir())
+    path = folder / "traceback.txt"
+    path.write_text("".join(traceback.format_exception(error)))
+
+    reason = " ".join(str(error).split()) or "no message"
+    hint = ""
+    if where and "to unpack" in reason:
+        hint = f"; {GYMNASIUM}"
+    elif "GL" in reason:
+        hint = f"; MUJOCO_GL={os.environ.get('MUJOCO_GL')}, and to draw it must be egl or osmesa"
+    name = type(error).__name__
+    fail(f"--env-id {args.env_id}: {where}{name}: {reason}{hint} (traceback in {path})")
+
+
+class Gate(gym.Wrapper):
+    """Stands around an environment from elsewhere: nothing wrong gets past it.
+
+    What goes in: actions inside the box, in its dtype. What comes out: observations of the declared
+    shape and rewards, all of them finite, as Gymnasium 1.x has them. Anything else ends the program
+    with one line: exit code 3 if a value is not finite, else 2.
+    """
+
+    LONGEST = 100_000  # steps of an episode: an evaluation would never end
+
+    def __init__(self, env: gym.Env, args, frames_per_step: int = 1):
+        super().__init__(env)
+        self.args = args
+        self.frames_per_step = frames_per_step
+        self.env_step = 0  # of the whole run; train() sets it when a run goes on
+        self.episode_steps = 0
+        self.bounds = env.action_space if isinstance(env.action_space, gym.spaces.Box) else None
+        space = env.observation_space
+        self.declared = space.spaces if isinstance(space, gym.spaces.Dict) else {None: space}
+
+    def reset(self, seed: int | None = None, options: dict | None = None):
+        if seed is not None:
+            seed %= 2**31  # some environments take no more
+        obs, info = self.call(self.env.reset, 2, seed=seed, options=options)
+        self.check_obs(obs)
+        self.episode_steps = 0
+        return obs, info
+
+    def step(self, action):
+        if self.bounds is not None:
+            low, high = self.bounds.low, self.bounds.high
+            action = np.minimum(np.maximum(np.asarray(action, low.dtype), low), high)
+        self.env_step += self.frames_per_step
+        obs, reward, terminated, truncated, info = self.call(self.env.step, 5, action)
+        self.check_obs(obs)
+        try:
+            reward = float(reward.item() if isinstance(reward, np.ndarray) else reward)
+        except (TypeError, ValueError):
+            self.refuse(f"a reward that is not one number: {reward!r}")
+        if not math.isfinite(reward):
+            self.refuse(f"the reward {reward}", exit_code=3)
+        for flag in (terminated, truncated):
+            if not isinstance(flag, bool) and not isinstance(flag, np.bool_):
+                self.refuse(f"{flag!r} where terminated or truncated must be True or False")
+        self.episode_steps += 1
+        if self.episode_steps > self.LONGEST and not (terminated or truncated):
+            fail(
+                f"--env-id {self.args.env_id}: an episode has lasted {self.LONGEST:,} steps; "
+                "--max-episode-steps cuts it off"
+            )
+        return obs, reward, bool(terminated), bool(truncated), info
+
+    def call(self, method: Callable, count: int, *values, **named) -> tuple:
+        """What a method of the environment returns: a tuple of `count` values."""
+        try:
+            result = method(*values, **named)
+        except Exception as error:
+            where = f"{method.__name__} at env step {self.env_step}: "
+            fail_in_environment(self.args, where, error)
+        if not isinstance(result, tuple) or len(result) != count:
+            many = f"{len(result)} values" if isinstance(result, tuple) else type(result).__name__
+            self.refuse(f"{many} from {method.__name__}; {GYMNASIUM}")
+        return result
+
+    def check_obs(self, obs) -> None:
+        parts = obs if isinstance(obs, dict) else {None: obs}
+        if parts.keys() != self.declared.keys():
+            self.refuse(f"observations {list(parts)}, declared are {list(self.declared)}")
+        for name, part in parts.items():
+            shape = self.declared[name].shape
+            try:
+                part = np.asarray(part)
+            except ValueError:
+                self.refuse("an observation that is no array")
+            if part.shape != shape or part.dtype.kind not in "biuf":
+                self.refuse(
+                    f"an observation of shape {part.shape} and type {part.dtype}, "
+                    f"declared is shape {shape}"
+                )
+            if part.dtype.kind == "f" and not np.isfinite(part).all():
+                self.refuse("an observation that is not finite", exit_code=3)
+
+    def refuse(self, what: str, exit_code: int = 2) -> NoReturn:
+        fail(
+            f"--env-id {self.args.env_id} returned {what} (env step {self.env_step}); "
+            "what was saved before is kept",
+            exit_code,
+        )
+
+
+# === END ENVIRONMENT GATE ===
+
+
 # === ENVIRONMENT (identical in every file that has it) ===
 def open_env(args, render_mode: str | None = None) -> gym.Env:
-    """An environment of --env-id with flat observations and a bounded Box of actions."""
-    renderer = os.environ.get("MUJOCO_GL", "egl")
-    # MuJoCo looks for a renderer as soon as it is loaded: only films need one
-    os.environ["MUJOCO_GL"] = renderer if args.capture_video else "disabled"
+    """The environment of --env-id behind a Gate: flat observations, a bounded Box of actions."""
+    # MuJoCo looks for a renderer as soon as it is loaded, and only films need one
+    os.environ.setdefault("MUJOCO_GL", "egl" if args.capture_video else "disabled")
+    sys.path.append(os.getcwd())  # for an environment of your own, --env-id module:MyEnv-v0
+    filming = {"render_mode": render_mode} if render_mode else {}
     try:
         if args.env_id.startswith("dm_control/"):
             import shimmy
 
             gym.register_envs(shimmy)
-        env = gym.make(args.env_id, render_mode=render_mode, disable_env_checker=True)
-        if render_mode:  # what cannot be filmed fails now, not after training
+        env = gym.make(
+            args.env_id,
+            max_episode_steps=args.max_episode_steps,
+            disable_env_checker=True,
+            **filming,
+        )
+        if filming:  # what cannot be filmed fails now, not after training
             env.reset(seed=0)
             env.render()
-    except (gym.error.Error, ImportError, RuntimeError, ValueError, AttributeError) as error:
-        hint = ""
-        if args.capture_video:
-            hint = " (--capture-video needs a renderer: MUJOCO_GL=egl or osmesa)"
-        fail(f"--env-id {args.env_id}: {error}{hint}")
+    except (gym.error.Error, ModuleNotFoundError) as error:
+        fail(f"--env-id {args.env_id}: {error}")
+    except Exception as error:
+        fail_in_environment(args, "", error)
     check_action_space(args, env.action_space)
     space = env.observation_space
     for part in space.values() if isinstance(space, gym.spaces.Dict) else [space]:
@@ -643,7 +776,7 @@ def open_env(args, render_mode: str | None = None) -> gym.Env:
                 f"--env-id {args.env_id} has observations {part}; "
                 "this agent needs Box or a Dict of Box"
             )
-    return gym.wrappers.FlattenObservation(env)
+    return gym.wrappers.FlattenObservation(Gate(env, args))
 
 
 def episode_limit(env: gym.Env) -> float:
@@ -658,11 +791,12 @@ def episode_limit(env: gym.Env) -> float:
 
 # === CONTINUOUS ACTIONS (identical in every file that has it) ===
 def check_action_space(args, space: gym.Space) -> None:
-    """Ends the program unless actions are a bounded vector."""
-    if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1 or not space.is_bounded():
+    """Ends the program unless actions are a bounded vector of real numbers."""
+    vector = isinstance(space, gym.spaces.Box) and len(space.shape) == 1 and space.is_bounded()
+    if not vector or not np.issubdtype(space.dtype, np.floating):
         fail(
             f"--env-id {args.env_id} has actions {space}; "
-            "this agent needs a bounded Box of one dimension"
+            "this agent needs a bounded Box of one dimension, of real numbers"
         )
 
 
@@ -876,7 +1010,7 @@ def layer_table(network: nn.Module) -> list[dict]:
 REORDER = {"reassoc", "contract", "nsz"}  # sums may be vectorised; NaN and infinity pass through
 
 
-@numba.njit(parallel=True, fastmath=REORDER, cache=True)
+@numba.njit(parallel=True, fastmath=REORDER)
 def packed_product(pointers, col, values, x_t, y_t):
     """y_t[row] += values[k] * x_t[col[k]] over the active weights k of each row, two at a time."""
     rows = len(y_t)
@@ -894,7 +1028,7 @@ def packed_product(pointers, col, values, x_t, y_t):
                     y[b] += w0 * x0[b] + w1 * x1[b]
 
 
-@numba.njit(parallel=True, fastmath=REORDER, cache=True)
+@numba.njit(parallel=True, fastmath=REORDER)
 def packed_gradient(pointers, col, grad_t, x_t, out):
     """out[k] = <grad_t[row of k], x_t[col[k]]> for every active weight k, two at a time."""
     rows = len(grad_t)
@@ -1105,6 +1239,31 @@ def measure_plasticity(
 # === END DIAGNOSTICS ===
 
 
+# === COMPILED LOOPS (identical in every file that has it) ===
+def keep_compiled(loop) -> None:
+    """Keeps a compiled loop on the disk (NUMBA_CACHE_DIR, or __pycache__), if it can be written.
+
+    What is damaged there, or was compiled under another module's name, is compiled again.
+    """
+    try:
+        loop.enable_caching()
+    except RuntimeError:  # no folder that can be written
+        return
+    load = loop._cache.load_overload
+
+    def load_or_forget(*key):
+        try:
+            return load(*key)
+        except Exception:
+            loop._cache.flush()
+            return None
+
+    loop._cache.load_overload = load_or_forget
+
+
+# === END COMPILED LOOPS ===
+
+
 # === RUNS (identical in every file that has it) ===
 # What a seed derived from (--seed, purpose, ...) is for
 TRAIN, EVAL, FINAL, DIAGNOSE = range(4)
@@ -1115,45 +1274,85 @@ def derive_seed(*key: int) -> int:
     return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
-def fail(message: str) -> NoReturn:
-    """Ends the program with one line for a person and exit code 2."""
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+def fail(message: str, exit_code: int = 2) -> NoReturn:
+    """Ends the program with one line for a person.
+
+    Exit code 2: something is wrong with flags, environment, files, disk or memory. 3: a value is
+    infinite or not a number.
+    """
+    tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, beside the bar
+    sys.exit(exit_code)
+
+
+def one_line_errors(function: Callable) -> Callable:
+    """Decorates a function so that a full disk or memory ends the program with one line."""
+
+    @wraps(function)
+    def guarded(args):
+        try:
+            return function(args)
+        except (OSError, MemoryError, RuntimeError) as error:
+            # torch.save hides the disk's error behind its own
+            hidden = error.__context__
+            if isinstance(error, OSError) or isinstance(hidden, OSError):
+                cause = error if isinstance(error, OSError) else hidden
+                where = f" ({cause.filename})" if cause.filename else ""
+                fail(
+                    f"{cause.strerror or cause}{where}; what was saved before is kept, "
+                    "and the same command goes on from there"
+                )
+            if isinstance(error, MemoryError) or "alloca" in str(error) or "memory" in str(error):
+                reason = str(error).splitlines()[0]
+                fail(
+                    f"out of memory ({reason}); lower --width-scale, --batch-size or --buffer-size"
+                )
+            raise
+
+    return guarded
 
 
 def stop_unless_finite(agent_step: int, *values: torch.Tensor) -> None:
     """Ends the program with exit code 3 if a value is infinite or not a number."""
     if not all(value.isfinite().all() for value in values):
-        print(
-            f"error: a value is not finite at {agent_step=}; the last checkpoint is kept",
-            file=sys.stderr,
-        )
-        sys.exit(3)
+        fail(f"a value is not finite at {agent_step=}; the last checkpoint is kept", exit_code=3)
 
 
 def check_flags(args) -> None:
     """Ends the program if a flag breaks the rule that stands beside it in Args."""
     for name, hint in get_type_hints(type(args), include_extras=True).items():
         value = getattr(args, name)
-        if value is None:
-            continue
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, str) and not (value and value.isprintable()):
+            fail(f"{flag} {value!r} is not allowed: it must be text that can be printed")
         for rule in getattr(hint, "__metadata__", ()):
-            if not eval(rule, {**vars(args), "x": value, "inf": math.inf}):
+            if value is not None and not eval(rule, {**vars(args), "x": value, "inf": math.inf}):
                 needed = re.sub(r"\bx\b", name, rule)
-                fail(f"--{name.replace('_', '-')} {value} is not allowed: {needed}")
+                fail(f"{flag} {value} is not allowed: {needed}")
     if "/" in args.exp_name:
         fail(f"--exp-name {args.exp_name}: is part of a folder's name and cannot contain /")
+
+
+def interrupt(*_) -> NoReturn:
+    """What Ctrl-C does."""
+    tqdm.write("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+    sys.exit(1)
+
+
+def ignore_disk_errors(failure) -> None:
+    """Of TensorBoard's thread, which hands them to the main thread as well."""
+    if not issubclass(failure.exc_type, OSError):
+        threading.__excepthook__(failure)
 
 
 def set_up_process(args) -> None:
     """Checks the flags; seeds the global generators; makes Ctrl-C end with one line."""
     check_flags(args)
+    threading.excepthook = ignore_disk_errors
     random.seed(args.seed)
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
     warnings.filterwarnings("ignore", module="gymnasium")  # precision of Box bounds, age of tasks
-    interrupted = "interrupted; --resume goes on from the last checkpoint"
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(interrupted))
+    signal.signal(signal.SIGINT, interrupt)
 
 
 def run_folder(args) -> Path:
@@ -1162,7 +1361,7 @@ def run_folder(args) -> Path:
     digest = hashlib.sha256(json.dumps({**flags, "seed": None}, sort_keys=True).encode())
     env = args.env_id.replace("/", "-").replace(":", "-")
     name = f"{env}__{args.exp_name}__{digest.hexdigest()[:8]}__s{args.seed}"
-    return Path(args.runs_dir) / name
+    return Path(args.runs_dir).expanduser() / name
 
 
 def result_flags(args) -> dict:
@@ -1190,7 +1389,8 @@ class Run:
         self.agent_step = 0
         self.update_step = 0
         self.episode = 0
-        self.csv_bytes = 0
+        self.csv_bytes = 0  # what the checkpoint counts on, and its digest
+        self.csv_digest = hashlib.sha256()
         self.lock = None
         self.checkpoint = self.open_folder()
         if self.checkpoint and self.checkpoint["finished"] and not args.eval_only:
@@ -1215,55 +1415,67 @@ class Run:
         """
         args = self.args
         path = self.folder / "checkpoint.pt"
-        try:
-            if not args.eval_only:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                self.lock = FileLock(self.folder / ".lock")  # held until the process ends
-                self.lock.acquire(timeout=0)
-            if not args.resume and not args.eval_only:
+        if not args.eval_only:
+            self.take_lock()
+            if not args.resume:
                 self.move_aside()
+        try:
             if not path.exists():  # killed between the two renames of save_checkpoint
                 path = self.folder / "checkpoint.previous.pt"
-            if not path.exists():
-                if args.eval_only:
-                    fail(
-                        f"nothing to evaluate: no checkpoint in {self.folder}; "
-                        "train first, with the same flags"
-                    )
-                metrics = self.folder / "metrics.csv"
-                finished = metrics.exists() and ",final/return_mean," in metrics.read_text()
-                return {"finished": True} if finished else None
-        except Timeout:
-            fail(
-                f"another process is working in {self.folder}; "
-                "wait for it, or change --seed or --exp-name"
-            )
+                path.exists()
         except OSError as error:
-            fail(
-                f"cannot use {self.folder} ({error.strerror}); "
-                "choose another folder with --runs-dir"
-            )
+            fail(f"cannot use {self.folder} ({error.strerror}); choose another --runs-dir")
+        metrics = self.folder / "metrics.csv"
+        finished = metrics.exists() and b",final/return_mean," in metrics.read_bytes()
+        if not path.exists():
+            if args.eval_only:
+                fail(
+                    f"nothing to evaluate: no checkpoint in {self.folder}; train first, same flags"
+                )
+            return {"finished": True} if finished else None
         try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            checkpoint = read_checkpoint(path)
             made_with = checkpoint["args"]
         except Exception as error:
-            fail(
-                f"cannot read {path} ({type(error).__name__}); "
-                "if it is damaged, delete it to go on from the one before"
-            )
+            reason = f"cannot read {path} ({type(error).__name__}: {' '.join(str(error).split())})"
+            if finished and args.eval_only:
+                fail(f"{reason}; the run is finished, but this copy of its networks is damaged")
+            if finished:
+                fail(f"{reason}; the run is finished, and its results are in {metrics}")
+            fail(f"{reason}; if it is damaged, delete it to go on from the one before")
         for name, value in result_flags(args).items():
             if made_with.get(name) != value:
                 flag = name.replace("_", "-")
-                fail(
-                    f"{path} was made with --{flag} {made_with.get(name)}, not {value}; "
-                    "move it away"
-                )
+                made = made_with.get(name)
+                fail(f"{path} was made with --{flag} {made}, not {value}; move it away")
         if checkpoint.get("file") != file_digest():
             print(
                 f"note: {path} was made by another version of this file; "
                 "a changed algorithm needs another --exp-name"
             )
         return checkpoint
+
+    def take_lock(self) -> None:
+        """Creates the folder and locks it until the process ends."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            path = self.folder / ".lock"
+            owner = self.folder / ".owner"
+            try:
+                self.lock = FileLock(path)
+                self.lock.acquire(timeout=0)
+            except NotImplementedError:  # a file system without flock
+                self.lock = SoftFileLock(path)
+                self.lock.acquire(timeout=0)
+            owner.write_text(f"process {os.getpid()} on {platform.node()}")
+        except Timeout:
+            by = owner.read_text() if owner.exists() else "another process"
+            fail(
+                f"{by} is working in {self.folder}; wait for it, or change --seed or --exp-name "
+                f"(if it does not run any more: delete {path})"
+            )
+        except OSError as error:
+            fail(f"cannot use {self.folder} ({error.strerror}); choose another --runs-dir")
 
     def move_aside(self) -> None:
         """Moves everything in the folder to <folder>.old1, .old2, ..., the first that is free."""
@@ -1285,15 +1497,23 @@ class Run:
         for name, part in parts.items():
             try:
                 part.load_state_dict(self.checkpoint.pop(name))
-            except (ValueError, KeyError, RuntimeError) as error:
-                reason = " ".join(str(error).split())
+            except Exception as error:
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
                 fail(
                     f"{self.folder}: {name} in the checkpoint does not fit ({reason}); "
                     "a changed file needs another --exp-name"
                 )
         restore_generators(self.checkpoint["generators"])
         counters = self.checkpoint["counters"]
-        self.agent_step, self.update_step, self.episode, self.csv_bytes = counters
+        self.agent_step, self.update_step, self.episode, self.csv_bytes, digest = counters
+        path = self.folder / "metrics.csv"
+        written = path.read_bytes()[: self.csv_bytes] if path.exists() else b""
+        self.csv_digest.update(written)
+        if self.csv_digest.hexdigest() != digest and not self.args.eval_only:
+            fail(
+                f"{path} is not what was written before the checkpoint; "
+                "bring it back, or start with --no-resume"
+            )
 
     def begin(self, layers: dict[str, list[dict]]) -> None:
         """Prints the layer tables, writes args.json, and opens metrics.csv and the progress bar."""
@@ -1305,14 +1525,9 @@ class Run:
         print(f"{self.folder}: {start}")
 
         self.csv = open(self.folder / "metrics.csv", "a")  # noqa: SIM115
-        if os.fstat(self.csv.fileno()).st_size < self.csv_bytes:
-            fail(
-                f"{self.csv.name} lacks what came before the checkpoint; "
-                "bring it back, or start with --no-resume"
-            )
         self.csv.truncate(self.csv_bytes)  # what came after the checkpoint will be written again
         if not resumed:
-            self.csv.write("env_step,agent_step,update_step,metric,value\n")
+            self.write_rows("env_step,agent_step,update_step,metric,value\n")
         self.tensorboard = SummaryWriter(self.folder, purge_step=self.env_step + resumed)
         self.wandb = start_wandb(self.folder, self.args, resumed) if self.args.track else None
         self.saved_step = self.env_step
@@ -1332,12 +1547,17 @@ class Run:
         """Writes values as metrics <prefix>/<name>: one row each in metrics.csv, and elsewhere."""
         named = {f"{prefix}/{name}": float(value) for name, value in values.items()}
         steps = f"{self.env_step},{self.agent_step},{self.update_step}"
-        for metric, value in named.items():
-            self.csv.write(f"{steps},{metric},{value!r}\n")
-            self.tensorboard.add_scalar(metric, value, self.env_step)
-        self.csv.flush()
+        self.write_rows("".join(f"{steps},{name},{value!r}\n" for name, value in named.items()))
+        for name, value in named.items():
+            self.tensorboard.add_scalar(name, value, self.env_step)
         if self.wandb:
             self.wandb.log({**named, "env_step": self.env_step})
+
+    def write_rows(self, rows: str) -> None:
+        """Appends to metrics.csv, flushed."""
+        self.csv.write(rows)
+        self.csv.flush()
+        self.csv_digest.update(rows.encode())
 
     def log_evaluation(self, result: dict[str, float]) -> None:
         self.log("eval", result)
@@ -1357,10 +1577,13 @@ class Run:
     def save(self, parts: dict, finished: bool = False) -> None:
         """Writes the state of the parts, by name, the counters and the generators."""
         state = {name: part.state_dict() for name, part in parts.items()}
+        for name, part in state.items():
+            if not is_finite(part):
+                fail(f"{name} is not finite at {self.agent_step=}; the last checkpoint is kept", 3)
         self.tensorboard.flush()
         os.fsync(self.csv.fileno())  # what the checkpoint counts on is on the disk before it
-        csv_bytes = os.fstat(self.csv.fileno()).st_size
-        counters = (self.agent_step, self.update_step, self.episode, csv_bytes)
+        csv = (os.fstat(self.csv.fileno()).st_size, self.csv_digest.hexdigest())
+        counters = (self.agent_step, self.update_step, self.episode, *csv)
         state = {**state, "counters": counters, "finished": finished, "file": file_digest()}
         save_checkpoint(self.folder, self.args, state)
         self.saved_step = self.env_step
@@ -1391,10 +1614,37 @@ class Run:
         )
 
 
+def is_finite(state) -> bool:
+    """Whether all numbers in nested dicts and lists of tensors are finite."""
+    if isinstance(state, torch.Tensor):
+        return not state.is_floating_point() or bool(state.isfinite().all())
+    if isinstance(state, dict):
+        return all(map(is_finite, state.values()))
+    if isinstance(state, list | tuple):
+        return all(map(is_finite, state))
+    return not isinstance(state, float) or math.isfinite(state)
+
+
+class DigestedFile:
+    """A file that is written once, and the SHA-256 of what was written."""
+
+    def __init__(self, file):
+        self.file = file
+        self.sha256 = hashlib.sha256()
+
+    def write(self, data) -> int:
+        self.sha256.update(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
 def save_checkpoint(folder: Path, args, state: dict) -> None:
     """Writes checkpoint.pt so that a kill leaves a whole one, and keeps the one before it.
 
-    Every random number is drawn on the CPU, so there are three generators.
+    Its last 32 bytes are the SHA-256 of the others, which are a file of torch.save. Every random
+    number is drawn on the CPU, so there are three generators.
     """
     kind, keys, *position = np.random.get_state()
     generators = {
@@ -1404,13 +1654,33 @@ def save_checkpoint(folder: Path, args, state: dict) -> None:
     }
     path = folder / "checkpoint.pt"
     temporary = folder / "checkpoint.tmp"
-    with open(temporary, "wb") as file:
-        torch.save({**state, "args": asdict(args), "generators": generators}, file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(temporary, "wb") as file:
+            digested = DigestedFile(file)
+            torch.save({**state, "args": asdict(args), "generators": generators}, digested)
+            file.write(digested.sha256.digest())
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        temporary.unlink()  # a full disk needs the room
+        raise
     if path.exists():
         os.replace(path, folder / "checkpoint.previous.pt")
     os.replace(temporary, path)
+
+
+def read_checkpoint(path: Path) -> dict:
+    """What save_checkpoint wrote; raises ValueError if a byte of it has changed."""
+    with open(path, "rb") as file:
+        left = max(0, path.stat().st_size - 32)
+        sha256 = hashlib.sha256()
+        while left > 0:
+            data = file.read(min(left, 2**20))
+            sha256.update(data)
+            left -= len(data)
+        if file.read() != sha256.digest():
+            raise ValueError("its checksum is wrong")
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def restore_generators(generators: dict) -> None:
@@ -1484,11 +1754,20 @@ def draw_learning_curve(folder: Path, title: str) -> None:
 
 
 def write_video(path: Path, frames: list[np.ndarray], fps: float = 30) -> None:
-    """An mp4 of frames (height, width, 3) uint8, one a decision."""
+    """An mp4 of frames (height, width, 3) uint8, one a decision.
+
+    A film that cannot be written costs a warning and no result.
+    """
     import imageio
 
-    path.parent.mkdir(exist_ok=True)
-    imageio.mimwrite(path, frames, fps=fps, macro_block_size=None)
+    height, width, _ = frames[0].shape
+    even = ((0, height % 2), (0, width % 2), (0, 0))  # most players need even sides
+    try:
+        path.parent.mkdir(exist_ok=True)
+        film = [np.pad(frame, even) for frame in frames]
+        imageio.mimwrite(path, film, fps=fps, macro_block_size=None)
+    except Exception as error:
+        print(f"warning: no film in {path}: {type(error).__name__}: {error}", file=sys.stderr)
 
 
 def summary(returns: np.ndarray) -> dict[str, float]:
@@ -1498,6 +1777,12 @@ def summary(returns: np.ndarray) -> dict[str, float]:
         "return_std": returns.std(),
         "return_iqm": trim_mean(returns, 0.25),
     }
+
+
+train = one_line_errors(train)  # for a caller in Python as well
+for loop in list(globals().values()):
+    if hasattr(loop, "enable_caching"):
+        keep_compiled(loop)
 
 
 # === END RUNS ===

@@ -43,6 +43,12 @@ then a compiled loop of the replay, and an appendix that this file shares with t
 layers, diagnostics, runs.
 """
 
+import signal
+import sys
+
+if __name__ == "__main__":  # Ctrl-C ends with one line, also in the seconds of the imports below
+    signal.signal(signal.SIGINT, lambda *_: sys.exit("interrupted"))
+
 import copy
 import hashlib
 import json
@@ -52,12 +58,14 @@ import platform
 import random
 import re
 import shutil
-import signal
 import subprocess
-import sys
+import tempfile
+import threading
+import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import wraps
 from importlib.metadata import distributions
 from itertools import pairwise
 from pathlib import Path
@@ -71,7 +79,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
-from filelock import FileLock, Timeout
+from filelock import FileLock, SoftFileLock, Timeout
 from matplotlib.figure import Figure
 from scipy.stats import trim_mean
 from torch.func import functional_call
@@ -88,10 +96,10 @@ class Args:
     exp_name: str = "der_impala_sparse"
     """part of the run's name"""
     seed: Annotated[int, "0 <= x < 2**32"] = 1
-    """seed of network, noise, replay and games (below 2^32)"""
+    """seed of networks, noise, replay and games (below 2^32)"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where the network lives; auto takes CUDA when there is one"""
-    threads: Annotated[int | None, "x >= 1"] = None
+    """where the networks live; auto takes CUDA when there is one"""
+    threads: Annotated[int | None, "1 <= x <= 10**4"] = None
     """CPU threads (default: all cores); a resumed run is bit-equal only with the same number"""
     bf16: bool = False
     """convolutions in bfloat16: faster, less exact"""
@@ -107,10 +115,12 @@ class Args:
     # Environment
     env_id: str = "ALE/Pong-v5"
     """an Atari game, ALE/*-v5"""
-    action_repeat: Annotated[int, "x >= 1"] = 4
+    action_repeat: Annotated[int, "1 <= x <= 10**6"] = 4
     """emulator frames per decision: rewards summed, pixels the maximum of the last two"""
     total_timesteps: Annotated[int, "x >= 1"] = 400_000
     """env steps of training (emulator frames, action repeat included)"""
+    max_episode_steps: Annotated[int | None, "x >= 1"] = None
+    """env steps after which an episode is cut off (default: the environment's own limit)"""
     sticky_actions: Annotated[float, "0 <= x < 1"] = 0.0
     """probability that the emulator repeats the last action (0.25 in ALE's own protocol)"""
     terminal_on_life_loss: bool = True
@@ -121,11 +131,11 @@ class Args:
     """env steps before the first update; the noisy network acts from the start"""
     updates_per_step: Annotated[int, "x >= 1"] = 1
     """gradient updates per decision (the replay ratio)"""
-    batch_size: Annotated[int, "x >= 1"] = 32
+    batch_size: Annotated[int, "1 <= x <= 10**6"] = 32
     """transitions per update"""
     buffer_size: Annotated[int, "x >= 1", "x > n_step"] = 1_000_000
     """largest number of frames kept for replay, in a file of about 7 kB a frame"""
-    n_step: Annotated[int, "x >= 1"] = 10
+    n_step: Annotated[int, "1 <= x <= 10**6"] = 10
     """rewards in a return before it bootstraps"""
     gamma: Annotated[float, "0 <= x <= 1"] = 0.99
     """discount"""
@@ -135,9 +145,9 @@ class Args:
     """learning rate of Adam"""
     adam_eps: Annotated[float, "0 < x < inf"] = 1.5e-4
     """epsilon of Adam"""
-    atoms: Annotated[int, "x >= 2"] = 51
+    atoms: Annotated[int, "2 <= x <= 10**4"] = 51
     """points on which the distribution of returns is learnt"""
-    v_max: Annotated[float, "0 < x < inf"] = 10.0
+    v_max: Annotated[float, "0 < x <= 1e30"] = 10.0
     """the atoms lie evenly in [-v_max, v_max]"""
     noisy_sigma: Annotated[float, "0 <= x < inf"] = 0.5
     """noise scale of the weights at the start, times 1 / sqrt(fan-in)"""
@@ -149,12 +159,13 @@ class Args:
     """probability of a random action in evaluations, which have no noise on the weights"""
 
     # Size and sparsity
-    width_scale: Annotated[float, "1/16 <= x < inf"] = 1.0
+    width_scale: Annotated[float, "1/16 <= x <= 1000"] = 1.0
     """channels of the IMPALA CNN: 16, 32, 32 x scale"""
-    depth_scale: Annotated[int, "x >= 1"] = 1
+    depth_scale: Annotated[int, "1 <= x <= 1000"] = 1
     """residual blocks in each of the CNN's three stages: 2 x scale"""
     sparsity: Annotated[float, "0 <= x < 1"] = 0.0
-    """fraction of parameters removed, also from convolutions; 0: the dense baseline"""
+    """fraction of parameters removed from the network, convolutions included; 0: the dense
+    baseline"""
     sparsity_distribution: Literal["erdos_renyi", "uniform"] = "erdos_renyi"
     """how the network's sparsity is spread over its layers"""
     mask_seed: Annotated[int | None, "0 <= x < 2**32"] = None
@@ -166,9 +177,9 @@ class Args:
     # Logging
     eval_interval: Annotated[int, "x >= 1"] = 100_000
     """env steps between evaluations, the first at step 0"""
-    eval_episodes: Annotated[int, "x >= 1"] = 10
+    eval_episodes: Annotated[int, "1 <= x <= 10**6"] = 10
     """games of each evaluation"""
-    final_eval_episodes: Annotated[int, "x >= 1"] = 100
+    final_eval_episodes: Annotated[int, "1 <= x <= 10**6"] = 100
     """games of the last evaluation and of --eval-only"""
     diagnostics_interval: Annotated[int, "x >= 0"] = 20_000
     """env steps between measurements of rank, dormancy and norms (0: never)"""
@@ -662,11 +673,13 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
         env = gym.make(
             args.env_id,
             render_mode=render_mode,
+            max_episode_steps=args.max_episode_steps,
             disable_env_checker=True,
             frameskip=1,  # AtariPreprocessing repeats the actions
             repeat_action_probability=args.sticky_actions,
         )
         env = gym.wrappers.AtariPreprocessing(env, frame_skip=args.action_repeat, screen_size=SIZE)
+        env = Gate(env, args, frames_per_step=args.action_repeat)
     except (gym.error.Error, ValueError) as error:
         fail(f"--env-id {args.env_id}: {error}")
     return gym.wrappers.RecordEpisodeStatistics(env)
@@ -692,7 +705,7 @@ def train(args: Args) -> None:
         return evaluate(args, agent, eval_env, games, seed_key, video)
 
     run = Run(args, args.action_repeat)
-    parts = {  # what a checkpoint holds, in this order; behind them, the replay
+    parts = {  # what a checkpoint holds, in this order, and the replay
         "network": agent.network,
         "target_network": agent.target_network,
         "optimizer": agent.optimizer,
@@ -706,6 +719,7 @@ def train(args: Args) -> None:
     parts["replay"] = replay
     run.restore(parts)
     run.begin({"network": agent.layers})
+    env.set_wrapper_attr("env_step", run.env_step)  # which errors name
     losses = {}
     game_over = True
     if run.agent_step == 0:
@@ -763,6 +777,8 @@ def train(args: Args) -> None:
 
         if game_over:
             run.log_episode(info["episode"], losses)
+            if run.env_step >= args.learning_starts and not replay.ready():
+                fail(f"--n-step {args.n_step} is longer than every game: nothing is learned")
 
     run.save(parts)  # a kill in the last evaluation costs no training
     run.finish(parts, evaluation(args.final_eval_episodes, FINAL, run.video()))
@@ -787,7 +803,7 @@ EXECUTION_FLAGS = {
 
 
 # A compiled loop of the replay
-@numba.njit(parallel=True, cache=True)
+@numba.njit(parallel=True)
 def gather_stacks(frames, newest, oldest, out):
     """out[b] = the STACK frames up to number newest[b], black before oldest[b].
 
@@ -801,6 +817,124 @@ def gather_stacks(frames, newest, oldest, out):
 
 
 # Appendix: the same in every file that has it
+
+
+# === ENVIRONMENT GATE (identical in every file that has it) ===
+GYMNASIUM = (
+    "in Gymnasium 1.x, reset returns (observation, info) "
+    "and step (observation, reward, terminated, truncated, info)"
+)
+
+
+def fail_in_environment(args, where: str, error: Exception) -> NoReturn:
+    """One line for an error in code from elsewhere; its traceback goes to a file."""
+    folder = run_folder(args)
+    if not folder.is_dir():
+        folder = Path(tempfile.gettempdir())
+    path = folder / "traceback.txt"
+    path.write_text("".join(traceback.format_exception(error)))
+
+    reason = " ".join(str(error).split()) or "no message"
+    hint = ""
+    if where and "to unpack" in reason:
+        hint = f"; {GYMNASIUM}"
+    elif "GL" in reason:
+        hint = f"; MUJOCO_GL={os.environ.get('MUJOCO_GL')}, and to draw it must be egl or osmesa"
+    name = type(error).__name__
+    fail(f"--env-id {args.env_id}: {where}{name}: {reason}{hint} (traceback in {path})")
+
+
+class Gate(gym.Wrapper):
+    """Stands around an environment from elsewhere: nothing wrong gets past it.
+
+    What goes in: actions inside the box, in its dtype. What comes out: observations of the declared
+    shape and rewards, all of them finite, as Gymnasium 1.x has them. Anything else ends the program
+    with one line: exit code 3 if a value is not finite, else 2.
+    """
+
+    LONGEST = 100_000  # steps of an episode: an evaluation would never end
+
+    def __init__(self, env: gym.Env, args, frames_per_step: int = 1):
+        super().__init__(env)
+        self.args = args
+        self.frames_per_step = frames_per_step
+        self.env_step = 0  # of the whole run; train() sets it when a run goes on
+        self.episode_steps = 0
+        self.bounds = env.action_space if isinstance(env.action_space, gym.spaces.Box) else None
+        space = env.observation_space
+        self.declared = space.spaces if isinstance(space, gym.spaces.Dict) else {None: space}
+
+    def reset(self, seed: int | None = None, options: dict | None = None):
+        if seed is not None:
+            seed %= 2**31  # some environments take no more
+        obs, info = self.call(self.env.reset, 2, seed=seed, options=options)
+        self.check_obs(obs)
+        self.episode_steps = 0
+        return obs, info
+
+    def step(self, action):
+        if self.bounds is not None:
+            low, high = self.bounds.low, self.bounds.high
+            action = np.minimum(np.maximum(np.asarray(action, low.dtype), low), high)
+        self.env_step += self.frames_per_step
+        obs, reward, terminated, truncated, info = self.call(self.env.step, 5, action)
+        self.check_obs(obs)
+        try:
+            reward = float(reward.item() if isinstance(reward, np.ndarray) else reward)
+        except (TypeError, ValueError):
+            self.refuse(f"a reward that is not one number: {reward!r}")
+        if not math.isfinite(reward):
+            self.refuse(f"the reward {reward}", exit_code=3)
+        for flag in (terminated, truncated):
+            if not isinstance(flag, bool) and not isinstance(flag, np.bool_):
+                self.refuse(f"{flag!r} where terminated or truncated must be True or False")
+        self.episode_steps += 1
+        if self.episode_steps > self.LONGEST and not (terminated or truncated):
+            fail(
+                f"--env-id {self.args.env_id}: an episode has lasted {self.LONGEST:,} steps; "
+                "--max-episode-steps cuts it off"
+            )
+        return obs, reward, bool(terminated), bool(truncated), info
+
+    def call(self, method: Callable, count: int, *values, **named) -> tuple:
+        """What a method of the environment returns: a tuple of `count` values."""
+        try:
+            result = method(*values, **named)
+        except Exception as error:
+            where = f"{method.__name__} at env step {self.env_step}: "
+            fail_in_environment(self.args, where, error)
+        if not isinstance(result, tuple) or len(result) != count:
+            many = f"{len(result)} values" if isinstance(result, tuple) else type(result).__name__
+            self.refuse(f"{many} from {method.__name__}; {GYMNASIUM}")
+        return result
+
+    def check_obs(self, obs) -> None:
+        parts = obs if isinstance(obs, dict) else {None: obs}
+        if parts.keys() != self.declared.keys():
+            self.refuse(f"observations {list(parts)}, declared are {list(self.declared)}")
+        for name, part in parts.items():
+            shape = self.declared[name].shape
+            try:
+                part = np.asarray(part)
+            except ValueError:
+                self.refuse("an observation that is no array")
+            if part.shape != shape or part.dtype.kind not in "biuf":
+                self.refuse(
+                    f"an observation of shape {part.shape} and type {part.dtype}, "
+                    f"declared is shape {shape}"
+                )
+            if part.dtype.kind == "f" and not np.isfinite(part).all():
+                self.refuse("an observation that is not finite", exit_code=3)
+
+    def refuse(self, what: str, exit_code: int = 2) -> NoReturn:
+        fail(
+            f"--env-id {self.args.env_id} returned {what} (env step {self.env_step}); "
+            "what was saved before is kept",
+            exit_code,
+        )
+
+
+# === END ENVIRONMENT GATE ===
 
 
 # === SPARSE LAYERS (identical in every file that has it) ===
@@ -1010,7 +1144,7 @@ def layer_table(network: nn.Module) -> list[dict]:
 REORDER = {"reassoc", "contract", "nsz"}  # sums may be vectorised; NaN and infinity pass through
 
 
-@numba.njit(parallel=True, fastmath=REORDER, cache=True)
+@numba.njit(parallel=True, fastmath=REORDER)
 def packed_product(pointers, col, values, x_t, y_t):
     """y_t[row] += values[k] * x_t[col[k]] over the active weights k of each row, two at a time."""
     rows = len(y_t)
@@ -1028,7 +1162,7 @@ def packed_product(pointers, col, values, x_t, y_t):
                     y[b] += w0 * x0[b] + w1 * x1[b]
 
 
-@numba.njit(parallel=True, fastmath=REORDER, cache=True)
+@numba.njit(parallel=True, fastmath=REORDER)
 def packed_gradient(pointers, col, grad_t, x_t, out):
     """out[k] = <grad_t[row of k], x_t[col[k]]> for every active weight k, two at a time."""
     rows = len(grad_t)
@@ -1278,18 +1412,49 @@ def open_frames(path: Path, frames_shape: tuple[int, ...], mode: str) -> np.ndar
     Ends the program if the disk is too full, or if the file is not as large as it was.
     """
     needed = math.prod(frames_shape)  # bytes
-    if mode == "r+" and (not path.exists() or path.stat().st_size != needed):
-        fail(f"{path} is not as the checkpoint left it; bring it back, or start with --no-resume")
-    free = shutil.disk_usage(path.parent).free
-    if mode == "w+" and free < needed:
-        fail(
-            f"{path} needs {needed / 1e9:.1f} of {free / 1e9:.1f} GB free; "
-            "lower --buffer-size or --checkpoint-interval"
-        )
-    return np.asarray(np.memmap(path, np.uint8, mode, shape=frames_shape))
+    if mode == "r+":
+        if not path.exists() or path.stat().st_size != needed:
+            fail(f"{path} is not as the checkpoint left it; bring it back, or use --no-resume")
+    else:
+        try:
+            with open(path, "wb") as file:
+                os.posix_fallocate(file.fileno(), 0, needed)  # no other program can take the room
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            free = shutil.disk_usage(path.parent).free
+            fail(
+                f"{path} needs {needed / 1e9:.1f} of {free / 1e9:.1f} GB free "
+                f"({error.strerror}); lower --buffer-size or --checkpoint-interval"
+            )
+    return np.asarray(np.memmap(path, np.uint8, "r+", shape=frames_shape))
 
 
 # === END FRAME FILE ===
+
+
+# === COMPILED LOOPS (identical in every file that has it) ===
+def keep_compiled(loop) -> None:
+    """Keeps a compiled loop on the disk (NUMBA_CACHE_DIR, or __pycache__), if it can be written.
+
+    What is damaged there, or was compiled under another module's name, is compiled again.
+    """
+    try:
+        loop.enable_caching()
+    except RuntimeError:  # no folder that can be written
+        return
+    load = loop._cache.load_overload
+
+    def load_or_forget(*key):
+        try:
+            return load(*key)
+        except Exception:
+            loop._cache.flush()
+            return None
+
+    loop._cache.load_overload = load_or_forget
+
+
+# === END COMPILED LOOPS ===
 
 
 # === RUNS (identical in every file that has it) ===
@@ -1302,45 +1467,85 @@ def derive_seed(*key: int) -> int:
     return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
-def fail(message: str) -> NoReturn:
-    """Ends the program with one line for a person and exit code 2."""
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+def fail(message: str, exit_code: int = 2) -> NoReturn:
+    """Ends the program with one line for a person.
+
+    Exit code 2: something is wrong with flags, environment, files, disk or memory. 3: a value is
+    infinite or not a number.
+    """
+    tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, beside the bar
+    sys.exit(exit_code)
+
+
+def one_line_errors(function: Callable) -> Callable:
+    """Decorates a function so that a full disk or memory ends the program with one line."""
+
+    @wraps(function)
+    def guarded(args):
+        try:
+            return function(args)
+        except (OSError, MemoryError, RuntimeError) as error:
+            # torch.save hides the disk's error behind its own
+            hidden = error.__context__
+            if isinstance(error, OSError) or isinstance(hidden, OSError):
+                cause = error if isinstance(error, OSError) else hidden
+                where = f" ({cause.filename})" if cause.filename else ""
+                fail(
+                    f"{cause.strerror or cause}{where}; what was saved before is kept, "
+                    "and the same command goes on from there"
+                )
+            if isinstance(error, MemoryError) or "alloca" in str(error) or "memory" in str(error):
+                reason = str(error).splitlines()[0]
+                fail(
+                    f"out of memory ({reason}); lower --width-scale, --batch-size or --buffer-size"
+                )
+            raise
+
+    return guarded
 
 
 def stop_unless_finite(agent_step: int, *values: torch.Tensor) -> None:
     """Ends the program with exit code 3 if a value is infinite or not a number."""
     if not all(value.isfinite().all() for value in values):
-        print(
-            f"error: a value is not finite at {agent_step=}; the last checkpoint is kept",
-            file=sys.stderr,
-        )
-        sys.exit(3)
+        fail(f"a value is not finite at {agent_step=}; the last checkpoint is kept", exit_code=3)
 
 
 def check_flags(args) -> None:
     """Ends the program if a flag breaks the rule that stands beside it in Args."""
     for name, hint in get_type_hints(type(args), include_extras=True).items():
         value = getattr(args, name)
-        if value is None:
-            continue
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, str) and not (value and value.isprintable()):
+            fail(f"{flag} {value!r} is not allowed: it must be text that can be printed")
         for rule in getattr(hint, "__metadata__", ()):
-            if not eval(rule, {**vars(args), "x": value, "inf": math.inf}):
+            if value is not None and not eval(rule, {**vars(args), "x": value, "inf": math.inf}):
                 needed = re.sub(r"\bx\b", name, rule)
-                fail(f"--{name.replace('_', '-')} {value} is not allowed: {needed}")
+                fail(f"{flag} {value} is not allowed: {needed}")
     if "/" in args.exp_name:
         fail(f"--exp-name {args.exp_name}: is part of a folder's name and cannot contain /")
+
+
+def interrupt(*_) -> NoReturn:
+    """What Ctrl-C does."""
+    tqdm.write("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+    sys.exit(1)
+
+
+def ignore_disk_errors(failure) -> None:
+    """Of TensorBoard's thread, which hands them to the main thread as well."""
+    if not issubclass(failure.exc_type, OSError):
+        threading.__excepthook__(failure)
 
 
 def set_up_process(args) -> None:
     """Checks the flags; seeds the global generators; makes Ctrl-C end with one line."""
     check_flags(args)
+    threading.excepthook = ignore_disk_errors
     random.seed(args.seed)
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
     warnings.filterwarnings("ignore", module="gymnasium")  # precision of Box bounds, age of tasks
-    interrupted = "interrupted; --resume goes on from the last checkpoint"
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(interrupted))
+    signal.signal(signal.SIGINT, interrupt)
 
 
 def run_folder(args) -> Path:
@@ -1349,7 +1554,7 @@ def run_folder(args) -> Path:
     digest = hashlib.sha256(json.dumps({**flags, "seed": None}, sort_keys=True).encode())
     env = args.env_id.replace("/", "-").replace(":", "-")
     name = f"{env}__{args.exp_name}__{digest.hexdigest()[:8]}__s{args.seed}"
-    return Path(args.runs_dir) / name
+    return Path(args.runs_dir).expanduser() / name
 
 
 def result_flags(args) -> dict:
@@ -1377,7 +1582,8 @@ class Run:
         self.agent_step = 0
         self.update_step = 0
         self.episode = 0
-        self.csv_bytes = 0
+        self.csv_bytes = 0  # what the checkpoint counts on, and its digest
+        self.csv_digest = hashlib.sha256()
         self.lock = None
         self.checkpoint = self.open_folder()
         if self.checkpoint and self.checkpoint["finished"] and not args.eval_only:
@@ -1402,55 +1608,67 @@ class Run:
         """
         args = self.args
         path = self.folder / "checkpoint.pt"
-        try:
-            if not args.eval_only:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                self.lock = FileLock(self.folder / ".lock")  # held until the process ends
-                self.lock.acquire(timeout=0)
-            if not args.resume and not args.eval_only:
+        if not args.eval_only:
+            self.take_lock()
+            if not args.resume:
                 self.move_aside()
+        try:
             if not path.exists():  # killed between the two renames of save_checkpoint
                 path = self.folder / "checkpoint.previous.pt"
-            if not path.exists():
-                if args.eval_only:
-                    fail(
-                        f"nothing to evaluate: no checkpoint in {self.folder}; "
-                        "train first, with the same flags"
-                    )
-                metrics = self.folder / "metrics.csv"
-                finished = metrics.exists() and ",final/return_mean," in metrics.read_text()
-                return {"finished": True} if finished else None
-        except Timeout:
-            fail(
-                f"another process is working in {self.folder}; "
-                "wait for it, or change --seed or --exp-name"
-            )
+                path.exists()
         except OSError as error:
-            fail(
-                f"cannot use {self.folder} ({error.strerror}); "
-                "choose another folder with --runs-dir"
-            )
+            fail(f"cannot use {self.folder} ({error.strerror}); choose another --runs-dir")
+        metrics = self.folder / "metrics.csv"
+        finished = metrics.exists() and b",final/return_mean," in metrics.read_bytes()
+        if not path.exists():
+            if args.eval_only:
+                fail(
+                    f"nothing to evaluate: no checkpoint in {self.folder}; train first, same flags"
+                )
+            return {"finished": True} if finished else None
         try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            checkpoint = read_checkpoint(path)
             made_with = checkpoint["args"]
         except Exception as error:
-            fail(
-                f"cannot read {path} ({type(error).__name__}); "
-                "if it is damaged, delete it to go on from the one before"
-            )
+            reason = f"cannot read {path} ({type(error).__name__}: {' '.join(str(error).split())})"
+            if finished and args.eval_only:
+                fail(f"{reason}; the run is finished, but this copy of its networks is damaged")
+            if finished:
+                fail(f"{reason}; the run is finished, and its results are in {metrics}")
+            fail(f"{reason}; if it is damaged, delete it to go on from the one before")
         for name, value in result_flags(args).items():
             if made_with.get(name) != value:
                 flag = name.replace("_", "-")
-                fail(
-                    f"{path} was made with --{flag} {made_with.get(name)}, not {value}; "
-                    "move it away"
-                )
+                made = made_with.get(name)
+                fail(f"{path} was made with --{flag} {made}, not {value}; move it away")
         if checkpoint.get("file") != file_digest():
             print(
                 f"note: {path} was made by another version of this file; "
                 "a changed algorithm needs another --exp-name"
             )
         return checkpoint
+
+    def take_lock(self) -> None:
+        """Creates the folder and locks it until the process ends."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            path = self.folder / ".lock"
+            owner = self.folder / ".owner"
+            try:
+                self.lock = FileLock(path)
+                self.lock.acquire(timeout=0)
+            except NotImplementedError:  # a file system without flock
+                self.lock = SoftFileLock(path)
+                self.lock.acquire(timeout=0)
+            owner.write_text(f"process {os.getpid()} on {platform.node()}")
+        except Timeout:
+            by = owner.read_text() if owner.exists() else "another process"
+            fail(
+                f"{by} is working in {self.folder}; wait for it, or change --seed or --exp-name "
+                f"(if it does not run any more: delete {path})"
+            )
+        except OSError as error:
+            fail(f"cannot use {self.folder} ({error.strerror}); choose another --runs-dir")
 
     def move_aside(self) -> None:
         """Moves everything in the folder to <folder>.old1, .old2, ..., the first that is free."""
@@ -1472,15 +1690,23 @@ class Run:
         for name, part in parts.items():
             try:
                 part.load_state_dict(self.checkpoint.pop(name))
-            except (ValueError, KeyError, RuntimeError) as error:
-                reason = " ".join(str(error).split())
+            except Exception as error:
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
                 fail(
                     f"{self.folder}: {name} in the checkpoint does not fit ({reason}); "
                     "a changed file needs another --exp-name"
                 )
         restore_generators(self.checkpoint["generators"])
         counters = self.checkpoint["counters"]
-        self.agent_step, self.update_step, self.episode, self.csv_bytes = counters
+        self.agent_step, self.update_step, self.episode, self.csv_bytes, digest = counters
+        path = self.folder / "metrics.csv"
+        written = path.read_bytes()[: self.csv_bytes] if path.exists() else b""
+        self.csv_digest.update(written)
+        if self.csv_digest.hexdigest() != digest and not self.args.eval_only:
+            fail(
+                f"{path} is not what was written before the checkpoint; "
+                "bring it back, or start with --no-resume"
+            )
 
     def begin(self, layers: dict[str, list[dict]]) -> None:
         """Prints the layer tables, writes args.json, and opens metrics.csv and the progress bar."""
@@ -1492,14 +1718,9 @@ class Run:
         print(f"{self.folder}: {start}")
 
         self.csv = open(self.folder / "metrics.csv", "a")  # noqa: SIM115
-        if os.fstat(self.csv.fileno()).st_size < self.csv_bytes:
-            fail(
-                f"{self.csv.name} lacks what came before the checkpoint; "
-                "bring it back, or start with --no-resume"
-            )
         self.csv.truncate(self.csv_bytes)  # what came after the checkpoint will be written again
         if not resumed:
-            self.csv.write("env_step,agent_step,update_step,metric,value\n")
+            self.write_rows("env_step,agent_step,update_step,metric,value\n")
         self.tensorboard = SummaryWriter(self.folder, purge_step=self.env_step + resumed)
         self.wandb = start_wandb(self.folder, self.args, resumed) if self.args.track else None
         self.saved_step = self.env_step
@@ -1519,12 +1740,17 @@ class Run:
         """Writes values as metrics <prefix>/<name>: one row each in metrics.csv, and elsewhere."""
         named = {f"{prefix}/{name}": float(value) for name, value in values.items()}
         steps = f"{self.env_step},{self.agent_step},{self.update_step}"
-        for metric, value in named.items():
-            self.csv.write(f"{steps},{metric},{value!r}\n")
-            self.tensorboard.add_scalar(metric, value, self.env_step)
-        self.csv.flush()
+        self.write_rows("".join(f"{steps},{name},{value!r}\n" for name, value in named.items()))
+        for name, value in named.items():
+            self.tensorboard.add_scalar(name, value, self.env_step)
         if self.wandb:
             self.wandb.log({**named, "env_step": self.env_step})
+
+    def write_rows(self, rows: str) -> None:
+        """Appends to metrics.csv, flushed."""
+        self.csv.write(rows)
+        self.csv.flush()
+        self.csv_digest.update(rows.encode())
 
     def log_evaluation(self, result: dict[str, float]) -> None:
         self.log("eval", result)
@@ -1544,10 +1770,13 @@ class Run:
     def save(self, parts: dict, finished: bool = False) -> None:
         """Writes the state of the parts, by name, the counters and the generators."""
         state = {name: part.state_dict() for name, part in parts.items()}
+        for name, part in state.items():
+            if not is_finite(part):
+                fail(f"{name} is not finite at {self.agent_step=}; the last checkpoint is kept", 3)
         self.tensorboard.flush()
         os.fsync(self.csv.fileno())  # what the checkpoint counts on is on the disk before it
-        csv_bytes = os.fstat(self.csv.fileno()).st_size
-        counters = (self.agent_step, self.update_step, self.episode, csv_bytes)
+        csv = (os.fstat(self.csv.fileno()).st_size, self.csv_digest.hexdigest())
+        counters = (self.agent_step, self.update_step, self.episode, *csv)
         state = {**state, "counters": counters, "finished": finished, "file": file_digest()}
         save_checkpoint(self.folder, self.args, state)
         self.saved_step = self.env_step
@@ -1578,10 +1807,37 @@ class Run:
         )
 
 
+def is_finite(state) -> bool:
+    """Whether all numbers in nested dicts and lists of tensors are finite."""
+    if isinstance(state, torch.Tensor):
+        return not state.is_floating_point() or bool(state.isfinite().all())
+    if isinstance(state, dict):
+        return all(map(is_finite, state.values()))
+    if isinstance(state, list | tuple):
+        return all(map(is_finite, state))
+    return not isinstance(state, float) or math.isfinite(state)
+
+
+class DigestedFile:
+    """A file that is written once, and the SHA-256 of what was written."""
+
+    def __init__(self, file):
+        self.file = file
+        self.sha256 = hashlib.sha256()
+
+    def write(self, data) -> int:
+        self.sha256.update(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
 def save_checkpoint(folder: Path, args, state: dict) -> None:
     """Writes checkpoint.pt so that a kill leaves a whole one, and keeps the one before it.
 
-    Every random number is drawn on the CPU, so there are three generators.
+    Its last 32 bytes are the SHA-256 of the others, which are a file of torch.save. Every random
+    number is drawn on the CPU, so there are three generators.
     """
     kind, keys, *position = np.random.get_state()
     generators = {
@@ -1591,13 +1847,33 @@ def save_checkpoint(folder: Path, args, state: dict) -> None:
     }
     path = folder / "checkpoint.pt"
     temporary = folder / "checkpoint.tmp"
-    with open(temporary, "wb") as file:
-        torch.save({**state, "args": asdict(args), "generators": generators}, file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(temporary, "wb") as file:
+            digested = DigestedFile(file)
+            torch.save({**state, "args": asdict(args), "generators": generators}, digested)
+            file.write(digested.sha256.digest())
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        temporary.unlink()  # a full disk needs the room
+        raise
     if path.exists():
         os.replace(path, folder / "checkpoint.previous.pt")
     os.replace(temporary, path)
+
+
+def read_checkpoint(path: Path) -> dict:
+    """What save_checkpoint wrote; raises ValueError if a byte of it has changed."""
+    with open(path, "rb") as file:
+        left = max(0, path.stat().st_size - 32)
+        sha256 = hashlib.sha256()
+        while left > 0:
+            data = file.read(min(left, 2**20))
+            sha256.update(data)
+            left -= len(data)
+        if file.read() != sha256.digest():
+            raise ValueError("its checksum is wrong")
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def restore_generators(generators: dict) -> None:
@@ -1671,11 +1947,20 @@ def draw_learning_curve(folder: Path, title: str) -> None:
 
 
 def write_video(path: Path, frames: list[np.ndarray], fps: float = 30) -> None:
-    """An mp4 of frames (height, width, 3) uint8, one a decision."""
+    """An mp4 of frames (height, width, 3) uint8, one a decision.
+
+    A film that cannot be written costs a warning and no result.
+    """
     import imageio
 
-    path.parent.mkdir(exist_ok=True)
-    imageio.mimwrite(path, frames, fps=fps, macro_block_size=None)
+    height, width, _ = frames[0].shape
+    even = ((0, height % 2), (0, width % 2), (0, 0))  # most players need even sides
+    try:
+        path.parent.mkdir(exist_ok=True)
+        film = [np.pad(frame, even) for frame in frames]
+        imageio.mimwrite(path, film, fps=fps, macro_block_size=None)
+    except Exception as error:
+        print(f"warning: no film in {path}: {type(error).__name__}: {error}", file=sys.stderr)
 
 
 def summary(returns: np.ndarray) -> dict[str, float]:
@@ -1685,6 +1970,12 @@ def summary(returns: np.ndarray) -> dict[str, float]:
         "return_std": returns.std(),
         "return_iqm": trim_mean(returns, 0.25),
     }
+
+
+train = one_line_errors(train)  # for a caller in Python as well
+for loop in list(globals().values()):
+    if hasattr(loop, "enable_caching"):
+        keep_compiled(loop)
 
 
 # === END RUNS ===

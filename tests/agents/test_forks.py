@@ -9,7 +9,7 @@ import sac_simba_sparse as sac
 import stream_ac_sparse as stream
 import torch
 import torch.nn as nn
-from conftest import CPU, check_error, load_checkpoint, make_agent, only_run, succeed
+from conftest import CPU, check_error, make_agent, only_run, rewrite_checkpoint, succeed
 
 FLAGS = (
     "--env-id dm_control/cartpole-swingup-v0 --action-repeat 20 --total-timesteps 400"
@@ -132,7 +132,7 @@ def test_a_run_of_another_network_is_left_as_it_is(main, tmp_path):
     succeed(main(source, *FLAGS.split()))
     run_dir = only_run(tmp_path / "runs")
     checkpoint = run_dir / "checkpoint.pt"
-    torch.save(load_checkpoint(run_dir) | {"finished": False}, checkpoint)
+    rewrite_checkpoint(run_dir, finished=False)
     before = checkpoint.read_bytes()
     source.write_text(text.replace("nn.LayerNorm(hidden", "nn.RMSNorm(hidden"))
     words = "actor does not fit another --exp-name"

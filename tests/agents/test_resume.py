@@ -8,6 +8,7 @@ import math
 import random
 import re
 import shutil
+import subprocess
 import time
 from pathlib import Path
 
@@ -176,6 +177,84 @@ def test_killed_and_resumed_equals_uninterrupted(reference, tmp_path):
             assert ours[name].dtype == value.dtype and torch.equal(ours[name], value), name
         else:
             assert ours[name] == value, name
+
+
+def fill(disk: Path, process: Process) -> None:
+    """Fills a disk until the process ends."""
+    with open(disk / "fill", "ab", buffering=0) as file:
+        while process.running():
+            with contextlib.suppress(OSError):
+                file.write(bytes(4096))
+
+
+@pytest.mark.parametrize("reference", ["cartpole", "ddpg", "drqv2", "der", "stream"], indirect=True)
+def test_a_full_disk_and_then_room(reference, tmp_path):
+    case, reference_runs, _ = reference
+    if subprocess.run(f"mount -t tmpfs -o size=300m tmpfs {tmp_path}", shell=True).returncode:
+        pytest.skip("needs the right to mount a small disk")
+    try:
+        process = start(case, tmp_path)
+        while not stamps(tmp_path):
+            assert process.running()
+            time.sleep(0.01)
+        fill(tmp_path, process)
+        code, _, err = process.finish()
+        (tmp_path / "fill").unlink()
+        assert code == 2 and "Traceback" not in err, err
+        (line,) = (line for line in err.splitlines() if "error: " in line)
+        assert "No space left on device" in line
+        finish(case, tmp_path)
+        assert read_metrics(only_run(tmp_path)) == read_metrics(only_run(reference_runs))
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+
+
+MOMENTS = ["first second", "any", "writing", "last evaluation"]
+
+
+def kill_at(moment: str, case: str, runs: Path, seconds: float) -> bool:
+    """Kills a run at such a moment; False if it has ended before."""
+    total = re.search(r"--total-timesteps (\d+)", CASES[case])[1]
+    last_eval = f"\n{total},".encode()
+    process = start(case, runs)
+    delay = {"first second": 1, "any": 3 * seconds, "writing": 0, "last evaluation": 0.2}[moment]
+    delay *= random.SystemRandom().uniform(0, 1)
+    while process.running():
+        reached = True
+        if moment == "writing":
+            reached = any(runs.glob("*/checkpoint.tmp"))
+        elif moment == "last evaluation":
+            reached = any(last_eval in path.read_bytes() for path in runs.glob("*/metrics.csv"))
+        if reached:
+            time.sleep(delay)
+            if process.running():
+                process.kill()
+                return True
+        time.sleep(0.0005)
+    succeed(process.finish())
+    return False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reference", ["cartpole", "ddpg", "drqv2", "der", "stream"], indirect=True)
+def test_twenty_kills(reference, tmp_path):
+    """At each kind of moment; every run that is finished in between equals the reference."""
+    case, reference_runs, seconds = reference
+    expected = read_metrics(only_run(reference_runs))
+    kills = dict.fromkeys(MOMENTS, 0)
+    finished = 0
+    runs = tmp_path / "0"
+    while sum(kills.values()) < 20:
+        moment = min(kills, key=kills.get)
+        if kill_at(moment, case, runs, seconds):
+            kills[moment] += 1
+            continue
+        assert read_metrics(only_run(runs)) == expected
+        finished += 1
+        runs = tmp_path / str(finished)
+    finish(case, runs)
+    assert read_metrics(only_run(runs)) == expected
+    print(f"{case}: {kills}, {finished + 1} runs equal")
 
 
 @pytest.mark.parametrize("reference", ["hopper"], indirect=True)

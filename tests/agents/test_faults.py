@@ -1,0 +1,263 @@
+"""What goes wrong in environments, files and disks: one line, the right exit code, nothing lost."""
+
+import importlib.util
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import imageio
+import numpy as np
+import pytest
+import sac_simba_sparse as sac
+import torch
+from conftest import (
+    AGENTS,
+    CPU,
+    Ended,
+    Process,
+    check_error,
+    metric_values,
+    only_run,
+    read_metrics,
+    succeed,
+)
+
+WEIRD = '''
+import os
+import gymnasium as gym
+import numpy as np
+
+
+class Weird(gym.Env):
+    """Twenty steps; FAULT happens once, with the 30th step of the process."""
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (3,), np.float64)
+    action_space = gym.spaces.Box(np.array([0.1, -3.0]), np.array([0.7, 0.3]), dtype=np.float64)
+    steps = 0
+
+    def __init__(self):
+        self.fault = os.environ.get("FAULT", "")
+
+    def observe(self):
+        return self.np_random.normal(size=3)
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        assert seed is None or seed < 2**31
+        self.left = 20
+        return self.observe() if self.fault == "old reset" else (self.observe(), {})
+
+    def step(self, action):
+        assert self.action_space.contains(action), action
+        self.left -= 1
+        self.steps += 1
+        obs, reward, over = self.observe(), -float(np.square(action).sum()), self.left == 0
+        if self.fault == "four values":
+            return obs, reward, over, {}
+        if self.steps == 30:
+            if self.fault == "raises":
+                raise RuntimeError("the robot fell\\nand cannot get up")
+            obs[1] = {"nan": np.nan, "inf": np.inf}.get(self.fault, obs[1])
+            obs = obs[:2] if self.fault == "shape" else obs
+            reward = {"nan reward": np.nan, "two rewards": np.zeros(2)}.get(self.fault, reward)
+            over = None if self.fault == "no flag" else over
+        return obs, reward, False, over, {}
+
+
+class Integers(Weird):
+    action_space = gym.spaces.Box(0, 10, (2,), np.int64)
+
+
+gym.register("Weird-v0", entry_point=Weird)
+gym.register("Integers-v0", entry_point=Integers)
+'''
+FLAGS = (
+    "--threads 1 --width-scale 0.0625 --total-timesteps 80 --learning-starts 50 --eval-episodes 1"
+    " --final-eval-episodes 1 --checkpoint-interval 20 --env-id weird:Weird-v0"
+)
+AGENT_FLAGS = {
+    "sac_simba_sparse": f"{FLAGS} --batch-size 8 --action-repeat 1 --device cpu",
+    "ddpg_simba_sparse": f"{FLAGS} --batch-size 8 --action-repeat 1 --device cpu",
+    "stream_ac_sparse": f"{FLAGS} --diagnostics-interval 0",
+}
+
+
+@pytest.fixture
+def run(tmp_path, main, monkeypatch):
+    """Runs an agent in this environment, found from the working directory."""
+    (tmp_path / "weird.py").write_text(WEIRD)
+
+    def run(agent: str, *flags: str, fault: str = "") -> Ended:
+        """Exit code, stdout and the errors on stderr, without the progress bar."""
+        monkeypatch.setenv("FAULT", fault)
+        sys.modules.pop("weird", None)
+        code, out, err = main(AGENTS / f"{agent}.py", *AGENT_FLAGS[agent].split(), *flags)
+        lines = [line for line in err.splitlines(True) if line.startswith("error")]
+        return code, out, "".join(lines)
+
+    return run
+
+
+FAULTS = {
+    "nan": (3, "observation not finite (env step 30)"),
+    "inf": (3, "observation not finite (env step 30)"),
+    "nan reward": (3, "the reward nan (env step 30)"),
+    "two rewards": (2, "a reward that is not one number (env step 30)"),
+    "shape": (2, "shape (2,) declared shape (3,) (env step 30)"),
+    "no flag": (2, "None terminated truncated True or False"),
+    "raises": (2, "step at env step 30: RuntimeError: the robot fell traceback.txt"),
+    "four values": (2, "4 values from step; Gymnasium 1.x"),
+    "old reset": (2, "ndarray from reset; Gymnasium 1.x"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_environments_from_elsewhere(run, tmp_path, fault):
+    exit_code, words = FAULTS[fault]
+    check_error(run("sac_simba_sparse", fault=fault), *words.split(), code=exit_code)
+    if fault == "raises":
+        assert "RuntimeError" in next(tmp_path.glob("runs/*/traceback.txt")).read_text()
+
+
+@pytest.mark.parametrize("agent", AGENT_FLAGS)
+def test_a_value_that_is_not_finite_ruins_no_run(run, tmp_path, agent):
+    """The last checkpoint is a good one: a healthy restart equals a run without the fault."""
+    check_error(run(agent, fault="nan"), "env step 30", code=3)
+    succeed(run(agent))
+    succeed(run(agent, "--runs-dir", "whole"))
+    rows = read_metrics(only_run(tmp_path / "runs"))
+    assert rows == read_metrics(only_run(tmp_path / "whole"))
+
+
+def test_integer_actions_are_refused(run):
+    ended = run("sac_simba_sparse", "--env-id", "weird:Integers-v0")
+    check_error(ended, "int64", "real numbers")
+
+
+def test_max_episode_steps(run, tmp_path):
+    succeed(run("sac_simba_sparse", "--max-episode-steps", "7"))
+    rows = read_metrics(only_run(tmp_path / "runs"))
+    assert set(metric_values(rows, "episode/length")) == {7}
+
+
+def test_an_episode_without_end(monkeypatch, capsys):
+    monkeypatch.setattr(sac.Gate, "LONGEST", 50)
+    env = sac.make_env(sac.Args(env_id="dm_control/lqr-lqr_2_1-v0"))
+    env.reset(seed=1)
+    with pytest.raises(SystemExit, match="2"):
+        for _ in range(30):  # decisions of 2 steps
+            env.step(np.zeros(1))
+    check_error((2, *capsys.readouterr()), "lasted 50 steps", "--max-episode-steps")
+
+
+def damage(metrics: Path, checkpoint: Path, how: str) -> None:
+    if how == "crlf":
+        metrics.write_bytes(metrics.read_bytes().replace(b"\n", b"\r\n"))
+    elif how == "rows twice":
+        first, *rows = metrics.read_bytes().splitlines(keepends=True)
+        metrics.write_bytes(first + b"".join(row + row for row in rows))
+    elif how == "gone":
+        metrics.unlink()
+    else:
+        data = bytearray(checkpoint.read_bytes())
+        data[len(data) // 3] ^= 1
+        checkpoint.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "how,words",
+    [
+        ("crlf", "metrics.csv not what was written before the checkpoint --no-resume"),
+        ("rows twice", "metrics.csv not what was written before the checkpoint --no-resume"),
+        ("gone", "metrics.csv not what was written before the checkpoint --no-resume"),
+        ("a bit", "checkpoint.pt checksum is wrong"),
+    ],
+)
+def test_files_that_changed(run, tmp_path, how, words):
+    check_error(run("sac_simba_sparse", fault="raises"))  # leaves an unfinished run
+    run_dir = only_run(tmp_path / "runs")
+    damage(run_dir / "metrics.csv", run_dir / "checkpoint.pt", how)
+    before = {path.name: path.read_bytes() for path in run_dir.glob("[!.]*")}
+    check_error(run("sac_simba_sparse"), *words.split())
+    assert {path.name: path.read_bytes() for path in run_dir.glob("[!.]*")} == before
+
+
+def load_as(name: str, path: Path):
+    """An agent's file as a module of some name, and one update of it with packed layers."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    agent = module.Agent(
+        module.Args(width_scale=0.0625, sparsity=0.5, sparse_kernel="packed"), 3, 2, CPU
+    )
+    obs = torch.zeros(4, 3)
+    batch = module.Batch(obs, torch.zeros(4, 2), torch.zeros(4), obs, torch.zeros(4))
+    module.update(agent, batch, *torch.zeros(2, 4, 2), 0.99, 0.005)
+    del sys.modules[name]
+
+
+def test_compiled_code_of_another_name_or_damaged_is_compiled_again(tmp_path, one_thread):
+    path = Path(shutil.copy(sac.__file__, tmp_path))
+    load_as("first", path)
+    load_as("second", path)
+    index = sorted((tmp_path / "__pycache__").glob("*.nbi"))
+    assert len(index) == 2
+    for file in index:
+        file.write_bytes(b"")
+    load_as("third", path)
+    assert all(file.stat().st_size > 0 for file in index)
+
+
+def test_a_folder_and_a_home_that_cannot_be_written(tmp_path):
+    if subprocess.run(f"mount -t tmpfs tmpfs {tmp_path}", shell=True).returncode:
+        pytest.skip("needs the right to mount a small disk")
+    try:
+        agent = Path(shutil.copy(sac.__file__, tmp_path))
+        subprocess.run(["mount", "-o", "remount,ro", tmp_path], check=True)
+        ended = Process(agent, "--help", folder=tmp_path, HOME=str(tmp_path)).finish()
+        assert "--sparsity" in succeed(ended) and not ended[2]
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+
+
+def test_a_film_of_odd_sides_and_one_that_cannot_be_written(tmp_path, capsys):
+    frames = [np.full((101, 103, 3), shade, np.uint8) for shade in (0, 90, 180)]
+    sac.write_video(tmp_path / "films" / "a.mp4", frames)
+    assert imageio.mimread(tmp_path / "films" / "a.mp4")[0].shape == (102, 104, 3)
+    (tmp_path / "file").touch()
+    sac.write_video(tmp_path / "file" / "a.mp4", frames)
+    assert capsys.readouterr().err.startswith("warning: no film in")
+
+
+def test_who_holds_a_run_is_said(run, tmp_path):
+    check_error(run("sac_simba_sparse", fault="raises"))
+    with sac.FileLock(only_run(tmp_path / "runs") / ".lock"):
+        check_error(run("sac_simba_sparse"), "process", " on ", "delete")
+
+
+def test_a_runs_folder_at_home(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    succeed(run("sac_simba_sparse", "--runs-dir", "~/x"))
+    assert only_run(tmp_path / "home" / "x").is_dir() and not (tmp_path / "~").exists()
+
+
+@pytest.mark.parametrize("moment", ["imports", "training"])
+def test_ctrl_c(tmp_path, moment):
+    (tmp_path / "weird.py").write_text(WEIRD)
+    flags = [*AGENT_FLAGS["sac_simba_sparse"].split(), "--total-timesteps", "100000"]
+    command = [sys.executable, AGENTS / "sac_simba_sparse.py", *flags]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    maps = Path(f"/proc/{process.pid}/maps")
+    while "libtorch" not in maps.read_text() or (
+        moment == "training" and not list(tmp_path.glob("runs/*/checkpoint.pt"))
+    ):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate()
+    assert process.returncode == 1 and "Traceback" not in err, err
+    assert any(line.startswith("interrupted") for line in re.split(r"[\n\r]", err)), err
