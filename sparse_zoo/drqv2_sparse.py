@@ -813,7 +813,7 @@ def fail_in_environment(args, where: str, error: Exception) -> NoReturn:
     """One line for an error in code from elsewhere; its traceback goes to a file."""
     folder = run_folder(args)
     if not folder.is_dir():
-        folder = Path(tempfile.gettempdir())
+        folder = Path(tempfile.mkdtemp())  # of its own: /tmp/traceback.txt may be another user's
     path = folder / "traceback.txt"
     path.write_text("".join(traceback.format_exception(error)))
 
@@ -1853,7 +1853,7 @@ def save_checkpoint(folder: Path, args, state: dict) -> None:
             file.flush()
             os.fsync(file.fileno())
     except BaseException:
-        temporary.unlink()  # a full disk needs the room
+        temporary.unlink(missing_ok=True)  # a full disk needs the room
         raise
     if path.exists():
         os.replace(path, folder / "checkpoint.previous.pt")
@@ -1971,7 +1971,7 @@ def summary(returns: np.ndarray) -> dict[str, float]:
 
 
 train = one_line_errors(train)  # for a caller in Python as well
-for loop in list(globals().values()):
+for loop in list(globals().values()):  # here, where all compiled loops have been defined
     if hasattr(loop, "enable_caching"):
         keep_compiled(loop)
 

@@ -225,6 +225,17 @@ def test_a_folder_and_a_home_that_cannot_be_written(tmp_path):
         subprocess.run(["umount", tmp_path], check=True)
 
 
+def test_a_checkpoint_that_cannot_be_created_says_why(tmp_path):
+    """The disk has room, but not for one more file."""
+    if subprocess.run(f"mount -t tmpfs -o nr_inodes=1 tmpfs {tmp_path}", shell=True).returncode:
+        pytest.skip("needs the right to mount a small disk")
+    try:
+        with pytest.raises(OSError, match="No space left"):
+            sac.save_checkpoint(tmp_path, sac.Args(), {})
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+
+
 def test_a_film_of_odd_sides_and_one_that_cannot_be_written(tmp_path, capsys):
     frames = [np.full((101, 103, 3), shade, np.uint8) for shade in (0, 90, 180)]
     sac.write_video(tmp_path / "films" / "a.mp4", frames)
