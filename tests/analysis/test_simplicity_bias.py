@@ -84,7 +84,15 @@ def test_command_line_draws_and_writes(tmp_path, main):
         )
     ]
     assert table.score.between(2, 12).all() and table.score.nunique() == 6
+    assert (table.share_score / table.score).to_numpy() == pytest.approx(math.hypot(0.5, 0.5))
     assert imageio.imread(tmp_path / "out" / "simplicity_bias.png").std() > 1
     code, _, err = main(bias.__file__, *flags.split(), "--inits", "0")
     assert code == 2
     assert err == "error: --inits and --heads must be at least 1, --grid at least 2\n"
+
+
+@pytest.mark.parametrize("grid", [2, 3, 40, 41])
+def test_largest_frequency_of_a_grid(grid):
+    frequency = torch.fft.fftfreq(grid, dtype=torch.float64)
+    largest = torch.hypot(frequency[:, None], frequency[None, :]).max().item()
+    assert bias.largest_frequency(grid) == pytest.approx(largest, rel=1e-12)
