@@ -10,9 +10,9 @@ et al. 2024, arXiv:2410.09754, after Teney et al. 2024). The paper gives no more
    at the start, mean 0 and variance 1.
  - Frequencies are Euclidean, in cycles per grid step (at most 1/2 along an axis); the constant
    component is left out. share_score is the score of frequencies divided by the grid's largest
-   (0.7071 cycles a step on an even grid), as public code of this measure has them. The score of a function with jumps grows
-   with the logarithm of the grid's size, so that scores can be compared on one grid only; 300 x 300
-   gives the differences of the paper's Figure 8.
+   (0.7071 cycles a step on an even grid), as public code of this measure has them. The score of a
+   function with jumps grows with the logarithm of the grid's size, so that scores can be compared
+   on one grid only; 300 x 300 gives the differences of the paper's Figure 8.
  - Every initialisation of the encoder is followed by --heads random heads (unit vectors, as
    orthogonal initialisation gives), whose scores are averaged: they cost nothing and take most of
    the noise away.
