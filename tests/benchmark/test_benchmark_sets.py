@@ -5,7 +5,7 @@ import re
 
 import pytest
 from conftest import ANALYSIS
-from test_benchmark import commands
+from test_benchmark import commands, weights
 
 HARD = {"dog-run", "dog-trot", "dog-walk", "humanoid-run", "humanoid-stand", "humanoid-walk"}
 FOUR = {"humanoid-run", "dog-run", "humanoid-walk", "dog-trot"}
@@ -86,3 +86,46 @@ def test_scales_shorten_what_they_say():
         seeds = {"cpu": "123", "paper": "12345678"}[scale]
         assert found("fig7", r"--seed (\d+)", scale) == set(seeds)
         assert found("fig13", r"--seed (\d+)", scale) == set(seeds[:5])
+
+
+# Beside the paper: runs at scale paper, (width, sparsity) pairs, what else differs
+EXTRAS = {
+    "extra-equal": (2 * 2 * 4 * 8, "1:0 2:0 5:0.96 5:0.84", ""),
+    "extra-uniform": (2 * 4 * 8, "5:0.5 5:0.9", "--sparsity-distribution uniform"),
+    "extra-actor-critic": (2 * 4 * 8, "5:0 5:0.9", "--actor-sparsity 0.9|--critic-sparsity 0.9"),
+    "extra-dense-active": (
+        2 * 6 * 8,
+        "5:0.5 5:0.8 5:0.9 3.531:0 2.234:0 1.578:0",
+        "",
+    ),
+    "extra-sparse-init": (2 * 8 * 5, "1:0 1:0.9 4:0 4:0.9", "--init lecun|--init sparse_init"),
+    "extra-replay": (6 * 5, "1:0 4:0 4:0.8", "--buffer-size 100000"),
+}
+
+
+@pytest.mark.parametrize("target", EXTRAS)
+def test_what_is_run_beside_the_paper(target):
+    count, networks, others = EXTRAS[target]
+    lines = commands(target)
+    assert len(set(lines)) == len(lines) == count
+    pairs = {re.search(r"--width-scale (\S+).*? --sparsity (\S+)", line).groups() for line in lines}
+    assert pairs == {tuple(network.split(":")) for network in networks.split()}
+    for flag in filter(None, others.split("|")):
+        having = [line for line in lines if f"{flag} " in line]
+        assert 0 < len(having) < count
+
+
+def test_extra_runs_are_no_part_of_all():
+    every = set(commands("all"))
+    for target in EXTRAS:
+        assert not set(commands(target)) <= every
+        for scale in ("cpu", "smoke"):
+            assert commands(target, scale)
+    small = [line for line in commands("extra-replay", "smoke") if "--buffer-size 50" in line]
+    assert all(line.index("--buffer-size 100 ") < line.index("--buffer-size 50 ") for line in small)
+
+
+def test_pairs_have_as_many_active_weights():
+    anchors = {width: weights(width, 1) for width in (1, 2, 5, 3.531, 2.234, 1.578)}
+    for width, sparsity in ((1, 0.96), (2, 0.84), (3.531, 0.5), (2.234, 0.8), (1.578, 0.9)):
+        assert anchors[width] == pytest.approx((1 - sparsity) * anchors[5], rel=0.015)
