@@ -51,7 +51,7 @@ def test_the_last_measurements_follow_from_the_checkpoint(agent, main, tmp_path)
 
 
 def test_no_resume_that_is_interrupted_loses_nothing(main, tmp_path, monkeypatch):
-    """Stopped when one file has been moved, and the same command without --no-resume again."""
+    """Stopped when two files have been moved, and the same command without --no-resume again."""
     code, _, err = main(sac.__file__, *SHORT.split())
     assert code == 0, err
     run_dir = only_run(tmp_path / "runs")
@@ -62,7 +62,7 @@ def test_no_resume_that_is_interrupted_loses_nothing(main, tmp_path, monkeypatch
     moved = []
 
     def interrupted(self, target):
-        if moved:
+        if len(moved) == 2:
             raise KeyboardInterrupt
         moved.append(self)
         return rename(self, target)
