@@ -340,3 +340,15 @@ def test_the_whole_replay_equals_lists(tmp_path):
             largest = max(largest, *((loss + 1e-10) ** 0.5 for loss in losses.tolist()))
             assert replay.largest == pytest.approx(largest)
     assert sampled > 800 and ends > 40 and young > 20 and total > 12 * ring
+
+
+def test_a_draw_on_a_boundary_takes_what_lies_behind_it(tmp_path, monkeypatch):
+    """So that a frame of priority 0 is never drawn, not even by a draw of exactly 0."""
+    replay = der.PrioritizedReplay(tmp_path / "replay.u8", der.Args(n_step=1), 10, 0)
+    replay.begin(np.zeros((84, 84), np.uint8))
+    for _ in range(4):
+        replay.add(0, 0.0, False, np.zeros((84, 84), np.uint8))
+    replay.priority[:5] = [0, 1, 0, 1, 0]
+    points = torch.tensor([0.0, 0.25, 0.5, 0.75], dtype=torch.float64)
+    monkeypatch.setattr(torch, "rand", lambda *size, **how: points)
+    assert replay.sample(4, CPU).index.tolist() == [1, 1, 3, 3]

@@ -6,6 +6,8 @@ import random
 from pathlib import Path
 
 import ddpg_simba_sparse as ddpg
+import drqv2_sparse as drq
+import gymnasium as gym
 import numpy as np
 import pytest
 import sac_simba_sparse as sac
@@ -48,6 +50,32 @@ def test_the_last_measurements_follow_from_the_checkpoint(agent, main, tmp_path)
         result = agent.evaluate(parts, norm, env, 2, (args.seed, purpose, 30))
         assert metric_values(rows, f"{kind}/return_mean")[-1] == result["return_mean"]
         assert metric_values(rows, f"{kind}/return_std")[-1] == result["return_std"]
+
+
+class Seeds(gym.Wrapper):
+    """Remembers the seeds of resets."""
+
+    def __init__(self, env):
+        super().__init__(env)
+        self.seeds = []
+
+    def reset(self, **how):
+        self.seeds.append(how["seed"])
+        return super().reset(**how)
+
+
+@pytest.mark.parametrize("agent", [sac, ddpg, drq], ids=["sac", "ddpg", "drqv2"])
+@pytest.mark.usefixtures("corridor")
+def test_each_episode_of_an_evaluation_has_a_seed_of_its_own(agent):
+    args = agent.Args(env_id="Corridor-v0", action_repeat=1, width_scale=0.0625)
+    env = Seeds(agent.make_env(args))
+    if agent is drq:
+        agent.evaluate(agent.Agent(args, 1, CPU), env, 3, (7, 1, 9))
+    else:
+        norm = agent.ObservationNorm(2, CPU)
+        agent.evaluate(agent.Agent(args, 2, 1, CPU), norm, env, 3, (7, 1, 9))
+    assert env.seeds == [agent.derive_seed(7, 1, 9, episode) for episode in range(3)]
+    assert len(set(env.seeds)) == 3
 
 
 def test_no_resume_that_is_interrupted_loses_nothing(main, tmp_path, monkeypatch):
