@@ -30,10 +30,10 @@ def test_an_evaluated_policy_sees_the_last_three_frames(monkeypatch):
 @pytest.mark.usefixtures("corridor")
 def test_noise_and_warm_up_count_env_steps_and_not_decisions(main, tmp_path):
     """Two env steps a decision: 5 at random, then noise of std 1 - 0.9 t / 40 at env step t."""
-    flags = "--env-id Corridor-v0 --action-repeat 2 --total-timesteps 48 --learning-starts 9"
+    flags = "--env-id Corridor-v0 --action-repeat 2 --total-timesteps 32 --learning-starts 9"
     flags += " --std-decay 40 --noise-clip 9 --n-step 1 --batch-size 2 --width-scale 0.0625"
     flags += " --decisions-per-update 1 --eval-episodes 2 --final-eval-episodes 2 --threads 1"
-    flags += " --device cpu --runs-dir runs --diagnostics-interval 48 --eval-interval 24"
+    flags += " --device cpu --runs-dir runs --diagnostics-interval 32 --eval-interval 32"
     code, _, err = main(drq.__file__, *flags.split())
     assert code == 0, err
     run_dir = only_run(tmp_path / "runs")
@@ -43,7 +43,7 @@ def test_noise_and_warm_up_count_env_steps_and_not_decisions(main, tmp_path):
     agent, env = drq.Agent(args, 1, CPU), drq.make_env(args)
     replay = drq.FrameReplay(tmp_path / "replay.u8", 48, 0, 1, 1, args.gamma)
     episode, over = -1, True
-    for decision in range(24):
+    for decision in range(16):
         if over:
             episode += 1
             frame, _ = env.reset(seed=drq.derive_seed(args.seed, drq.TRAIN, episode))
@@ -61,7 +61,7 @@ def test_noise_and_warm_up_count_env_steps_and_not_decisions(main, tmp_path):
         if decision >= 5:
             batch = replay.sample(2, CPU)
             drq.update(agent, batch, *(std * torch.randn(2, 2, 1)), args.tau)
-    assert saved["counters"][:2] == (24, 19)
+    assert saved["counters"][:2] == (16, 11)
     for ours, expected in zip(saved["replay"]["columns"], replay.state_dict()["columns"]):
         assert torch.equal(ours, expected)
     for name, value in agent.critic.state_dict().items():
@@ -69,14 +69,14 @@ def test_noise_and_warm_up_count_env_steps_and_not_decisions(main, tmp_path):
 
     # The last diagnostics and the last two evaluations follow from the checkpoint alone
     rows = read_metrics(run_dir)
-    generator = torch.Generator().manual_seed(drq.derive_seed(args.seed, drq.DIAGNOSE, 24))
+    generator = torch.Generator().manual_seed(drq.derive_seed(args.seed, drq.DIAGNOSE, 16))
     batch = replay.sample(2, CPU, generator)
-    noises = (1 - 0.9) * torch.randn(2, 2, 1, generator=generator)  # before env step 48: 46 > 40
+    noises = std * torch.randn(2, 2, 1, generator=generator)  # of the last decision
     expected = drq.diagnose(agent, batch, *noises)
     for name in ("actor_grad_norm", "critic_grad_norm", "critic_feature_norm"):
         assert metric_values(rows, f"diagnostics/{name}") == [pytest.approx(expected[name])]
     for kind, purpose in (("eval", drq.EVAL), ("final", drq.FINAL)):
-        result = drq.evaluate(agent, drq.make_env(args), 2, (args.seed, purpose, 24))
+        result = drq.evaluate(agent, drq.make_env(args), 2, (args.seed, purpose, 16))
         assert metric_values(rows, f"{kind}/return_mean")[-1] == result["return_mean"]
 
 
