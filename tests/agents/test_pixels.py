@@ -32,8 +32,10 @@ def test_noise_and_warm_up_count_env_steps_and_not_decisions(main, tmp_path):
     """Two env steps a decision: 5 at random, then noise of std 1 - 0.9 t / 40 at env step t."""
     flags = "--env-id Corridor-v0 --action-repeat 2 --total-timesteps 32 --learning-starts 9"
     flags += " --std-decay 40 --noise-clip 9 --n-step 1 --batch-size 2 --width-scale 0.0625"
-    flags += " --decisions-per-update 1 --eval-episodes 2 --final-eval-episodes 2 --threads 1"
-    flags += " --device cpu --runs-dir runs --diagnostics-interval 32 --eval-interval 32"
+    flags += " --feature-dim 4 --decisions-per-update 1 --eval-episodes 2 --final-eval-episodes 2"
+    flags += (
+        " --threads 1 --device cpu --runs-dir runs --diagnostics-interval 32 --eval-interval 32"
+    )
     code, _, err = main(drq.__file__, *flags.split())
     assert code == 0, err
     run_dir = only_run(tmp_path / "runs")
