@@ -1621,7 +1621,8 @@ class Run:
         state = {name: part.state_dict() for name, part in parts.items()}
         for name, part in state.items():
             if not is_finite(part):
-                fail(f"{name} is not finite at {self.agent_step=}; the last checkpoint is kept", 3)
+                where = f"agent_step={self.agent_step}"
+                fail(f"{name} is not finite at {where}; the last checkpoint is kept", 3)
         self.tensorboard.flush()
         os.fsync(self.csv.fileno())  # what the checkpoint counts on is on the disk before it
         csv = (os.fstat(self.csv.fileno()).st_size, self.csv_digest.hexdigest())

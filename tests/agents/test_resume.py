@@ -95,7 +95,7 @@ def leaves(node, path: str = "") -> dict:
 def load(run_dir: Path) -> dict:
     state = leaves(load_checkpoint(run_dir))
     del state["/args/runs_dir"]
-    del state["/counters/3"]  # the length of metrics.csv, in which speeds vary
+    del state["/counters/3"], state["/counters/4"]  # of metrics.csv, in which speeds vary
     return state
 
 
@@ -359,7 +359,7 @@ def test_second_process_on_a_run_may_evaluate_but_not_train(main, tmp_path):
         assert first.running()
     finally:
         first.kill()
-    check_error(refused, "another process", str(only_run(tmp_path)))
+    check_error(refused, "process", "is working in", str(only_run(tmp_path)))
     assert "return_mean" in out
 
 

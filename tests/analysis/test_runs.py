@@ -220,12 +220,17 @@ def test_a_full_disk_keeps_the_earlier_results(main, tmp_path, full):
     assert contents(full) == before
 
 
+def listen_to_ctrl_c() -> None:
+    """What a shell starts in the background ignores it, and so do all processes from there."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("early", [True, False])
 def test_ctrl_c_is_one_line(tmp_path, early):
     """While packages load, and later, when it waits for commands."""
     command = [sys.executable, str(SCRIPT.with_name("plan.py")), "status"]
     pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(command, cwd=tmp_path, **pipes)
+    process = subprocess.Popen(command, cwd=tmp_path, preexec_fn=listen_to_ctrl_c, **pipes)
     imported = "pandas" if early else "scipy"
     while imported not in Path(f"/proc/{process.pid}/maps").read_text():
         time.sleep(0.01)
