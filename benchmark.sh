@@ -5,7 +5,7 @@ usage="usage: ./benchmark.sh TARGET [--scale paper|cpu|smoke] [--runner local|sl
        ./benchmark.sh plot TARGET [--scale ...] [--seeds N]      draw from the runs that are finished
        ./benchmark.sh status TARGET [--scale ...] [--seeds N]    how far each run is
        ./benchmark.sh list
-TARGET: table1 to table5, fig1 to fig18, all. Default: --scale cpu --runner local.
+TARGET: table1 to table5, fig1 to fig18, all (of these), extra-... (not in the paper). Default: --scale cpu --runner local.
 
 environment (folders count from this script's):
              RUNS (folder of runs, default runs/SCALE), RESULTS (of pictures and tables, default results/SCALE),
@@ -31,6 +31,7 @@ set_scale() {
         Seaquest UpNDown" # Atari-100k
       unit=1                      # width scale of the default SimBa network
       simba_seeds=8 other_seeds=5 # 8 in appendix B.1; 5 in Figures 10 and 12, taken for 11, 13, 17 and 18 too
+      small_replay=100000         # frames, of facebookresearch/drqv2 on this task
       reset=200000                # env steps, not in the text: that of Nikishin et al. (2022) for SAC
       simba_flags="" visual_flags="" streaming_flags="" atari_flags=""
       bias_flags="--width-scale 5 --grid 300 --inits 10" curve_bin=20000 samples=256
@@ -38,7 +39,7 @@ set_scale() {
     cpu) # easier tasks, networks an eighth as wide, fewer steps and seeds: docs/benchmark.md has the list
       dmc_hard="cheetah-run walker-run" four_hardest="cheetah-run walker-run" two_hardest="cheetah-run walker-run"
       visual="cartpole-swingup" streaming="Ant-v4 Walker2d-v4" games="Boxing Pong"
-      unit=0.125 simba_seeds=3 other_seeds=3 reset=20000
+      unit=0.125 simba_seeds=3 other_seeds=3 reset=20000 small_replay=5000
       simba_flags="--total-timesteps 100000 --batch-size 128 --learning-starts 5000 --eval-interval 5000"
       simba_flags+=" --eval-episodes 5 --final-eval-episodes 20 --diagnostics-interval 2000"
       visual_flags="--total-timesteps 100000 --batch-size 32 --std-decay 50000 --buffer-size 50000 --eval-episodes 3"
@@ -49,7 +50,7 @@ set_scale() {
     smoke) # does every step of every target work? The numbers mean nothing
       dmc_hard="humanoid-run" four_hardest="humanoid-run" two_hardest="humanoid-run"
       visual="quadruped-run" streaming="Walker2d-v4" games="Pong"
-      unit=0.125 simba_seeds=1 other_seeds=1 reset=500
+      unit=0.125 simba_seeds=1 other_seeds=1 reset=500 small_replay=50
       local tiny="--eval-episodes 1 --final-eval-episodes 1"
       simba_flags="--total-timesteps 1000 --learning-starts 400 --action-repeat 20 --batch-size 16 $tiny"
       simba_flags+=" --eval-interval 500 --diagnostics-interval 200"
@@ -131,6 +132,38 @@ fig18() {          # Atari-100k: the default dense network, and 3 times as wide
   for s in 0 0.4 0.8; do der 3 $s; done
 }
 
+# Not in the paper, and not in `all`
+extra-equal() { # Figures 5 and 7 with pairs of as many active weights: widths 1 and 5 at 0.96, 2 and 5 at 0.84
+  for w in 1 2; do simba "sac ddpg" "$two_hardest" $w 1 0; done
+  for s in 0.96 0.84; do simba "sac ddpg" "$two_hardest" 5 1 $s; done
+}
+extra-uniform() { # how sparsity is spread over layers: Erdos-Renyi (runs of Figure 3) or uniform
+  for s in 0.5 0.9; do
+    simba sac "$two_hardest" 5 1 $s
+    simba sac "$two_hardest" 5 1 $s --sparsity-distribution uniform
+  done
+}
+extra-actor-critic() { # both networks sparse (runs of Figure 5), the actor alone, the critic alone
+  for s in 0 0.9; do simba sac "$two_hardest" 5 1 $s; done
+  simba sac "$two_hardest" 5 1 0 --actor-sparsity 0.9
+  simba sac "$two_hardest" 5 1 0 --critic-sparsity 0.9
+}
+extra-dense-active() { # width 5 sparse (runs of Figure 3) and dense networks of as many weights, within 1.5 %
+  for s in 0.5 0.8 0.9; do simba sac "$two_hardest" 5 1 $s; done
+  for w in 3.531 2.234 1.578; do simba sac "$two_hardest" $w 1 0; done
+}
+extra-sparse-init() { # Stream AC: SparseInit and static sparsity, each and together
+  for w in 1 4; do for s in 0 0.9; do for init in lecun sparse_init; do stream $w $s $init; done; done; done
+}
+extra-replay() { # Quadruped Run with Table 4's replay (runs of Figure 10) and with that of DrQ-v2's own code
+  for s in 0 0.8; do
+    drqv2 "${visual%% *}" 4 $s
+    drqv2 "${visual%% *}" 4 $s --buffer-size $small_replay
+  done
+  drqv2 "${visual%% *}" 1 0
+  drqv2 "${visual%% *}" 1 0 --buffer-size $small_replay
+}
+
 simba() { # simba "ALGORITHMS" "TASKS" WIDTH DEPTH SPARSITY [FLAG...]
   local size algorithm task
   size="--width-scale $(calc "$unit * $3") --depth-scale $4 --sparsity $(calc "$5")"
@@ -138,9 +171,9 @@ simba() { # simba "ALGORITHMS" "TASKS" WIDTH DEPTH SPARSITY [FLAG...]
     run "$simba_seeds" "${algorithm}_simba_sparse" --env-id "dm_control/$task-v0" $size "${@:6}" $simba_flags
   done; done
 }
-drqv2() { # drqv2 "TASKS" WIDTH SPARSITY
+drqv2() { # drqv2 "TASKS" WIDTH SPARSITY [FLAG...]
   for task in $1; do
-    run "$other_seeds" drqv2_sparse --env-id "dm_control/$task-v0" --width-scale "$2" --sparsity "$3" $visual_flags
+    run "$other_seeds" drqv2_sparse --env-id "dm_control/$task-v0" --width-scale "$2" --sparsity "$3" $visual_flags "${@:4}"
   done
 }
 stream() { # stream WIDTH SPARSITY INIT
@@ -200,6 +233,13 @@ plot() { # plot TARGET: from its finished runs; the others are named
     fig15) analysis scaling --figure width $from ;;
     fig16) analysis scaling --figure depth $from ;;
     fig18) analysis atari_scores $from ;;
+    extra-equal)
+      variants="--variants $unit:0 $(calc "2 * $unit"):0 $large:0.96 $large:0.84"
+      analysis plasticity --figure over-training $from $variants &&
+        analysis plasticity --figure param-norm $from $variants
+      ;;
+    extra-sparse-init) analysis streaming $from --bin $curve_bin ;;
+    extra-*) analysis plasticity $from --metrics eval/return_mean diagnostics/critic_dormant_ratio ;;
   esac
 }
 
@@ -261,6 +301,7 @@ number() { # number NAME VALUE MOST
 
 tables="table1 table2 table3 table4 table5"
 figures=$(printf 'fig%d ' {1..18})
+extras="extra-equal extra-uniform extra-actor-critic extra-dense-active extra-sparse-init extra-replay"
 action=run scale=cpu runner="" seeds="" limit="" code=0
 on_signal='fail "interrupted; the same command goes on" 1'
 trap "$on_signal" INT TERM HUP
@@ -284,7 +325,7 @@ while (($#)); do
 done
 [[ ${names-} != plot && ${names-} != status ]] || { action=${names[0]} && names=("${names[@]:1}"); }
 target=${names[0]-}
-[[ -n $target && " $tables $figures all list " == *" $target "* && "$action $target" != [ps]*" list" ]] ||
+[[ -n $target && " $tables $figures $extras all list " == *" $target "* && "$action $target" != [ps]*" list" ]] ||
   fail "no target '$target' to $action; ./benchmark.sh list names them"
 ((${#names[@]} == 1)) || fail "$target ${names[1]}: one target at a time"
 if [[ $action != run || $target == list ]]; then
@@ -319,6 +360,7 @@ if [[ $target == list ]]; then
   for name in $tables; do echo "$name: from the code"; done
   for name in $figures; do echo "$name: $(commands $name | wc -l) runs"; done
   echo "all: $(commands $figures | wc -l) runs"
+  for name in $extras; do echo "$name: $(commands $name | wc -l) runs, not in the paper"; done
 elif [[ $action == run && $runner == dry-run ]]; then
   commands $targets
 elif ! $python -c "import tyro" 2>/dev/null; then

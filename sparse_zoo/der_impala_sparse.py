@@ -34,8 +34,7 @@ and their own code is not published:
     repeats the uninterrupted one; there, one generator runs on. Evaluations draw from
     (seed, decision), so that they leave training untouched.
  6. A decision in which a life is lost has all its frames, and in evaluations the stack runs on into
-    the next life; there, the decision is cut short, and the stack begins anew there too. Games
-    begin with 1 to 30 idle frames; there, with 0 to 29 idle decisions.
+    the next life; there, the decision is cut short, and the stack begins anew there too.
  7. --target-interval counts updates, as in Table 5; there, decisions, from the first random one on.
 
 In this file: flags, network, replay, losses, agent, update; then `train`, the whole of training;
@@ -197,6 +196,7 @@ class Args:
 
 SIZE = 84  # pixels of a side
 STACK = 4  # frames in an observation
+MOST_IDLE = 29  # decisions without action at the start of a game, in training and evaluation
 BLACK = np.zeros((SIZE, SIZE, STACK), np.uint8)  # the stack before a life begins
 PART = 16  # images that are encoded at a time on a CPU
 LONGEST_GAME = 108_000  # env steps after which ALE cuts a game off
@@ -658,10 +658,22 @@ def diagnose(agent: Agent, batch: Batch, noise, next_noise) -> dict[str, float]:
     return {f"critic_{metric}": value for metric, value in plasticity.items()}
 
 
+class IdleStart(gym.Wrapper):
+    """A game begins with 0 to MOST_IDLE decisions of doing nothing, drawn from its seed."""
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        frame, info = self.env.reset(seed=seed, options=options)
+        for _ in range(self.unwrapped.np_random.integers(MOST_IDLE + 1)):
+            frame, _, terminated, truncated, info = self.env.step(0)
+            if terminated or truncated:
+                frame, info = self.env.reset()
+        return frame, info
+
+
 def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
     """A game with gray frames (SIZE, SIZE) of uint8 and repeated actions.
 
-    It begins with 1 to 30 idle frames. Counts scores (raw rewards) and decisions of whole games.
+    It begins with idle decisions. Counts scores (raw rewards) and decisions of whole games.
     """
     if not args.env_id.startswith("ALE/"):
         fail(f"--env-id {args.env_id}: this agent plays Atari games, such as ALE/Pong-v5")
@@ -678,11 +690,12 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
             frameskip=1,  # AtariPreprocessing repeats the actions
             repeat_action_probability=args.sticky_actions,
         )
-        env = gym.wrappers.AtariPreprocessing(env, frame_skip=args.action_repeat, screen_size=SIZE)
-        env = Gate(env, args, frames_per_step=args.action_repeat)
+        repeat = args.action_repeat
+        env = gym.wrappers.AtariPreprocessing(env, 0, frame_skip=repeat, screen_size=SIZE)
+        env = Gate(env, args, frames_per_step=repeat)
     except (gym.error.Error, ValueError) as error:
         fail(f"--env-id {args.env_id}: {error}")
-    return gym.wrappers.RecordEpisodeStatistics(env)
+    return gym.wrappers.RecordEpisodeStatistics(IdleStart(env))
 
 
 def train(args: Args) -> None:

@@ -25,8 +25,9 @@ visual experiments of Ma, Li et al. there is no published code):
     vectors over the active weights, elementwise equal to training a masked dense network.
  2. Random shifts copy whole pixels; there, bilinear sampling at whole pixels, equal within
     rounding.
- 3. All stored transitions are equally likely; there, first an episode is drawn and then a
-    transition in it, from what each of four workers has loaded.
+ 3. All stored transitions are equally likely, those of the running episode at once; there, first a
+    finished episode is drawn and then a transition in it, from what each of four workers has
+    loaded. Table 4's replay of 1,000,000 is the default; there, 100,000 on quadruped-run.
  4. A terminated episode is not bootstrapped from; there, it is (no task of the paper terminates).
  5. The training environment is seeded anew at every reset from (seed, episode), so that a resumed
     run repeats the uninterrupted one in any environment whose seed decides everything; there, one

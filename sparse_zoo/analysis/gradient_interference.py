@@ -12,7 +12,8 @@ The text of the paper says neither which k, which loss, nor how the transitions 
  1. k = 256, one training batch, drawn without replacement (a transition drawn twice would align
     with itself).
  2. Gradients are taken over everything that is trained: active weights, biases and LayerNorm
-    parameters.
+    parameters (--places active); and at all places of the weight matrices, pruned ones too, as the
+    official code does for SAC's actor (--places all). Of a dense network the two are the same.
  3. The losses are those of training. Actor: alpha * log pi(a|s) - Q(s, a) with the entropy term for
     SAC, -Q(s, a) for DDPG, with the critic fixed. Critic: the squared TD error, summed over the
     critics; the target is fixed.
@@ -38,7 +39,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import runs
 import matplotlib as mpl
@@ -65,6 +66,8 @@ class Args:
     """run folders of SAC or DDPG, one row of the figure each"""
     samples: Annotated[int, "2 <= x <= 10**5"] = 256
     """transitions k"""
+    places: tuple[Literal["active", "all"], ...] = ("active", "all")
+    """whose gradients count: of active weights, or of pruned ones too; a block of rows each"""
     seed: Annotated[int, "0 <= x < 2**32"] = 0
     """of the choice of transitions and of the noise on their actions"""
     output: str = "results/gradient_interference"
@@ -110,22 +113,24 @@ def sparse_products(
 
 
 def gradient_products(
-    network: nn.Module, compute_loss: Callable, chunk: int = CHUNK
+    network: nn.Module, compute_loss: Callable, chunk: int = CHUNK, places: str = "active"
 ) -> torch.Tensor:
     """The inner products <g_i, g_j> (k, k) of k transitions' gradients over all of a network.
 
+    places: of sparse layers, "active" weights, or "all" places of the matrix they stand for.
     `compute_loss` takes the batch through the network once and returns the mean of the k losses, or
     any multiple.
     """
     total = torch.zeros((), dtype=torch.float64)
     for layer, x, delta in record_layers(network, compute_loss):
         of_biases = delta @ delta.t()
-        if isinstance(layer, nn.Linear):
+        sparse = isinstance(layer, (sac.SparseLinear, ddpg.SparseLinear))
+        if isinstance(layer, nn.Linear) or (sparse and places == "all"):
             of_weights = of_biases * (x @ x.t())
         elif isinstance(layer, nn.LayerNorm):
             gradient = delta * F.layer_norm(x, layer.normalized_shape, eps=layer.eps)
             of_weights = gradient @ gradient.t()
-        elif isinstance(layer, (sac.SparseLinear, ddpg.SparseLinear)):
+        elif sparse:
             of_weights = sparse_products(layer, x, delta, chunk)
         else:
             raise TypeError(f"no rule for the gradients of {type(layer).__name__}")
@@ -139,7 +144,9 @@ def cosines(products: torch.Tensor) -> np.ndarray:
     return (products / norm / norm[:, None]).numpy()
 
 
-def measure(module, agent, batch, noise, next_noise, gamma: float) -> dict[str, np.ndarray]:
+def measure(
+    module, agent, batch, noise, next_noise, gamma: float, places: str = "active"
+) -> dict[str, np.ndarray]:
     """The cosine matrices (k, k) of the actor and critic of `module` on a normalised batch."""
     alpha = [agent.alpha().detach()] if module is sac else []
     target = module.td_target(agent.actor, agent.target_critic, *alpha, batch, gamma, next_noise)
@@ -151,9 +158,10 @@ def measure(module, agent, batch, noise, next_noise, gamma: float) -> dict[str, 
     def critic_loss():
         return module.critic_loss(agent.critic, batch, target)
 
+    losses = {"actor": actor_loss, "critic": critic_loss}
     return {
-        "actor": cosines(gradient_products(agent.actor, actor_loss)),
-        "critic": cosines(gradient_products(agent.critic, critic_loss)),
+        name: cosines(gradient_products(getattr(agent, name), loss, places=places))
+        for name, loss in losses.items()
     }
 
 
@@ -226,7 +234,7 @@ def restore_networks(module, agent, checkpoint: dict, run_dir: Path) -> None:
 
 
 def measure_run(
-    run_dir: Path, module, args, checkpoint: dict, samples: int, seed: int
+    run_dir: Path, module, args, checkpoint: dict, samples: int, seed: int, places: str = "active"
 ) -> tuple[str, dict[tuple[str, str], np.ndarray], list[dict]]:
     """The title of a run, its matrices by network and stage, and their summaries."""
     env = module.make_env(args)
@@ -242,9 +250,9 @@ def measure_run(
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
     agent = module.Agent(args, obs_dim, action_dim, CPU)
-    before = measure(module, agent, batch, noise, next_noise, gamma)
+    before = measure(module, agent, batch, noise, next_noise, gamma, places)
     restore_networks(module, agent, checkpoint, run_dir)
-    after = measure(module, agent, batch, noise, next_noise, gamma)
+    after = measure(module, agent, batch, noise, next_noise, gamma, places)
 
     actor, critic = network_sparsities(vars(args))
     facts = {
@@ -256,11 +264,12 @@ def measure_run(
         "critic_sparsity": critic,
         "seed": args.seed,
         "samples": samples,
+        "places": places,
     }
     shown = f"{actor:g}" if actor == critic else f"{actor:g} (actor), {critic:g} (critic)"
     title = (
         f"{facts['agent']}, {args.env_id}, width scale {args.width_scale:g}, "
-        f"sparsity {shown}, seed {args.seed}"
+        f"sparsity {shown}, seed {args.seed}; gradients at {places} places"
     )
     env_step = checkpoint["counters"][0] * args.action_repeat
     stages = {"before training": (before, 0), f"after {env_step:,} env steps": (after, env_step)}
@@ -274,7 +283,7 @@ def measure_run(
 
 
 def draw(results: list[tuple[str, dict]]) -> Figure:
-    """One row of matrices per run: actor before and after, critic before and after.
+    """One row of matrices per run and --places: actor before and after, critic before and after.
 
     Blue: aligned; red: conflicting. As many colours as a PNG of 256 can hold beside the text.
     """
@@ -301,7 +310,9 @@ def main(args: Args) -> None:
     torch.set_num_threads(args.threads or torch.get_num_threads())
     os.environ.setdefault("MUJOCO_GL", "disabled")
     loaded = [read_run(run_dir, args.samples) for run_dir in args.runs]
-    measured = [measure_run(*run, args.samples, args.seed) for run in loaded]
+    measured = []
+    for places in args.places:
+        measured += [measure_run(*run, args.samples, args.seed, places) for run in loaded]
     table = pd.DataFrame([row for *_, rows in measured for row in rows])
     figure = draw([(title, matrices) for title, matrices, _ in measured])
     with runs.new_files(args.output) as output:

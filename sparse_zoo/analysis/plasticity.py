@@ -81,6 +81,9 @@ class Args:
     variants: tuple[str, ...] = ()
     """WIDTH_SCALE:SPARSITY of what is drawn over training, sparsity that of the critic (default:
     everything)"""
+    end: Literal["last", "tenth"] | None = None
+    """of each run, what stands for the end of training: its last measurement, or the mean of its
+    last tenth (default: last in Figure 4, as its caption says, else tenth)"""
     output: str = "results/plasticity"
     """folder of the pictures and tables"""
 
@@ -181,9 +184,10 @@ def find_gaps(data: pd.DataFrame, metrics: tuple[str, ...]) -> list[str]:
     return lines
 
 
-def end_value(values: np.ndarray) -> float:
-    """Mean of the last tenth of a run's measurements (rounded down, at least one)."""
-    return float(np.mean(values[-max(1, len(values) // 10) :]))
+def end_value(values: np.ndarray, end: str = "tenth") -> float:
+    """A run's last measurement, or the mean of its last tenth (rounded down, at least one)."""
+    count = len(values) // 10 if end == "tenth" else 1
+    return float(np.mean(values[-max(1, count) :]))
 
 
 def summarise(data: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
@@ -200,7 +204,7 @@ def over_training(data: pd.DataFrame) -> pd.DataFrame:
     return summarise(data, [*CONFIGURATION, "metric", "env_step"])
 
 
-def at_the_end(data: pd.DataFrame) -> pd.DataFrame:
+def at_the_end(data: pd.DataFrame, end: str = "tenth") -> pd.DataFrame:
     """A row for each configuration and metric, of the end values of its runs: as over_training.
 
     x is the sparsity of the network that the metric belongs to (the critic's for returns), and line
@@ -208,7 +212,7 @@ def at_the_end(data: pd.DataFrame) -> pd.DataFrame:
     """
     keys = [*CONFIGURATION, "metric"]
     series = data.sort_values("env_step", kind="stable").groupby([*keys, "run"], sort=False)
-    ends = series["value"].agg(lambda values: end_value(values.to_numpy())).reset_index()
+    ends = series["value"].agg(lambda values: end_value(values.to_numpy(), end)).reset_index()
     ends = summarise(data[keys].drop_duplicates().merge(ends), keys)
     of_actor = ends.metric.str.contains("/actor_")
     ends["x"] = ends.critic_sparsity.where(~of_actor, ends.actor_sparsity).astype(float)
@@ -324,7 +328,11 @@ def scale_axis(ax: Axes, metric: str) -> None:
 
 
 def draw(
-    curves: pd.DataFrame, ends: pd.DataFrame, metrics: tuple[str, ...], panels: tuple[str, ...]
+    curves: pd.DataFrame,
+    ends: pd.DataFrame,
+    metrics: tuple[str, ...],
+    panels: tuple[str, ...],
+    end: str,
 ) -> Figure:
     """One row for each metric and panel ("end", "training"), one column for each COLUMN.
 
@@ -353,7 +361,8 @@ def draw(
         if abreast or ax in axes[0]:
             ax.set_title(f"{plots.task_name(env_id)}, {algorithm}")
         if ax in axes[:, 0]:
-            what = "\n(mean of the last 10 %)" if panel == "end" else ""
+            name = "mean of the last 10 %" if end == "tenth" else "last measurement"
+            what = f"\n({name})" if panel == "end" else ""
             ax.set_ylabel(name_axis(metric) + what)
         if ax not in axes[-1] and len(panels) == 1 and not abreast:
             ax.set_xlabel("")
@@ -418,8 +427,9 @@ def main(args: Args) -> None:
             "choose some with --variants WIDTH_SCALE:SPARSITY ..."
         )
     curves = over_training(chosen)
-    ends = at_the_end(data)
-    picture = draw(curves, ends, metrics, panels)
+    end = args.end or ("last" if args.figure == "srank" else "tenth")
+    ends = at_the_end(data, end)
+    picture = draw(curves, ends, metrics, panels, end)
     curves = curves.sort_values(COLUMN, kind="stable")
     ends = ends.sort_values(COLUMN, kind="stable")
     with runs.new_files(args.output) as folder:

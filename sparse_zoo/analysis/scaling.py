@@ -5,8 +5,9 @@
     python sparse_zoo/analysis/scaling.py --earlier others/runs.csv --figure sparsity
 
 A run's return is that of its trained policy over the last evaluation (final/return_mean). Points
-are interquartile means over seeds (and tasks) with their 95 % bootstrap interval, resampled within
-tasks; in Figures 15 and 16 mean and standard deviation over seeds, as their captions say.
+are what the figure's caption says: the mean over seeds in Figures 10, 15 and 16, in the last two
+with the standard deviation. Where it says nothing they are interquartile means over seeds (and
+tasks). Bars are 95 % bootstrap intervals, resampled within tasks. --statistic chooses another.
 Unfinished runs are named and left out, and so is a point of Figures 2 and 8 that lacks a whole
 task. The CSV and Markdown tables have all of these numbers. Docs: docs/benchmark.md.
 """
@@ -45,6 +46,7 @@ COLUMNS = [  # those of runs.csv
 ]
 EXACT = (*SIZE, "sparsity", "seed", "weights", "active", "env_steps", "return")
 MOST_SIZES = 6  # that can be told apart in one panel
+CAPTIONS = {"bars": "mean", "width": "std", "depth": "std"}  # the others name no statistic
 
 
 @dataclass
@@ -60,6 +62,9 @@ class Args:
     """runs.csv files that earlier calls left, whose runs are counted as well"""
     scores: str | None = None
     """scores.csv of simplicity_bias.py, drawn beside the gains"""
+    statistic: Literal["iqm", "mean", "std"] | None = None
+    """what points and bars are: interquartile mean and its interval, mean and its interval, or mean
+    and standard deviation (default: what the caption says, else iqm; gains are means always)"""
     output: str = "results/scaling"
     """folder of the picture and the tables"""
 
@@ -109,12 +114,14 @@ def in_order(table: pd.DataFrame) -> pd.DataFrame:
 def summarise(table: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     """A row for each combination of keys.
 
-    Its columns: weights, active, iqm, low, high, mean, std, tasks, fewest and most seeds.
+    Its columns: weights, active, iqm, low, high, mean and the ends of its interval, std, tasks,
+    fewest and most seeds.
     """
     rows = []
     for key, group in table.groupby(keys, sort=False):
         tasks = [task["return"].to_numpy() for _, task in group.groupby("env_id")]
         low, high = bootstrap_interval(tasks)
+        mean_low, mean_high = bootstrap_interval(tasks, mean_of_all)
         row = {
             "weights": group.weights.mean(),
             "active": group.active.mean(),
@@ -122,6 +129,8 @@ def summarise(table: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
             "low": low,
             "high": high,
             "mean": group["return"].mean(),
+            "mean_low": mean_low,
+            "mean_high": mean_high,
             "std": group["return"].std(),
             "tasks": len(tasks),
             "seeds_min": min(map(len, tasks)),
@@ -129,6 +138,10 @@ def summarise(table: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
         }
         rows.append(dict(zip(keys, key)) | row)
     return pd.DataFrame(rows)
+
+
+def mean_of_all(*tasks: np.ndarray, axis: int = -1) -> np.ndarray:
+    return np.concatenate(tasks, axis).mean(axis)
 
 
 def without_gaps(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
@@ -263,19 +276,20 @@ def mark_published(ax: Axes, table: pd.DataFrame, algorithm: str, env_id: str, x
     return True
 
 
-def with_bars(points: pd.DataFrame, spread: str = "interval") -> pd.DataFrame:
-    """What draw_points needs: interquartile means and intervals, or means and deviations."""
-    if spread == "std":
-        middle = points["mean"]
-        points = points.assign(low=middle - points["std"], high=middle + points["std"])
-    else:
-        middle = points.iqm
-    return points.assign(middle=middle, seeds=points.seeds_max)
+def with_bars(points: pd.DataFrame, statistic: str) -> pd.DataFrame:
+    """What draw_points needs, for a --statistic: middle, low, high, seeds."""
+    mean = points["mean"]
+    middle, low, high = {
+        "iqm": (points.iqm, points.low, points.high),
+        "mean": (mean, points.mean_low, points.mean_high),
+        "std": (mean, mean - points["std"], mean + points["std"]),
+    }[statistic]
+    return points.assign(middle=middle, low=low, high=high, seeds=points.seeds_max)
 
 
-def draw_families(ax: Axes, x: str, points: pd.DataFrame, spread: str = "interval") -> None:
+def draw_families(ax: Axes, x: str, points: pd.DataFrame, statistic: str) -> None:
     """Dense and sparse networks against a column, each point in the colour of its sparsity."""
-    dense, sparse = families(with_bars(points, spread))
+    dense, sparse = families(with_bars(points, statistic))
     for line, style in ((sparse, {"marker": "*", "ms": 9}), (dense, {"ls": "--"})):
         colour = plots.NEUTRAL if line is sparse else plots.DENSE
         colours = line.sparsity.map(plots.sparsity_colour)
@@ -294,12 +308,19 @@ def make_handles(published: bool) -> list[Line2D]:
     return [Line2D([], [], **style, label=LABELS[name]) for name, style in styles.items()]
 
 
-def finish(figure: Figure, handles: list, points: pd.DataFrame, what: str = "") -> Figure:
-    """Adds the legend, whose title says what points and bars are."""
+def name_statistic(statistic: str, points: pd.DataFrame) -> str:
+    """What points and bars are, for the legend."""
     seeds = [*points.seeds_min, *points.seeds_max]
+    if statistic == "std":
+        return f"mean, standard deviation; {plots.count_seeds(*seeds)}"
+    name = "mean" if statistic == "mean" else "interquartile mean"
+    return f"{name}; {plots.describe_interval(*seeds)}"
+
+
+def finish(figure: Figure, handles: list, points: pd.DataFrame, what: str) -> Figure:
+    """Adds the legend, whose title says what points and bars are."""
     if min(points.seeds_max) == 1:
         handles = [*handles, plots.one_seed_handle()]
-    what = what or f"interquartile mean; {plots.describe_interval(*seeds)}"
     plots.add_legend(figure, handles, what)
     return figure
 
@@ -322,12 +343,12 @@ def grid_of_scenarios(points: pd.DataFrame, most: int = 99) -> tuple[Figure, lis
     return figure, panels
 
 
-def draw_size(table: pd.DataFrame, points: pd.DataFrame, scale: str) -> Figure:
+def draw_size(table: pd.DataFrame, points: pd.DataFrame, scale: str, statistic: str) -> Figure:
     """Figures 1 and 14: a row for each algorithm, a column for each task, against weights."""
     figure, panels = grid_of_scenarios(points)
     marked = False
     for ax, algorithm, env_id, panel in panels:
-        draw_families(ax, "weights", panel.sort_values("weights"))
+        draw_families(ax, "weights", panel.sort_values("weights"), statistic)
         default = panel[(panel.width_scale == 1) & (panel.depth_scale == 1)]
         if len(default):
             marked |= mark_published(ax, table, algorithm, env_id, default.weights.iloc[0])
@@ -335,17 +356,17 @@ def draw_size(table: pd.DataFrame, points: pd.DataFrame, scale: str) -> Figure:
         ax.xaxis.set_major_formatter(EngFormatter(sep=""))
         ax.xaxis.set_minor_formatter(NullFormatter())
         ax.set_xlabel("weights, pruned ones included")
-    return finish(figure, make_handles(marked), points)
+    return finish(figure, make_handles(marked), points, name_statistic(statistic, points))
 
 
-def draw_scaling(ax: Axes, points: pd.DataFrame, axis: str, spread: str) -> None:
+def draw_scaling(ax: Axes, points: pd.DataFrame, axis: str, statistic: str) -> None:
     """Dense and sparse networks against width or depth, their sparsity beside the sparse ones."""
     line = along(points, axis)
     if line.empty:
         ax.text(0.5, 0.5, "no finished runs of several depths", ha="center", transform=ax.transAxes)
         return
-    draw_families(ax, axis, line, spread)
-    for row in with_bars(line[line.sparsity > 0], spread).itertuples():
+    draw_families(ax, axis, line, statistic)
+    for row in with_bars(line[line.sparsity > 0], statistic).itertuples():
         top = row.high if np.isfinite(row.high) else row.middle
         ax.annotate(
             f"S={row.sparsity:.2g}",
@@ -360,14 +381,14 @@ def draw_scaling(ax: Axes, points: pd.DataFrame, axis: str, spread: str) -> None
     ax.margins(y=0.15)
 
 
-def draw_aggregate(points: pd.DataFrame) -> Figure:
+def draw_aggregate(points: pd.DataFrame, statistic: str) -> Figure:
     """Figure 2: a row for each algorithm, width at the left, depth at the right, all tasks."""
     algorithms = points.algorithm.unique()
     figure, axes = plots.make_grid(len(algorithms), 2, width=4)
     for row, algorithm in zip(axes, algorithms):
         panel = points[points.algorithm == algorithm]
         for ax, axis in zip(row, SIZE):
-            draw_scaling(ax, panel, axis, "interval")
+            draw_scaling(ax, panel, axis, statistic)
             ax.set_xlabel(axis.replace("_", " "))
             ax.set_title(f"{algorithm}, {axis.split('_')[0]} scaling")
         depths = along(panel, "depth_scale")
@@ -378,26 +399,31 @@ def draw_aggregate(points: pd.DataFrame) -> Figure:
     most = points.tasks.max()
     tasks = f"{fewest} to {most} tasks" if fewest < most else f"{most} task{'s'[: most - 1]}"
     seeds = plots.count_seeds(*points.seeds_min, *points.seeds_max)
-    what = f"interquartile mean, 95 % stratified bootstrap interval; {tasks}, {seeds} each"
+    interval = "95 % stratified bootstrap interval"
+    what = {
+        "iqm": f"interquartile mean, {interval}",
+        "mean": f"mean, {interval}",
+        "std": "mean, standard deviation",
+    }[statistic]
+    what += f"; {tasks}, {seeds} each"
     return finish(figure, make_handles(False), points, what)
 
 
-def draw_tasks(table: pd.DataFrame, points: pd.DataFrame, axis: str) -> Figure:
+def draw_tasks(table: pd.DataFrame, points: pd.DataFrame, axis: str, statistic: str) -> Figure:
     """Figures 15 and 16: a panel for each algorithm and task, three in a row."""
     figure, panels = grid_of_scenarios(points, most=3)
     marked = False
     for ax, algorithm, env_id, panel in panels:
         if len(panel):
-            draw_scaling(ax, panel, axis, "std")
+            draw_scaling(ax, panel, axis, statistic)
         default = panel[(panel.width_scale == 1) & (panel.sparsity == 0)]
         if axis == "width_scale" and len(default):
             marked |= mark_published(ax, table, algorithm, env_id, 1)
         ax.set_xlabel(axis.replace("_", " "))
-    seeds = plots.count_seeds(*points.seeds_min, *points.seeds_max)
-    return finish(figure, make_handles(marked), points, f"mean, standard deviation; {seeds}")
+    return finish(figure, make_handles(marked), points, name_statistic(statistic, points))
 
 
-def draw_sparsity(points: pd.DataFrame) -> Figure:
+def draw_sparsity(points: pd.DataFrame, statistic: str) -> Figure:
     """Figure 3: a row for each algorithm, a column for each task, a line for each size."""
     sizes = dict(list(points.groupby(SIZE)))
     if len(sizes) > MOST_SIZES:
@@ -405,7 +431,7 @@ def draw_sparsity(points: pd.DataFrame) -> Figure:
     styles = plots.size_styles(list(sizes))
     figure, panels = grid_of_scenarios(points)
     for ax, _, _, panel in panels:
-        for size, line in with_bars(panel).groupby(SIZE):
+        for size, line in with_bars(panel, statistic).groupby(SIZE):
             plots.draw_points(ax, line.sparsity, line, **styles[size])
         ax.set(xlim=(-0.04, 1), xlabel="sparsity (0: dense)")
     handles = []
@@ -414,7 +440,7 @@ def draw_sparsity(points: pd.DataFrame) -> Figure:
         weights = EngFormatter(places=1, sep="")(networks.weights.mean())
         label = f"width scale {width:g}{deep} ({weights} weights)"
         handles.append(Line2D([], [], **styles[width, depth], label=label))
-    return finish(figure, handles, points)
+    return finish(figure, handles, points, name_statistic(statistic, points))
 
 
 def draw_gain(points: pd.DataFrame, scores: pd.DataFrame | None) -> Figure:
@@ -450,10 +476,14 @@ def draw_scores(ax: Axes, scores: pd.DataFrame) -> None:
     if len(mlp):
         ax.axhline(mlp.mean(), color=plots.DENSE, ls=":", label="plain MLP, dense: mean")
     ax.set(xlabel="sparsity (0: dense)", ylabel="simplicity bias score")
+    if "share_score" in scores:
+        ratio = (scores.share_score / scores.score).iloc[0]
+        right = ax.secondary_yaxis("right", (lambda y: y * ratio, lambda y: y / ratio))
+        right.set_ylabel("by shares of the largest frequency", fontsize=9)
     ax.legend(fontsize=8)
 
 
-def draw_bars(table: pd.DataFrame, points: pd.DataFrame) -> Figure:
+def draw_bars(table: pd.DataFrame, points: pd.DataFrame, statistic: str) -> Figure:
     """Figure 10: a panel for each task, groups of bars by width, a bar for each sparsity.
 
     A dot for each run.
@@ -464,6 +494,7 @@ def draw_bars(table: pd.DataFrame, points: pd.DataFrame) -> Figure:
             f"bars are for one algorithm and depth, and there are {kinds} of them; "
             "keep such runs apart"
         )
+    points = with_bars(points, statistic)
     tasks = sorted(points.env_id.unique())
     widths = sorted(points.width_scale.unique())
     sparsities = sorted(points.sparsity.unique())
@@ -473,13 +504,13 @@ def draw_bars(table: pd.DataFrame, points: pd.DataFrame) -> Figure:
     marked = False
     for ax, env_id in zip(axes.flat, tasks):
         bars = points[points.env_id == env_id]
-        errors = plots.bar_lengths(bars.iqm, bars.low, bars.high)
+        errors = plots.bar_lengths(bars.middle, bars.low, bars.high)
         for row, error in zip(bars.itertuples(), errors.T):
             x = widths.index(row.width_scale) + (sparsities.index(row.sparsity) + 0.5) * room - 0.4
             style = {"color": plots.sparsity_colour(row.sparsity), "capsize": 2.5}
             if row.seeds_max == 1:
                 style |= {"fill": False, "edgecolor": style["color"], "lw": 1.5}
-            ax.bar(x, row.iqm, 0.9 * room, yerr=error[:, None], ecolor=plots.NEUTRAL, **style)
+            ax.bar(x, row.middle, 0.9 * room, yerr=error[:, None], ecolor=plots.NEUTRAL, **style)
             dots = returns[env_id, row.width_scale, row.sparsity]
             ax.plot([x] * len(dots), dots, ".", color="k", ms=3.5, alpha=0.6)
         if widths[0] == 1 and sparsities[0] == 0:  # the published network is the first bar
@@ -494,25 +525,25 @@ def draw_bars(table: pd.DataFrame, points: pd.DataFrame) -> Figure:
     ]
     if marked:
         handles.append(Line2D([], [], **plots.PUBLISHED, label=LABELS["published"]))
-    interval = plots.describe_interval(*points.seeds_min, *points.seeds_max)
-    return finish(figure, handles, points, f"interquartile mean; {interval}; a dot for each run")
+    what = f"{name_statistic(statistic, points)}; a dot for each run"
+    return finish(figure, handles, points, what)
 
 
-def draw(figure: str, table: pd.DataFrame, points: pd.DataFrame, scores) -> Figure:
+def draw(figure: str, table: pd.DataFrame, points: pd.DataFrame, scores, statistic: str) -> Figure:
     """The picture of --figure."""
     match figure:
         case "size" | "size-linear":
-            return draw_size(table, points, "log" if figure == "size" else "linear")
+            return draw_size(table, points, "log" if figure == "size" else "linear", statistic)
         case "aggregate":
-            return draw_aggregate(points)
+            return draw_aggregate(points, statistic)
         case "sparsity":
-            return draw_sparsity(points)
+            return draw_sparsity(points, statistic)
         case "width" | "depth":
-            return draw_tasks(table, points, f"{figure}_scale")
+            return draw_tasks(table, points, f"{figure}_scale", statistic)
         case "gain":
             return draw_gain(points, scores)
         case "bars":
-            return draw_bars(table, points)
+            return draw_bars(table, points, statistic)
 
 
 def main(args: Args) -> None:
@@ -534,12 +565,13 @@ def main(args: Args) -> None:
         print(f"fewer seeds: {line}")
     scores = None
     if args.scores:
-        numbers = ("sparsity", "score")
+        numbers = ("sparsity", "score", "share_score")
         scores = runs.read_table(args.scores, ["network", *numbers], "--scores", numbers)
+    statistic = args.statistic or CAPTIONS.get(args.figure, "iqm")
     cells = points.map(lambda value: f"{value:.4g}" if isinstance(value, float) else value)
     markdown = plots.markdown_table(list(points), cells.to_numpy().tolist())
     with runs.new_files(args.output) as folder:
-        plots.save(draw(args.figure, table, points, scores), folder, args.figure)
+        plots.save(draw(args.figure, table, points, scores, statistic), folder, args.figure)
         table.to_csv(folder / "runs.csv", index=False)
         points.to_csv(folder / f"{args.figure}.csv", index=False)
         (folder / f"{args.figure}.md").write_text(markdown)

@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 
 import der_impala_sparse as der
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -379,7 +380,6 @@ def test_environment():
     env = der.make_env(der.Args(env_id="ALE/Breakout-v5"))
     frame, info = env.reset(seed=3)
     assert frame.shape == (84, 84) and frame.dtype == np.uint8 and info["lives"] == 5
-    assert 0 < info["episode_frame_number"] <= 30  # idle frames
     before = info["episode_frame_number"]
     *_, info = env.step(0)
     assert info["episode_frame_number"] - before == 4
@@ -398,3 +398,54 @@ def test_a_game_goes_on_after_the_loss_of_a_life():
         assert not truncated
         lost += [terminated] * (info["lives"] < lives)
     assert lost == [False] * 4 + [True]
+
+
+class Clock(gym.Env):
+    """Counts the decisions of a game, which ends with the tenth if it is a short one."""
+
+    observation_space = gym.spaces.Box(0, 99, ())
+    action_space = gym.spaces.Discrete(2)
+
+    def __init__(self, short: bool):
+        self.short = short
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
+        return np.float32(0), {"steps": 0}
+
+    def step(self, action):
+        assert action == 0
+        self.steps += 1
+        over = self.short and self.steps == 10
+        return np.float32(self.steps), 1.0, over, False, {"steps": self.steps}
+
+
+def test_games_begin_with_0_to_29_idle_decisions():
+    env = gym.wrappers.RecordEpisodeStatistics(der.IdleStart(Clock(short=False)))
+    idle = []
+    for seed in range(600):
+        frame, info = env.reset(seed=seed)
+        idle.append(int(frame))
+        assert info["steps"] == frame
+    counts = np.bincount(idle, minlength=30)
+    assert len(counts) == 30 and counts.min() >= 5 and counts.max() <= 40  # 20 of each
+    assert [int(env.reset(seed=seed)[0]) for seed in range(5)] == idle[:5]
+    env.step(0)
+    assert env.episode_lengths == 1 and env.episode_returns == 1  # idle decisions do not count
+
+
+def test_a_game_that_ends_while_idle_begins_anew():
+    env = der.IdleStart(Clock(short=True))
+    long = der.IdleStart(Clock(short=False))
+    for seed in range(100):
+        idle, _ = long.reset(seed=seed)
+        frame, info = env.reset(seed=seed)
+        assert frame == info["steps"] == idle % 10
+
+
+def test_idle_decisions_have_all_their_frames():
+    env = der.make_env(der.Args(env_id="ALE/Breakout-v5"))
+    frames = [env.reset(seed=seed)[1]["episode_frame_number"] for seed in (0, 2)]
+    assert all(count % 4 == 0 for count in frames)
+    assert 30 < max(frames) <= 4 * 29 and len(set(frames)) == 2

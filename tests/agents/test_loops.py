@@ -145,6 +145,7 @@ def test_der(intervals, run, tmp_path):
     replay = der.PrioritizedReplay(tmp_path / "replay.u8", args, 180, 0)
     t = updates = games = 0
     lengths, deaths, rewards, black = [], [], [], np.zeros((84, 84, 4), np.uint8)
+    returns = []
     while t < 90:
         frame, info = env.reset(seed=der.derive_seed(args.seed, der.TRAIN, games))
         games, over, lives, stack, start = games + 1, False, info["lives"], black, t
@@ -173,6 +174,7 @@ def test_der(intervals, run, tmp_path):
                 replay.begin(frame)
         if over:
             lengths.append(t - start)
+            returns.append(sum(rewards[start:t]))
     assert (
         len(lengths) >= 1 and len(deaths) > len(lengths) + 1 and max(rewards) > 1
     )  # all of it has happened
@@ -180,6 +182,7 @@ def test_der(intervals, run, tmp_path):
         saved["counters"][1:3] == (updates, games)
         and metric_values(metrics, "episode/length") == lengths
     )
+    assert metric_values(metrics, "episode/return") == returns  # not of clipped rewards
     assert saved["replay"]["counters"] == replay.state_dict()["counters"]
     assert_all_equal(saved["replay"]["columns"], replay.state_dict()["columns"])
     for name in ("network", "target_network"):

@@ -207,7 +207,8 @@ def test_draws_and_tabulates_runs(run, tmp_path):
     write_run(tmp_path / "a", sac)
     write_run(tmp_path / "b", ddpg, trained=True, actor_sparsity=0.0)
     torch.manual_seed(99)  # nothing may depend on the generators' state
-    code, out, err = run("a", "b", "--samples", 20, "--output", "drawn")
+    flags = ("--samples", 20, "--output", "drawn", "--places", "active")
+    code, out, err = run("a", "b", *flags)
     assert (code, err) == (0, "")
     table = pd.read_csv("drawn/gradient_interference.csv")
     assert table["run"].tolist() == ["a"] * 4 + ["b"] * 4

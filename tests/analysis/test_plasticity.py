@@ -77,6 +77,15 @@ def test_end_value_is_the_mean_of_the_last_tenth(count, last):
     assert plasticity.end_value(np.arange(count)) == np.mean(range(count - last, count))
 
 
+def test_figure_4_shows_the_last_measurement_as_its_caption_says(tmp_path, main):
+    write_run(tmp_path / "runs", "a", {RANK: [float(n) for n in range(40)]})
+    succeed(main("--figure", "srank", "--output", "out"))
+    assert pd.read_csv("out/srank_end.csv")["mean"].tolist() == [39]
+    assert "last measurement" in Path("out/srank.svg").read_text()
+    assert plasticity.end_value(np.arange(40), "tenth") == 37.5
+    assert plasticity.end_value(np.arange(40), "last") == 39
+
+
 def test_means_over_seeds(tmp_path):
     for seed, shift in ((1, 0.0), (2, 1.0), (3, 5.0)):
         write_run(

@@ -1,6 +1,8 @@
 """scaling.py on hand-made runs of known returns: statistics, gaps, families, every picture."""
 
+import re
 import shutil
+from itertools import product
 from pathlib import Path
 
 import conftest
@@ -9,6 +11,8 @@ import pandas as pd
 import pytest
 from analysis import scaling
 from conftest import check_error, succeed
+from matplotlib.container import BarContainer, ErrorbarContainer
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 SAC, DDPG, DRQ = "sac_simba_sparse", "ddpg_simba_sparse", "drqv2_sparse"
@@ -227,7 +231,9 @@ def test_gain(tmp_path, main, draw):
         ("SimBa", 0.9, 6.5),
         ("SimBa", 0.9, 6.6),
     ]
-    pd.DataFrame(rows, columns=["network", "sparsity", "score"]).to_csv(scores, index=False)
+    columns = ["network", "sparsity", "score"]
+    bias = pd.DataFrame(rows, columns=columns).assign(share_score=lambda t: 0.7 * t.score)
+    bias.to_csv(scores, index=False)
     out, table = draw("gain", "--scores", scores)
     assert table.sparsity.tolist() == [0.5, 0.9] and table.scenarios.tolist() == [2, 2]
     assert table.gain.tolist() == pytest.approx([20, 35])
@@ -247,6 +253,11 @@ def test_bars(tmp_path, main, draw):
     _, table = draw("bars")
     assert len(table) == 6 and set(table.algorithm) == {"DrQ-v2"}
     assert table[table.width_scale == 4].iqm.tolist() == [401.5] * 4
+    picture = tmp_path / "out" / "bars.svg"
+    assert "mean; lowest to highest of 2 seeds" in picture.read_text()  # by its caption
+    assert "interquartile" not in picture.read_text()
+    assert main("bars", "--statistic", "iqm")[0] == 0
+    assert "interquartile mean" in picture.read_text()
     write_run(tmp_path / "runs", 100.0)
     what = "bars are for one algorithm and depth, and there are 2 of them; keep such runs apart"
     check_error(main("bars"), f"error: {what}\n")
@@ -280,3 +291,62 @@ def test_runs_that_cannot_be_compared(tmp_path, main):
         "mixes runs of sac_simba_sparse with --total-timesteps 1000000 and 5; keep such runs apart"
     )
     check_error(main("size"), mixed)
+
+
+@pytest.fixture(scope="module")
+def skewed() -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Runs of three networks that each return 0, 0, 0, 90, 110, and their points."""
+    rows = []
+    for (width, depth), value in product([(1, 1), (2, 1), (2, 2)], RETURNS):
+        size = {"width_scale": width, "depth_scale": depth, "weights": 1e4, "active": 1e4}
+        run = {"env_id": "dm_control/dog-run-v0", "algorithm": "SAC", "sparsity": 0.0}
+        rows.append({**run, **size, "return": value, "env_steps": 7, "seed": len(rows)})
+    table = pd.DataFrame(rows)
+    return table, scaling.summarise(table, scaling.POINT)
+
+
+RETURNS = (0.0, 0.0, 0.0, 90.0, 110.0)  # mean 40, interquartile mean 30
+FIGURES = ("size", "size-linear", "aggregate", "sparsity", "width", "depth", "bars")
+
+
+def bars_of(figure: Figure) -> tuple[float, float, float]:
+    """The middle and both ends of the first error bar of a figure, and what the legend calls it."""
+    containers = [c for ax in figure.axes for c in ax.containers]
+    error = next(c for c in containers if isinstance(c, ErrorbarContainer))
+    (low, high) = error.lines[2][0].get_segments()[0][:, 1]
+    bar = next((c for c in containers if isinstance(c, BarContainer)), None)
+    middle = bar.patches[0].get_height() if bar else error.lines[0].get_ydata()[0]
+    return middle, low, high
+
+
+@pytest.mark.parametrize("figure", FIGURES)
+def test_points_and_bars_are_the_statistic_that_is_asked_for(skewed, figure):
+    table, points = skewed
+    row = points.iloc[0]
+    assert (row.iqm, row["mean"]) == (30, 40)
+    std = np.std(RETURNS, ddof=1)
+    expected = {
+        "iqm": ("interquartile mean", 30, row.low, row.high),
+        "mean": ("mean", 40, row.mean_low, row.mean_high),
+        "std": ("mean, standard deviation", 40, 40 - std, 40 + std),
+    }
+    if figure == "bars":  # of one depth
+        table, points = (rows[rows.depth_scale == 1] for rows in skewed)
+    for statistic, (words, *numbers) in expected.items():
+        drawn = scaling.draw(figure, table, points.assign(tasks=1), None, statistic)
+        assert bars_of(drawn) == pytest.approx(numbers)
+        (legend,) = drawn.legends
+        text = legend.get_title().get_text().replace(",\n", ", ").replace(";\n", "; ")
+        assert re.match(words + r"[;,] (?!standard)", text), text
+
+
+def test_the_interval_of_the_mean(skewed):
+    drawn = np.random.default_rng(1).choice(RETURNS, (100_000, 5)).mean(1)
+    row = skewed[1].iloc[0]
+    expected = np.quantile(drawn, [0.025, 0.975])
+    assert (row.mean_low, row.mean_high) == pytest.approx(tuple(expected), abs=4)
+    assert (row.mean_low, row.mean_high) != (row.low, row.high)
+
+
+def test_figures_whose_captions_name_a_statistic():
+    assert scaling.CAPTIONS == {"bars": "mean", "width": "std", "depth": "std"}

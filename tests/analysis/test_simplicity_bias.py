@@ -80,9 +80,17 @@ def test_command_line_draws_and_writes(tmp_path, main):
         ("SimBa", 0.5, 1),
     ]
     assert table.score.between(2, 12).all() and table.score.nunique() == 6
+    assert (table.share_score / table.score).to_numpy() == pytest.approx(math.hypot(0.5, 0.5))
     assert imageio.imread(tmp_path / "out" / "simplicity_bias.png").std() > 1
     bad = main(bias.__file__, *flags.split(), "--inits", "0")
     check_error(bad, "error: --inits 0 is not allowed: 1 <= inits <= 10**6\n")
     bad = main(bias.__file__, *flags.split(), "--reach", "1e38", "--output", "none")
     check_error(bad, "error: a score is not finite", code=3)
     assert not list((tmp_path / "none").iterdir())
+
+
+@pytest.mark.parametrize("grid", [2, 3, 40, 41])
+def test_largest_frequency_of_a_grid(grid):
+    frequency = torch.fft.fftfreq(grid, dtype=torch.float64)
+    largest = torch.hypot(frequency[:, None], frequency[None, :]).max().item()
+    assert bias.largest_frequency(grid) == pytest.approx(largest, rel=1e-12)

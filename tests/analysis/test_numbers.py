@@ -1,0 +1,85 @@
+"""Numbers of the tools by hand: streaming's bins and intervals, axes, noise of the interference."""
+
+import conftest
+import numpy as np
+import pandas as pd
+import pytest
+import sac_simba_sparse as sac
+from analysis import gradient_interference as gi
+from analysis import plasticity, streaming
+from test_gradient_interference import ACTION_DIM, MODULES, write_run
+
+NETWORK = {"env_id": "Ant-v4", "width_scale": 1.0, "init": "lecun", "sparsity": 0.0, "seed": 1}
+
+
+def make_episodes(returns: dict[int, float], **flags) -> pd.DataFrame:
+    """Episodes that end at some of 1,000 env steps."""
+    rows = {"env_step": list(returns), "return": list(returns.values())}
+    return pd.DataFrame(rows).assign(total_timesteps=1000, **NETWORK | flags)
+
+
+def test_a_bin_ends_at_its_name_and_holds_its_end():
+    episodes = make_episodes({1: 1.0, 499: 2.0, 500: 3.0, 501: 10.0, 1000: 20.0})
+    bins = streaming.average_bins(episodes, 500)
+    assert list(zip(bins.env_step, bins["return"])) == [(500, 2.0), (1000, 15.0)]
+
+
+def test_final_returns_are_of_the_last_tenth():
+    episodes = make_episodes({700: 1.0, 801: 2.0, 900: 4.0, 901: 8.0, 1000: 16.0})
+    assert streaming.final_returns(episodes)["return"].tolist() == [12.0]
+
+
+def test_students_interval_of_the_mean():
+    # Of 11, 17, 20: mean 16, deviation sqrt(21), standard error sqrt(7), quantile 4.302653
+    values = [11.0, 17.0, 20.0]
+    seeds = [make_episodes({950: value}, seed=seed) for seed, value in enumerate(values)]
+    (row,) = streaming.summarise(streaming.final_returns(pd.concat(seeds))).itertuples()
+    assert (row.seeds, row.mean, row.values) == (3, 16, "11 17 20")
+    half = 4.302653 * 7**0.5
+    assert (row.low, row.high) == pytest.approx((16 - half, 16 + half), rel=1e-6)
+
+
+def test_bands_and_dots_of_streaming_figures():
+    """Figure 12: means of seeds at the place of their width; Figure 17: lowest to highest."""
+    runs = []
+    for width, values in ((1.0, (1.0, 3.0, 8.0)), (4.0, (10.0, 20.0, 60.0))):
+        for seed, value in enumerate(values):
+            runs.append(make_episodes({950: value}, seed=seed, width_scale=width))
+    episodes = pd.concat(runs)
+    (ax,) = streaming.figure_12(streaming.final_returns(episodes)).axes
+    assert ax.lines[0].get_xydata().tolist() == [[1.0, 4.0], [4.0, 30.0]]
+    first, _ = streaming.figure_17(streaming.average_bins(episodes, 500)).axes
+    assert first.lines[0].get_ydata().tolist() == [4.0]
+    assert sorted(set(first.collections[0].get_paths()[0].vertices[:, 1])) == [1.0, 8.0]
+
+
+def test_the_x_axis_is_the_sparsity_of_the_metrics_own_network(tmp_path):
+    flags = {"env_id": "a-v0", "actor_sparsity": 0.2, "critic_sparsity": 0.7}
+    metrics = ("diagnostics/actor_grad_norm", "diagnostics/critic_grad_norm", "eval/return_mean")
+    rows = [(100, name, 1.0) for name in metrics] + [(1000, "final/return_mean", 1.0)]
+    conftest.write_run(tmp_path / "a", vars(sac.Args()) | flags, rows)
+    ends = plasticity.at_the_end(plasticity.load_runs(tmp_path)[0]).set_index("metric")
+    assert [ends.x[name] for name in metrics] == [0.2, 0.7, 0.7]
+    lines = [ends.line[name].partition("depth x1, ")[2] for name in metrics]
+    assert lines == ["critic sparsity 0.7", "actor sparsity 0.2", "actor sparsity 0.2"]
+
+
+@pytest.mark.parametrize("name,std", [("sac", 1.0), ("ddpg", 0.3)])
+def test_the_noise_of_gradient_interference_is_that_of_training(name, std, monkeypatch, tmp_path):
+    module = MODULES[name]
+    flags = {} if name == "sac" else {"exploration_noise": 0.3}
+    write_run(tmp_path / "a", module, **flags)
+    seen = []
+    measure = gi.measure
+
+    def note(*arguments):
+        seen.append(arguments)
+        return measure(*arguments)
+
+    monkeypatch.setattr(gi, "measure", note)
+    gi.measure_run(*gi.read_run(tmp_path / "a", 40), 40, seed=0)
+    noises = np.concatenate([seen[0][3], seen[0][4]])
+    assert noises.shape == (80, ACTION_DIM) and noises.std() == pytest.approx(std, rel=0.2)
+    assert not np.array_equal(seen[0][3], seen[0][4])
+    # Both stages have the same batch and noise, and two agents
+    assert all(a is b for a, b in zip(seen[0][2:5], seen[1][2:5]))
