@@ -695,6 +695,8 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
         env = Gate(env, args, frames_per_step=repeat)
     except (gym.error.Error, ValueError) as error:
         fail(f"--env-id {args.env_id}: {error}")
+    if env.unwrapped.get_action_meanings()[0] != "NOOP":
+        fail(f"--env-id {args.env_id}: has no NOOP action to begin its games with")
     return gym.wrappers.RecordEpisodeStatistics(IdleStart(env))
 
 

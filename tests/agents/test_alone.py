@@ -25,8 +25,8 @@ OWN = {
     "ddpg_simba_sparse": f"{CARTPOLE} {DENSE}",
     "drqv2_sparse": f"{CARTPOLE} {DENSE} --action-repeat 40",  # pictures are slow
     "stream_ac_sparse": SHORT,
-    # A game of Pong is 3,000 env steps
-    "der_impala_sparse": f"{DENSE} --total-timesteps 4000 --learning-starts 3000"
+    # A game of Pong is some 3,000 env steps
+    "der_impala_sparse": f"{DENSE} --total-timesteps 4000 --learning-starts 2400"
     " --diagnostics-interval 3600 --action-repeat 20 --batch-size 4",
 }
 
