@@ -123,7 +123,8 @@ assert np.abs(pictures[0].astype(int) - pictures[1]).max() > 50
 def test_quadrupeds_are_seen_through_camera_2():
     """In a process of its own: here dm_control may have been loaded without a renderer."""
     folder = str(Path(drq.__file__).parent)
-    succeed(call(sys.executable, "-c", CAMERAS, env=os.environ | {"PYTHONPATH": folder}))
+    env = os.environ | {"PYTHONPATH": folder, "MUJOCO_GL": "egl"}
+    succeed(call(sys.executable, "-c", CAMERAS, env=env))
 
 
 class Keys(gym.Env):
