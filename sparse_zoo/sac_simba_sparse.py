@@ -201,7 +201,7 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(hidden, eps=1e-6)  # flax's epsilon
         self.up = init_linear(hidden, 4 * hidden, he_normal=True)
-        self.relu = nn.ReLU()
+        self.relu = nn.ReLU(inplace=True)  # one large tensor less to write
         self.down = init_linear(4 * hidden, hidden, he_normal=True)
 
     def forward(self, x):
@@ -1050,52 +1050,79 @@ def layer_table(network: nn.Module) -> list[dict]:
 
 
 # === PACKED KERNELS (identical in every file that has it) ===
-REORDER = {"reassoc", "contract", "nsz"}  # sums may be vectorised; NaN and infinity pass through
+# Sums may be vectorised; NaN and infinity pass through. Four weights at a time, since what is read
+# and written beside them is then read and written a quarter as often.
+REORDER = {"reassoc", "contract", "nsz"}
 
 
 @numba.njit(parallel=True, fastmath=REORDER)
-def packed_product(pointers, col, values, x_t, y_t):
-    """y_t[row] += values[k] * x_t[col[k]] over the active weights k of each row, two at a time."""
+def packed_product(pointers, col, order, values, bias, x_t, y_t):
+    """y_t[row] = bias[row] + the sum of values[k] * x_t[col[k]] over the active weights k of row.
+
+    With order: values[order[k]]. Without bias: the sum.
+    """
     rows = len(y_t)
     for block in range((len(pointers) - 1) // rows):
         for row in numba.prange(rows):
             y = y_t[row]
+            if block == 0:
+                y[:] = 0 if bias is None else bias[row]
+            k = pointers[block * rows + row]
             end = pointers[block * rows + row + 1]
-            for k in range(pointers[block * rows + row], end, 2):
-                last = min(k + 1, end - 1)
+            while k + 4 <= end:
+                w0 = values[k if order is None else order[k]]
+                w1 = values[k + 1 if order is None else order[k + 1]]
+                w2 = values[k + 2 if order is None else order[k + 2]]
+                w3 = values[k + 3 if order is None else order[k + 3]]
                 x0 = x_t[col[k]]
-                x1 = x_t[col[last]]
-                w0 = values[k]
-                w1 = values[last] if last > k else np.float32(0)  # an odd row's last stands alone
+                x1 = x_t[col[k + 1]]
+                x2 = x_t[col[k + 2]]
+                x3 = x_t[col[k + 3]]
                 for b in range(len(y)):
-                    y[b] += w0 * x0[b] + w1 * x1[b]
+                    y[b] += w0 * x0[b] + w1 * x1[b] + w2 * x2[b] + w3 * x3[b]
+                k += 4
+            while k < end:
+                w = values[k if order is None else order[k]]
+                x = x_t[col[k]]
+                for b in range(len(y)):
+                    y[b] += w * x[b]
+                k += 1
 
 
 @numba.njit(parallel=True, fastmath=REORDER)
-def packed_gradient(pointers, col, grad_t, x_t, out):
-    """out[k] = <grad_t[row of k], x_t[col[k]]> for every active weight k, two at a time."""
+def packed_gradient(pointers, col, grad_t, x_t, grad_values, grad_bias):
+    """grad_values[k] = <grad_t[row of k], x_t[col[k]]>; grad_bias[row] = the sum of grad_t[row]."""
     rows = len(grad_t)
     for block in range((len(pointers) - 1) // rows):
         for row in numba.prange(rows):
             grad = grad_t[row]
+            if block == 0:
+                grad_bias[row] = grad.sum()
+            k = pointers[block * rows + row]
             end = pointers[block * rows + row + 1]
-            for k in range(pointers[block * rows + row], end, 2):
-                last = min(k + 1, end - 1)
+            while k + 4 <= end:
                 x0 = x_t[col[k]]
-                x1 = x_t[col[last]]
-                dot0 = np.float32(0)
-                dot1 = np.float32(0)
+                x1 = x_t[col[k + 1]]
+                x2 = x_t[col[k + 2]]
+                x3 = x_t[col[k + 3]]
+                dot0 = dot1 = dot2 = dot3 = np.float32(0)
                 for b in range(len(grad)):
                     dot0 += grad[b] * x0[b]
                     dot1 += grad[b] * x1[b]
-                out[k] = dot0
-                out[last] = dot1
-
-
-def call_numba(kernel, *tensors: torch.Tensor) -> torch.Tensor:
-    """Runs a numba kernel on the memory of CPU tensors; returns the last one, which it fills."""
-    kernel(*(tensor.detach().numpy() for tensor in tensors))
-    return tensors[-1]
+                    dot2 += grad[b] * x2[b]
+                    dot3 += grad[b] * x3[b]
+                grad_values[k] = dot0
+                grad_values[k + 1] = dot1
+                grad_values[k + 2] = dot2
+                grad_values[k + 3] = dot3
+                k += 4
+            while k < end:
+                x = x_t[col[k]]
+                dot = np.float32(0)
+                for b in range(len(grad)):
+                    dot += grad[b] * x[b]
+                grad_values[k] = dot
+                k += 1
 
 
 class PackedLinear(torch.autograd.Function):
@@ -1109,50 +1136,70 @@ class PackedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, values, bias, places):
         x_t = x.t().contiguous()  # (in, batch)
-        y_t = bias[:, None].repeat(1, len(x))  # (out, batch)
+        y = torch.empty_strided((len(x), len(bias)), (1, len(x)))  # y^T is contiguous
+        packed_product(
+            places.pointers,
+            places.col,
+            None,
+            values.detach().numpy(),
+            bias.detach().numpy(),
+            x_t.numpy(),
+            y.t().numpy(),
+        )
         ctx.save_for_backward(x_t, values)
         ctx.places = places
-        return call_numba(packed_product, places.pointers, places.col, values, x_t, y_t).t()
+        return y
 
     @staticmethod
     def backward(ctx, grad):
         x_t, values = ctx.saved_tensors
         places = ctx.places
         grad_t = grad.t().contiguous()  # (out, batch)
-        grad_x = grad_values = grad_bias = None
+        grad_x_t = grad_values = grad_bias = None
         if ctx.needs_input_grad[0]:
-            by_column = values.index_select(0, places.by_column)
-            zeros = torch.zeros_like(x_t)
-            transposed = (places.pointers_t, places.row, by_column)
-            grad_x = call_numba(packed_product, *transposed, grad_t, zeros).t()
-        if ctx.needs_input_grad[1]:
-            empty = torch.empty_like(values)
-            grad_values = call_numba(
-                packed_gradient, places.pointers, places.col, grad_t, x_t, empty
+            grad_x_t = torch.empty_like(x_t)
+            packed_product(
+                places.pointers_t,
+                places.row,
+                places.by_column,
+                values.detach().numpy(),
+                None,
+                grad_t.numpy(),
+                grad_x_t.numpy(),
             )
-        if ctx.needs_input_grad[2]:
-            grad_bias = grad_t.sum(1)
-        return grad_x, grad_values, grad_bias, None
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            grad_values = torch.empty_like(values)
+            grad_bias = torch.empty(len(grad_t))
+            packed_gradient(
+                places.pointers,
+                places.col,
+                grad_t.numpy(),
+                x_t.numpy(),
+                grad_values.numpy(),
+                grad_bias.numpy(),
+            )
+        return None if grad_x_t is None else grad_x_t.t(), grad_values, grad_bias, None
 
 
-class PackedProduct(nn.Module):
-    """Where the active weights of a layer are, by row and by column, and the product with them."""
+class PackedProduct:
+    """Where the active weights of a layer are, by row and by column, and the product with them.
+
+    int32 arrays of NumPy, which copies of a network share: they never change.
+    """
 
     def __init__(self, row: torch.Tensor, col: torch.Tensor, shape: tuple[int, int]):
-        super().__init__()
         _, pointers = sort_into_blocks(row, col, shape)
         by_column, pointers_t = sort_into_blocks(col, row, shape[::-1])  # the same for W^T
-        places = {
-            "pointers": pointers,
-            "col": col,
-            "pointers_t": pointers_t,
-            "row": row[by_column],
-            "by_column": by_column,
-        }
-        for name, tensor in places.items():
-            self.register_buffer(name, tensor.int(), persistent=False)
+        self.pointers = pointers.int().numpy()
+        self.col = col.int().numpy()
+        self.pointers_t = pointers_t.int().numpy()
+        self.row = row[by_column].int().numpy()
+        self.by_column = by_column.int().numpy()
 
-    def forward(self, x: torch.Tensor, values: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    def __deepcopy__(self, memo: dict) -> "PackedProduct":
+        return self
+
+    def __call__(self, x: torch.Tensor, values: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         """(batch, in) -> (batch, out)"""
         return PackedLinear.apply(x, values, bias, self)
 
@@ -1191,7 +1238,7 @@ def run_and_record(encoder: nn.Module, inputs: torch.Tensor) -> tuple[torch.Tens
             outputs = relu_outputs
         else:
             continue
-        hook = lambda _, __, output, outputs=outputs: outputs.append(output)  # noqa: E731
+        hook = lambda _, __, output, outputs=outputs: outputs.append(output.clone())  # noqa: E731
         handles.append(module.register_forward_hook(hook))
     with torch.no_grad():
         features = encoder(inputs)

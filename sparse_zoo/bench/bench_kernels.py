@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import timing
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -46,19 +47,22 @@ def products(args: Args) -> dict[str, Callable]:
     sac.BLOCK = in_features + out_features  # one block: rows in order, as in a CSR matrix
     plain = sac.SparseLinear(dense, active, sac.PackedProduct)
     values = plain.values.detach()
-    pointers = plain.product.pointers
-    columns = plain.product.col
+    pointers = torch.from_numpy(plain.product.pointers)
+    columns = torch.from_numpy(plain.product.col)
     csr = torch.sparse_csr_tensor(pointers, columns, values, args.shape)
 
     def forward(layer):
-        y_t = torch.zeros(out_features, args.batch_size)
+        y_t = np.empty((out_features, args.batch_size), np.float32)
         places = (layer.product.pointers, layer.product.col)
-        return sac.call_numba(sac.packed_product, *places, layer.values, x_t, y_t)
+        sac.packed_product(*places, None, values.numpy(), None, x_t.numpy(), y_t)
+        return y_t
 
     def gradient(layer):
-        out = torch.empty(count)
+        grad_values = np.empty(count, np.float32)
+        grad_bias = np.empty(out_features, np.float32)
         places = (layer.product.pointers, layer.product.col)
-        return sac.call_numba(sac.packed_gradient, *places, grad_t, x_t, out)
+        sac.packed_gradient(*places, grad_t.numpy(), x_t.numpy(), grad_values, grad_bias)
+        return grad_values
 
     def embedding_bag():
         return F.embedding_bag(

@@ -24,6 +24,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from multiprocessing.connection import Connection
 from typing import Annotated, Literal
@@ -175,21 +176,19 @@ def profile(args: Args) -> None:
     """Prints the CPU ms of our update that go to each kernel, by layer size; and the rest."""
     module = timing.import_agent(f"{args.agent}_simba_sparse")
     update, _ = build(replace(args, threads=1), "ours")
-    call = module.call_numba
     spent = Counter()
     calls = Counter()
 
-    def timed(kernel, *tensors):
+    def timed(kernel: Callable, pointers, col, *arrays) -> None:
         start = time.process_time()
-        result = call(kernel, *tensors)
-        weights = max(len(tensor) for tensor in tensors if tensor.dim() == 1)
-        key = f"{kernel.__name__}, {weights:,} weights"
+        kernel(pointers, col, *arrays)
+        key = f"{kernel.__name__}, {len(col):,} weights"
         spent[key] += 1000 * (time.process_time() - start) / args.turns
         calls[key] += 1
-        return result
 
     update()
-    module.call_numba = timed
+    for kernel in (module.packed_product, module.packed_gradient):
+        setattr(module, kernel.__name__, partial(timed, kernel))
     total = timing.measure(update, time.process_time, args.turns)
     spent["everything else"] = total - sum(spent.values())
     calls["everything else"] = args.turns
