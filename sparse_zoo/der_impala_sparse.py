@@ -85,6 +85,7 @@ from scipy.stats import trim_mean
 from torch.func import functional_call
 from torch.nn.utils import get_total_norm
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 
@@ -1549,12 +1550,25 @@ def set_up_process(args) -> None:
 
 
 def run_folder(args) -> Path:
-    """runs/<env>__<exp_name>__<hash>__s<seed>; the hash covers the other flags of the results."""
-    flags = result_flags(args)
-    digest = hashlib.sha256(json.dumps({**flags, "seed": None}, sort_keys=True).encode())
-    env = args.env_id.replace("/", "-").replace(":", "-")
-    name = f"{env}__{args.exp_name}__{digest.hexdigest()[:8]}__s{args.seed}"
-    return Path(args.runs_dir).expanduser() / name
+    """runs/<env>__<exp_name>__w<width>[__d<depth>]__s<sparsity>__<hash>__seed<seed>.
+
+    The hash covers the flags that change results, but for the seed and flags that are None: so a
+    new flag that is None by default does not rename older runs.
+    """
+    flags = {name: value for name, value in result_flags(args).items() if value is not None}
+    del flags["seed"]
+    digest = hashlib.sha256(json.dumps(flags, sort_keys=True).encode())
+    parts = [
+        args.env_id.replace("/", "-").replace(":", "-"),
+        args.exp_name,
+        f"w{args.width_scale:.12g}",
+        f"s{args.sparsity:.12g}",
+        digest.hexdigest()[:8],
+        f"seed{args.seed}",
+    ]
+    if args.depth_scale != 1:
+        parts.insert(3, f"d{args.depth_scale}")
+    return Path(args.runs_dir).expanduser() / "__".join(parts)
 
 
 def result_flags(args) -> dict:
@@ -1722,6 +1736,7 @@ class Run:
         if not resumed:
             self.write_rows("env_step,agent_step,update_step,metric,value\n")
         self.tensorboard = SummaryWriter(self.folder, purge_step=self.env_step + resumed)
+        write_flags(self.tensorboard, self.args)
         self.wandb = start_wandb(self.folder, self.args, resumed) if self.args.track else None
         self.saved_step = self.env_step
         total = self.args.total_timesteps
@@ -1907,6 +1922,17 @@ def write_args(folder: Path, args, layers: dict[str, list[dict]]) -> None:
         "layers": layers,
     }
     (folder / "args.json").write_text(json.dumps(record, indent=1))
+
+
+def write_flags(tensorboard: SummaryWriter, args) -> None:
+    """The flags in TensorBoard: a table under TEXT, and columns under HPARAMS to filter runs by."""
+    flags = asdict(args)
+    rows = "".join(f"| {name} | `{value}` |\n" for name, value in flags.items())
+    tensorboard.add_text("flags", f"| flag | value |\n|---|---|\n{rows}")
+    metrics = dict.fromkeys(["final/return_mean", "eval/return_mean"])
+    experiment, start, _ = hparams(flags, metrics)
+    for part in (experiment, start):  # in this run's own file; add_hparams would open another run
+        tensorboard.file_writer.add_summary(part)
 
 
 def start_wandb(folder: Path, args, resume: bool):

@@ -19,7 +19,8 @@ OTHER_PROGRAMS = {
     "--seeds",
     "--requeue",
     "--dist",
-}  # tyro to pytest-xdist
+    "--logdir",
+}  # tyro to pytest-xdist, TensorBoard
 
 
 def flags_of(script: Path) -> set[str]:

@@ -28,6 +28,7 @@ from conftest import (
     succeed,
 )
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 FILES = {
     "cartpole": "sac_simba",
@@ -95,7 +96,7 @@ def leaves(node, path: str = "") -> dict:
 def load(run_dir: Path) -> dict:
     state = leaves(load_checkpoint(run_dir))
     del state["/args/runs_dir"]
-    del state["/counters/3"]  # the length of metrics.csv, in which speeds vary
+    del state["/counters/3"], state["/counters/4"]  # metrics.csv, in which speeds vary
     return state
 
 
@@ -160,6 +161,12 @@ def test_killed_and_resumed_equals_uninterrupted(reference, tmp_path):
         ]
         logged = [row for row in rows if row["metric"] == name]
         assert [(int(row["env_step"]), float(row["value"])) for row in logged] == points
+
+    (table,) = tensorboard.Tensors("flags/text_summary")[-1].tensor_proto.string_val
+    assert b"| width_scale | `0.125` |" in table
+    metadata = tensorboard.PluginTagToContent("hparams")["_hparams_/session_start_info"]
+    hparams = HParamsPluginData.FromString(metadata).session_start_info.hparams
+    assert hparams["sparsity"].number_value == 0.8
 
     ours, theirs = load(resumed), load(expected)
     assert ours.keys() == theirs.keys()
