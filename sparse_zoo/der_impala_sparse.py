@@ -109,7 +109,12 @@ class Args:
     resume: bool = True
     """go on from the run's checkpoint; --no-resume moves the old run aside and starts afresh"""
     eval_only: bool = False
-    """evaluate this command's checkpoint for its --final-eval-episodes games and stop"""
+    """evaluate the checkpoint of these flags for --final-eval-episodes games and stop"""
+    run_dir: Annotated[str | None, "x and eval_only"] = None
+    """with --eval-only: the run in this folder, with the flags of its training"""
+    init_from: str | None = None
+    """folder of a run whose networks a new run starts with (the same shapes and sparsity);
+    optimisers and replay start afresh"""
     capture_video: bool = False
     """film the first game of the last evaluation (or of --eval-only) as mp4"""
 
@@ -122,6 +127,8 @@ class Args:
     """env steps of training (emulator frames, action repeat included)"""
     max_episode_steps: Annotated[int | None, "x >= 1"] = None
     """env steps after which an episode is cut off (default: the environment's own limit)"""
+    env_kwargs: str | None = None
+    """arguments of the environment as JSON, such as '{"difficulty": 1}'"""
     sticky_actions: Annotated[float, "0 <= x < 1"] = 0.0
     """probability that the emulator repeats the last action (0.25 in ALE's own protocol)"""
     terminal_on_life_loss: bool = True
@@ -678,12 +685,28 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
             disable_env_checker=True,
             frameskip=1,  # AtariPreprocessing repeats the actions
             repeat_action_probability=args.sticky_actions,
+            **read_env_kwargs(args),
         )
         env = gym.wrappers.AtariPreprocessing(env, frame_skip=args.action_repeat, screen_size=SIZE)
         env = Gate(env, args, frames_per_step=args.action_repeat)
     except (gym.error.Error, ValueError) as error:
         fail(f"--env-id {args.env_id}: {error}")
     return gym.wrappers.RecordEpisodeStatistics(env)
+
+
+def load_policy(run_dir: str | Path, render_mode: str | None = None) -> tuple[Callable, gym.Env]:
+    """The policy of a trained run without noise, obs -> action, and its environment."""
+    run = open_run(run_dir, render_mode)
+    env = make_env(run.args, render_mode)
+    env = gym.wrappers.FrameStackObservation(env, STACK, padding_type="zero")
+    agent = Agent(run.args, int(env.action_space.n), torch.device("cpu"))
+    run.load({"network": agent.network})
+
+    def policy(frames: np.ndarray) -> int:
+        """frames (STACK, SIZE, SIZE), the newest last"""
+        return act(agent, np.stack(frames, -1))
+
+    return policy, env
 
 
 def train(args: Args) -> None:
@@ -795,12 +818,16 @@ EXECUTION_FLAGS = {
     "runs_dir",
     "resume",
     "eval_only",
+    "run_dir",
     "capture_video",
     "sparse_kernel",
     "track",
     "wandb_project",
     "wandb_entity",
 }
+
+# The replay's file depends on --total-timesteps, and is deleted at the end: more is another run.
+LONGER_GOES_ON = False
 
 
 # A compiled loop of the replay
@@ -827,6 +854,17 @@ GYMNASIUM = (
 )
 
 
+def read_env_kwargs(args) -> dict:
+    """The arguments of --env-kwargs."""
+    try:
+        kwargs = json.loads(args.env_kwargs or "{}")
+    except ValueError:
+        kwargs = None
+    if not isinstance(kwargs, dict):
+        fail(f"--env-kwargs {args.env_kwargs} is no JSON of the form " + '{"name": value}')
+    return kwargs
+
+
 def fail_in_environment(args, where: str, error: Exception) -> NoReturn:
     """One line for an error in code from elsewhere; its traceback goes to a file."""
     folder = run_folder(args)
@@ -841,6 +879,8 @@ def fail_in_environment(args, where: str, error: Exception) -> NoReturn:
         hint = f"; {GYMNASIUM}"
     elif "GL" in reason:
         hint = f"; MUJOCO_GL={os.environ.get('MUJOCO_GL')}, and to draw it must be egl or osmesa"
+    elif args.env_kwargs and not where:
+        hint = f"; --env-kwargs {args.env_kwargs}"
     name = type(error).__name__
     fail(f"--env-id {args.env_id}: {where}{name}: {reason}{hint} (traceback in {path})")
 
@@ -1541,6 +1581,8 @@ def ignore_disk_errors(failure) -> None:
 def set_up_process(args) -> None:
     """Checks the flags; seeds the global generators; makes Ctrl-C end with one line."""
     check_flags(args)
+    if args.run_dir:
+        take_flags(args)
     threading.excepthook = ignore_disk_errors
     random.seed(args.seed)
     np.random.seed(args.seed)
@@ -1558,6 +1600,8 @@ def run_folder(args) -> Path:
     flags = {name: value for name, value in result_flags(args).items() if value is not None}
     del flags["seed"]
     digest = hashlib.sha256(json.dumps(flags, sort_keys=True).encode())
+    if args.run_dir:
+        return Path(args.run_dir).expanduser()
     parts = [
         args.env_id.replace("/", "-").replace(":", "-"),
         args.exp_name,
@@ -1572,8 +1616,60 @@ def run_folder(args) -> Path:
 
 
 def result_flags(args) -> dict:
-    """The flags that change results."""
-    return {name: value for name, value in asdict(args).items() if name not in EXECUTION_FLAGS}
+    """The flags that tell runs apart."""
+    others = EXECUTION_FLAGS | ({"total_timesteps"} if LONGER_GOES_ON else set())
+    return {name: value for name, value in asdict(args).items() if name not in others}
+
+
+def take_flags(args) -> None:
+    """With --run-dir: the flags that change results become those of its run.
+
+    --final-eval-episodes stays where it was given. Ends the program if another was given that the
+    run does not have.
+    """
+    path = Path(args.run_dir).expanduser() / "args.json"
+    try:
+        made_with = dict(json.loads(path.read_text())["args"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        fail(f"--run-dir {args.run_dir}: cannot read {path} ({type(error).__name__})")
+    for name in made_with.keys() & ({"total_timesteps"} | result_flags(args).keys()):
+        value = getattr(args, name)
+        if value == getattr(type(args), name):  # the default: it was not given
+            setattr(args, name, made_with[name])
+        elif value != made_with[name] and name != "final_eval_episodes":
+            flag = f"--{name.replace('_', '-')}"
+            fail(f"--run-dir {args.run_dir}: made with {flag} {made_with[name]}, not {value}")
+    check_flags(args)
+
+
+def describe_nearest(args) -> str:
+    """The run in --runs-dir that differs least from these flags, and in which of them."""
+    found = []
+    for path in sorted(Path(args.runs_dir).expanduser().glob("*/args.json")):
+        try:
+            made_with = json.loads(path.read_text())["args"]
+            same_agent = made_with["exp_name"] == args.exp_name
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if same_agent:
+            differing = [
+                f"--{name.replace('_', '-')} {made_with.get(name)} (not {value})"
+                for name, value in result_flags(args).items()
+                if made_with.get(name) != value
+            ]
+            found.append((len(differing), path.parent, differing))
+    if not found:
+        return "train first, same flags"
+    _, folder, differing = min(found)
+    return f"{folder} has {', '.join(differing)}; --run-dir {folder} evaluates it"
+
+
+def open_run(run_dir: str | Path, render_mode: str | None = None):
+    """A trained run, to be read in Python."""
+    filming = render_mode is not None
+    args = Args(run_dir=str(run_dir), eval_only=True, capture_video=filming, device="cpu")
+    take_flags(args)
+    return Run(args, getattr(args, "action_repeat", 1))
 
 
 def file_digest() -> str:
@@ -1601,6 +1697,10 @@ class Run:
         self.lock = None
         self.checkpoint = self.open_folder()
         if self.checkpoint and self.checkpoint["finished"] and not args.eval_only:
+            made_with = self.checkpoint.get("args", vars(args))
+            if made_with["total_timesteps"] < args.total_timesteps:
+                self.go_back_before_the_end()
+                return
             for leftover in self.folder.glob("replay.*"):  # by a kill after the last checkpoint
                 leftover.unlink()
             print(
@@ -1608,6 +1708,31 @@ class Run:
                 "(--no-resume runs it again; a changed file needs another --exp-name)"
             )
             sys.exit(0)
+
+    def go_back_before_the_end(self) -> None:
+        """Makes a finished run one that can go on: as it was before its last evaluation.
+
+        The results of this evaluation are kept, in a copy of metrics.csv.
+        """
+        path = self.folder / "checkpoint.previous.pt"
+        end = self.checkpoint["counters"][0]
+        try:
+            self.checkpoint = read_checkpoint(path)
+            if self.checkpoint["counters"][0] != end:
+                raise ValueError("it is older")
+        except Exception as error:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            fail(f"cannot go on from before the last evaluation of {self.folder} ({reason})")
+        metrics = self.folder / "metrics.csv"
+        steps, agent_steps, updates = end * self.action_repeat, *self.checkpoint["counters"][:2]
+        last = f"\n{steps},{agent_steps},{updates},episode/length,"
+        if last not in metrics.read_text():
+            print(
+                f"note: at env step {steps} the shorter run stopped within an episode. A new one "
+                "begins there, so results are not those of a run that was longer from the start"
+            )
+        shutil.copy(metrics, self.folder / f"metrics_{steps}.csv")
+        os.replace(path, self.folder / "checkpoint.pt")
 
     @property
     def env_step(self) -> int:
@@ -1637,7 +1762,7 @@ class Run:
         if not path.exists():
             if args.eval_only:
                 fail(
-                    f"nothing to evaluate: no checkpoint in {self.folder}; train first, same flags"
+                    f"nothing to evaluate: no checkpoint in {self.folder}; {describe_nearest(args)}"
                 )
             return {"finished": True} if finished else None
         try:
@@ -1650,8 +1775,14 @@ class Run:
             if finished:
                 fail(f"{reason}; the run is finished, and its results are in {metrics}")
             fail(f"{reason}; if it is damaged, delete it to go on from the one before")
+        reached = checkpoint["counters"][0]
+        if (reached - 1) * self.action_repeat >= args.total_timesteps:
+            fail(
+                f"{self.folder} has {reached * self.action_repeat} env steps already, "
+                f"more than --total-timesteps {args.total_timesteps}"
+            )
         for name, value in result_flags(args).items():
-            if made_with.get(name) != value:
+            if made_with.get(name) != value and not args.run_dir:
                 flag = name.replace("_", "-")
                 made = made_with.get(name)
                 fail(f"{path} was made with --{flag} {made}, not {value}; move it away")
@@ -1700,16 +1831,10 @@ class Run:
     def restore(self, parts: dict) -> None:
         """Gives the parts, the counters and the generators what the checkpoint holds, if any."""
         if self.checkpoint is None:
+            if self.args.init_from:
+                self.start_from_networks(parts)
             return
-        for name, part in parts.items():
-            try:
-                part.load_state_dict(self.checkpoint.pop(name))
-            except Exception as error:
-                reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-                fail(
-                    f"{self.folder}: {name} in the checkpoint does not fit ({reason}); "
-                    "a changed file needs another --exp-name"
-                )
+        self.load(parts)
         restore_generators(self.checkpoint["generators"])
         counters = self.checkpoint["counters"]
         self.agent_step, self.update_step, self.episode, self.csv_bytes, digest = counters
@@ -1721,6 +1846,30 @@ class Run:
                 f"{path} is not what was written before the checkpoint; "
                 "bring it back, or start with --no-resume"
             )
+
+    def load(self, parts: dict) -> None:
+        """Gives the parts what the checkpoint holds of them."""
+        for name, part in parts.items():
+            try:
+                part.load_state_dict(self.checkpoint.pop(name))
+            except Exception as error:
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                fail(
+                    f"{self.folder}: {name} in the checkpoint does not fit ({reason}); "
+                    "a changed file needs another --exp-name"
+                )
+
+    def start_from_networks(self, parts: dict) -> None:
+        """Gives the networks, and the statistics of observations, what --init-from has learned."""
+        path = Path(self.args.init_from).expanduser() / "checkpoint.pt"
+        try:
+            learned = read_checkpoint(path)
+            for name, part in parts.items():
+                if isinstance(part, nn.Module) or name == "norm":
+                    part.load_state_dict(learned[name])
+        except Exception as error:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            fail(f"--init-from {self.args.init_from}: {path} does not fit ({reason})")
 
     def begin(self, layers: dict[str, list[dict]]) -> None:
         """Prints the layer tables, writes args.json, and opens metrics.csv and the progress bar."""

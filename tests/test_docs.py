@@ -20,7 +20,9 @@ OTHER_PROGRAMS = {
     "--requeue",
     "--dist",
     "--logdir",
-}  # tyro to pytest-xdist, TensorBoard
+    "--array",
+    "--cpus-per-task",
+}  # tyro to pytest-xdist, TensorBoard, Slurm
 
 
 def flags_of(script: Path) -> set[str]:
