@@ -1962,6 +1962,8 @@ class Run:
         self.csv.close()
         self.tensorboard.close()
         if self.wandb:
+            for film in self.folder.glob("videos/final.mp4"):
+                self.wandb.save(film, base_path=self.folder, policy="now")
             self.wandb.finish()
         self.bar.close()
         draw_learning_curve(self.folder, self.args.env_id)
@@ -2100,6 +2102,7 @@ def start_wandb(folder: Path, args, resume: bool):
     except wandb.Error as error:
         fail(f"--track: {error}")
     tracked.define_metric("*", step_metric="env_step")
+    tracked.log_code(str(Path(__file__).parent), include_fn=lambda path: path == __file__)
     return tracked
 
 

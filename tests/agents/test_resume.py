@@ -371,10 +371,13 @@ def test_second_process_on_a_run_may_evaluate_but_not_train(main, tmp_path):
 
 
 def test_track_offline(tmp_path):
-    short = ("--total-timesteps", "200", "--learning-starts", "100", "--track")
-    finish("hopper", tmp_path, *short, WANDB_MODE="offline")
+    short = ("--total-timesteps", "200", "--learning-starts", "100", "--track", "--capture-video")
+    finish("hopper", tmp_path, *short, WANDB_MODE="offline", MUJOCO_GL="egl")
     (record,) = only_run(tmp_path).rglob("*.wandb")
     logged = record.read_bytes()
     names = {row["metric"] for row in read_metrics(only_run(tmp_path))}
     assert {"eval/return_mean", "final/return_mean", "losses/critic_loss"} <= names
     assert all(name.encode() in logged for name in names)
+    assert b"videos/final.mp4" in logged and b"sac_simba_sparse.py" in logged
+    (film,) = only_run(tmp_path).glob("wandb/offline-run-*/files/videos/final.mp4")
+    assert film.stat().st_size > 1000
