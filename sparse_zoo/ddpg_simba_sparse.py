@@ -56,6 +56,7 @@ import os
 import platform
 import random
 import re
+import shutil
 import subprocess
 import tempfile
 import threading
@@ -82,6 +83,7 @@ from matplotlib.figure import Figure
 from scipy.stats import trim_mean
 from torch.nn.utils import get_total_norm
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 
@@ -103,7 +105,12 @@ class Args:
     resume: bool = True
     """go on from the run's checkpoint; --no-resume moves the old run aside and starts afresh"""
     eval_only: bool = False
-    """evaluate this command's checkpoint for its --final-eval-episodes episodes and stop"""
+    """evaluate the checkpoint of these flags for --final-eval-episodes episodes and stop"""
+    run_dir: Annotated[str | None, "x and eval_only"] = None
+    """with --eval-only: the run in this folder, with the flags of its training"""
+    init_from: str | None = None
+    """folder of a run whose networks a new run starts with (the same shapes and sparsity);
+    optimisers and replay start afresh"""
     capture_video: bool = False
     """film the first episode of the last evaluation (or of --eval-only) as mp4"""
 
@@ -117,6 +124,8 @@ class Args:
     """env steps of training (simulator frames, action repeat included)"""
     max_episode_steps: Annotated[int | None, "x >= 1"] = None
     """env steps after which an episode is cut off (default: the environment's own limit)"""
+    env_kwargs: str | None = None
+    """arguments of the environment as JSON, such as '{"reset_noise_scale": 0.2}'"""
 
     # Algorithm (Table 3 of the paper)
     learning_starts: Annotated[int, "x >= 0"] = 10_000
@@ -504,6 +513,19 @@ def default_gamma(env: gym.Env, action_repeat: int) -> float:
     return min(max(gamma, 0.95), 0.995)
 
 
+def load_policy(run_dir: str | Path, render_mode: str | None = None) -> tuple[Callable, gym.Env]:
+    """The policy of a trained run without noise, obs -> action, and its environment."""
+    run = open_run(run_dir, render_mode)
+    env = make_env(run.args, render_mode)
+    (obs_dim,) = env.observation_space.shape
+    (action_dim,) = env.action_space.shape
+    device = torch.device("cpu")
+    agent = Agent(run.args, obs_dim, action_dim, device)
+    norm = ObservationNorm(obs_dim, device)
+    run.load({"actor": agent.actor, "norm": norm})
+    return partial(act, agent, norm), env
+
+
 def train(args: Args) -> None:
     """A whole run: trains, evaluates, measures and saves, or goes on where it was stopped."""
     set_up_process(args)
@@ -559,6 +581,10 @@ def train(args: Args) -> None:
             obs, _ = env.reset(seed=derive_seed(args.seed, TRAIN, run.episode))
             run.episode += 1
 
+        # Reset, not at the very end, where it would lose the trained agent
+        if run.due(args.reset_interval) and run.agent_step >= max(learning_starts, 1):
+            agent = Agent(args, obs_dim, action_dim, device)
+
         # Act: at random at first, then by the policy
         norm.update(obs)
         if run.agent_step < learning_starts:
@@ -594,10 +620,6 @@ def train(args: Args) -> None:
             noises = args.exploration_noise * noises.to(device)
             run.log("diagnostics", diagnose(agent, batch, *noises, gamma))
 
-        # Reset, after measuring; not at the very end, where it would lose the trained agent
-        if run.due(args.reset_interval) and learning_starts <= run.agent_step < total_steps:
-            agent = Agent(args, obs_dim, action_dim, device)
-
         if episode_over:
             run.log_episode(info["episode"], losses)
 
@@ -613,6 +635,7 @@ EXECUTION_FLAGS = {
     "runs_dir",
     "resume",
     "eval_only",
+    "run_dir",
     "capture_video",
     "sparse_kernel",
     "track",
@@ -620,6 +643,9 @@ EXECUTION_FLAGS = {
     "wandb_entity",
     "checkpoint_interval",
 }
+
+# Nothing here depends on --total-timesteps: a run that is asked for more goes on.
+LONGER_GOES_ON = True
 
 
 # Appendix: the same in every file that has it
@@ -630,6 +656,17 @@ GYMNASIUM = (
     "in Gymnasium 1.x, reset returns (observation, info) "
     "and step (observation, reward, terminated, truncated, info)"
 )
+
+
+def read_env_kwargs(args) -> dict:
+    """The arguments of --env-kwargs."""
+    try:
+        kwargs = json.loads(args.env_kwargs or "{}")
+    except ValueError:
+        kwargs = None
+    if not isinstance(kwargs, dict):
+        fail(f"--env-kwargs {args.env_kwargs} is no JSON of the form " + '{"name": value}')
+    return kwargs
 
 
 def fail_in_environment(args, where: str, error: Exception) -> NoReturn:
@@ -646,6 +683,8 @@ def fail_in_environment(args, where: str, error: Exception) -> NoReturn:
         hint = f"; {GYMNASIUM}"
     elif "GL" in reason:
         hint = f"; MUJOCO_GL={os.environ.get('MUJOCO_GL')}, and to draw it must be egl or osmesa"
+    elif args.env_kwargs and not where:
+        hint = f"; --env-kwargs {args.env_kwargs}"
     name = type(error).__name__
     fail(f"--env-id {args.env_id}: {where}{name}: {reason}{hint} (traceback in {path})")
 
@@ -760,6 +799,7 @@ def open_env(args, render_mode: str | None = None) -> gym.Env:
             args.env_id,
             max_episode_steps=args.max_episode_steps,
             disable_env_checker=True,
+            **read_env_kwargs(args),
             **filming,
         )
         if filming:  # what cannot be filmed fails now, not after training
@@ -1395,6 +1435,8 @@ def ignore_disk_errors(failure) -> None:
 def set_up_process(args) -> None:
     """Checks the flags; seeds the global generators; makes Ctrl-C end with one line."""
     check_flags(args)
+    if args.run_dir:
+        take_flags(args)
     threading.excepthook = ignore_disk_errors
     random.seed(args.seed)
     np.random.seed(args.seed)
@@ -1404,17 +1446,84 @@ def set_up_process(args) -> None:
 
 
 def run_folder(args) -> Path:
-    """runs/<env>__<exp_name>__<hash>__s<seed>; the hash covers the other flags of the results."""
-    flags = result_flags(args)
-    digest = hashlib.sha256(json.dumps({**flags, "seed": None}, sort_keys=True).encode())
-    env = args.env_id.replace("/", "-").replace(":", "-")
-    name = f"{env}__{args.exp_name}__{digest.hexdigest()[:8]}__s{args.seed}"
-    return Path(args.runs_dir).expanduser() / name
+    """runs/<env>__<exp_name>__w<width>[__d<depth>]__s<sparsity>__<hash>__seed<seed>.
+
+    The hash covers the flags that change results, but for the seed and flags that are None: so a
+    new flag that is None by default does not rename older runs.
+    """
+    flags = {name: value for name, value in result_flags(args).items() if value is not None}
+    del flags["seed"]
+    digest = hashlib.sha256(json.dumps(flags, sort_keys=True).encode())
+    if args.run_dir:
+        return Path(args.run_dir).expanduser()
+    parts = [
+        args.env_id.replace("/", "-").replace(":", "-"),
+        args.exp_name,
+        f"w{args.width_scale:.12g}",
+        f"s{args.sparsity:.12g}",
+        digest.hexdigest()[:8],
+        f"seed{args.seed}",
+    ]
+    if args.depth_scale != 1:
+        parts.insert(3, f"d{args.depth_scale}")
+    return Path(args.runs_dir).expanduser() / "__".join(parts)
 
 
 def result_flags(args) -> dict:
-    """The flags that change results."""
-    return {name: value for name, value in asdict(args).items() if name not in EXECUTION_FLAGS}
+    """The flags that tell runs apart."""
+    others = EXECUTION_FLAGS | ({"total_timesteps"} if LONGER_GOES_ON else set())
+    return {name: value for name, value in asdict(args).items() if name not in others}
+
+
+def take_flags(args) -> None:
+    """With --run-dir: the flags that change results become those of its run.
+
+    --final-eval-episodes stays where it was given. Ends the program if another was given that the
+    run does not have.
+    """
+    path = Path(args.run_dir).expanduser() / "args.json"
+    try:
+        made_with = dict(json.loads(path.read_text())["args"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        fail(f"--run-dir {args.run_dir}: cannot read {path} ({type(error).__name__})")
+    for name in made_with.keys() & ({"total_timesteps"} | result_flags(args).keys()):
+        value = getattr(args, name)
+        if value == getattr(type(args), name):  # the default: it was not given
+            setattr(args, name, made_with[name])
+        elif value != made_with[name] and name != "final_eval_episodes":
+            flag = f"--{name.replace('_', '-')}"
+            fail(f"--run-dir {args.run_dir}: made with {flag} {made_with[name]}, not {value}")
+    check_flags(args)
+
+
+def describe_nearest(args) -> str:
+    """The run in --runs-dir that differs least from these flags, and in which of them."""
+    found = []
+    for path in sorted(Path(args.runs_dir).expanduser().glob("*/args.json")):
+        try:
+            made_with = json.loads(path.read_text())["args"]
+            same_agent = made_with["exp_name"] == args.exp_name
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if same_agent:
+            differing = [
+                f"--{name.replace('_', '-')} {made_with.get(name)} (not {value})"
+                for name, value in result_flags(args).items()
+                if made_with.get(name) != value
+            ]
+            found.append((len(differing), path.parent, differing))
+    if not found:
+        return "train first, same flags"
+    _, folder, differing = min(found)
+    return f"{folder} has {', '.join(differing)}; --run-dir {folder} evaluates it"
+
+
+def open_run(run_dir: str | Path, render_mode: str | None = None):
+    """A trained run, to be read in Python."""
+    filming = render_mode is not None
+    args = Args(run_dir=str(run_dir), eval_only=True, capture_video=filming, device="cpu")
+    take_flags(args)
+    return Run(args, getattr(args, "action_repeat", 1))
 
 
 def file_digest() -> str:
@@ -1442,6 +1551,10 @@ class Run:
         self.lock = None
         self.checkpoint = self.open_folder()
         if self.checkpoint and self.checkpoint["finished"] and not args.eval_only:
+            made_with = self.checkpoint.get("args", vars(args))
+            if made_with["total_timesteps"] < args.total_timesteps:
+                self.go_back_before_the_end()
+                return
             for leftover in self.folder.glob("replay.*"):  # by a kill after the last checkpoint
                 leftover.unlink()
             print(
@@ -1449,6 +1562,31 @@ class Run:
                 "(--no-resume runs it again; a changed file needs another --exp-name)"
             )
             sys.exit(0)
+
+    def go_back_before_the_end(self) -> None:
+        """Makes a finished run one that can go on: as it was before its last evaluation.
+
+        The results of this evaluation are kept, in a copy of metrics.csv.
+        """
+        path = self.folder / "checkpoint.previous.pt"
+        end = self.checkpoint["counters"][0]
+        try:
+            self.checkpoint = read_checkpoint(path)
+            if self.checkpoint["counters"][0] != end:
+                raise ValueError("it is older")
+        except Exception as error:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            fail(f"cannot go on from before the last evaluation of {self.folder} ({reason})")
+        metrics = self.folder / "metrics.csv"
+        steps, agent_steps, updates = end * self.action_repeat, *self.checkpoint["counters"][:2]
+        last = f"\n{steps},{agent_steps},{updates},episode/length,"
+        if last not in metrics.read_text():
+            print(
+                f"note: at env step {steps} the shorter run stopped within an episode. A new one "
+                "begins there, so results are not those of a run that was longer from the start"
+            )
+        shutil.copy(metrics, self.folder / f"metrics_{steps}.csv")
+        os.replace(path, self.folder / "checkpoint.pt")
 
     @property
     def env_step(self) -> int:
@@ -1478,7 +1616,7 @@ class Run:
         if not path.exists():
             if args.eval_only:
                 fail(
-                    f"nothing to evaluate: no checkpoint in {self.folder}; train first, same flags"
+                    f"nothing to evaluate: no checkpoint in {self.folder}; {describe_nearest(args)}"
                 )
             return {"finished": True} if finished else None
         try:
@@ -1491,8 +1629,14 @@ class Run:
             if finished:
                 fail(f"{reason}; the run is finished, and its results are in {metrics}")
             fail(f"{reason}; if it is damaged, delete it to go on from the one before")
+        reached = checkpoint["counters"][0]
+        if (reached - 1) * self.action_repeat >= args.total_timesteps:
+            fail(
+                f"{self.folder} has {reached * self.action_repeat} env steps already, "
+                f"more than --total-timesteps {args.total_timesteps}"
+            )
         for name, value in result_flags(args).items():
-            if made_with.get(name) != value:
+            if made_with.get(name) != value and not args.run_dir:
                 flag = name.replace("_", "-")
                 made = made_with.get(name)
                 fail(f"{path} was made with --{flag} {made}, not {value}; move it away")
@@ -1541,16 +1685,10 @@ class Run:
     def restore(self, parts: dict) -> None:
         """Gives the parts, the counters and the generators what the checkpoint holds, if any."""
         if self.checkpoint is None:
+            if self.args.init_from:
+                self.start_from_networks(parts)
             return
-        for name, part in parts.items():
-            try:
-                part.load_state_dict(self.checkpoint.pop(name))
-            except Exception as error:
-                reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-                fail(
-                    f"{self.folder}: {name} in the checkpoint does not fit ({reason}); "
-                    "a changed file needs another --exp-name"
-                )
+        self.load(parts)
         restore_generators(self.checkpoint["generators"])
         counters = self.checkpoint["counters"]
         self.agent_step, self.update_step, self.episode, self.csv_bytes, digest = counters
@@ -1562,6 +1700,30 @@ class Run:
                 f"{path} is not what was written before the checkpoint; "
                 "bring it back, or start with --no-resume"
             )
+
+    def load(self, parts: dict) -> None:
+        """Gives the parts what the checkpoint holds of them."""
+        for name, part in parts.items():
+            try:
+                part.load_state_dict(self.checkpoint.pop(name))
+            except Exception as error:
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                fail(
+                    f"{self.folder}: {name} in the checkpoint does not fit ({reason}); "
+                    "a changed file needs another --exp-name"
+                )
+
+    def start_from_networks(self, parts: dict) -> None:
+        """Gives the networks, and the statistics of observations, what --init-from has learned."""
+        path = Path(self.args.init_from).expanduser() / "checkpoint.pt"
+        try:
+            learned = read_checkpoint(path)
+            for name, part in parts.items():
+                if isinstance(part, nn.Module) or name == "norm":
+                    part.load_state_dict(learned[name])
+        except Exception as error:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            fail(f"--init-from {self.args.init_from}: {path} does not fit ({reason})")
 
     def begin(self, layers: dict[str, list[dict]]) -> None:
         """Prints the layer tables, writes args.json, and opens metrics.csv and the progress bar."""
@@ -1577,6 +1739,7 @@ class Run:
         if not resumed:
             self.write_rows("env_step,agent_step,update_step,metric,value\n")
         self.tensorboard = SummaryWriter(self.folder, purge_step=self.env_step + resumed)
+        write_flags(self.tensorboard, self.args)
         self.wandb = start_wandb(self.folder, self.args, resumed) if self.args.track else None
         self.saved_step = self.env_step
         total = self.args.total_timesteps
@@ -1654,6 +1817,8 @@ class Run:
         self.csv.close()
         self.tensorboard.close()
         if self.wandb:
+            for film in self.folder.glob("videos/final.mp4"):
+                self.wandb.save(film, base_path=self.folder, policy="now")
             self.wandb.finish()
         self.bar.close()
         draw_learning_curve(self.folder, self.args.env_id)
@@ -1765,6 +1930,17 @@ def write_args(folder: Path, args, layers: dict[str, list[dict]]) -> None:
     (folder / "args.json").write_text(json.dumps(record, indent=1))
 
 
+def write_flags(tensorboard: SummaryWriter, args) -> None:
+    """The flags in TensorBoard: a table under TEXT, and columns under HPARAMS to filter runs by."""
+    flags = asdict(args)
+    rows = "".join(f"| {name} | `{value}` |\n" for name, value in flags.items())
+    tensorboard.add_text("flags", f"| flag | value |\n|---|---|\n{rows}")
+    metrics = dict.fromkeys(["final/return_mean", "eval/return_mean"])
+    experiment, start, _ = hparams(flags, metrics)
+    for part in (experiment, start):  # in this run's own file; add_hparams would open another run
+        tensorboard.file_writer.add_summary(part)
+
+
 def start_wandb(folder: Path, args, resume: bool):
     """The Weights & Biases run of --track; its id is the folder's name."""
     import wandb
@@ -1781,6 +1957,7 @@ def start_wandb(folder: Path, args, resume: bool):
     except wandb.Error as error:
         fail(f"--track: {error}")
     tracked.define_metric("*", step_metric="env_step")
+    tracked.log_code(str(Path(__file__).parent), include_fn=lambda path: path == __file__)
     return tracked
 
 

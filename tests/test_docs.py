@@ -19,7 +19,10 @@ OTHER_PROGRAMS = {
     "--seeds",
     "--requeue",
     "--dist",
-}  # tyro to pytest-xdist
+    "--logdir",
+    "--array",
+    "--cpus-per-task",
+}  # tyro to pytest-xdist, TensorBoard, Slurm
 
 
 def flags_of(script: Path) -> set[str]:

@@ -282,8 +282,9 @@ def fits(value, kind: type | tuple) -> bool:
 
 
 def describe_state(metrics: pd.DataFrame, total: int | None) -> str:
-    """finished, or how far a run is. Finished is a run whose metrics have a final return."""
-    if (metrics.metric == FINAL).any():
+    """finished, or how far a run is. Finished is a run that has a final return at its length."""
+    ends = metrics.env_step[metrics.metric == FINAL]
+    if len(ends) and (total is None or ends.max() >= total):
         return "finished"
     reached = metrics.env_step.max() if len(metrics) else 0
     return f"at env step {reached:,}" + (f" of {total:,}" if total else "")

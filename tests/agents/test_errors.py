@@ -198,7 +198,7 @@ def trained(tmp_path_factory) -> Path:
 def runs(trained, main) -> list[Path]:
     """The folders of finished runs, seeds 1 and 2."""
     shutil.copytree(trained, "runs")
-    return [next(Path("runs").glob(f"*__s{seed}")) for seed in (1, 2)]
+    return [next(Path("runs").glob(f"*__seed{seed}")) for seed in (1, 2)]
 
 
 def test_bad_flag_keeps_the_run_that_no_resume_would_move(main, runs, tmp_path):

@@ -28,6 +28,7 @@ from conftest import (
     succeed,
 )
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 FILES = {
     "cartpole": "sac_simba",
@@ -160,6 +161,12 @@ def test_killed_and_resumed_equals_uninterrupted(reference, tmp_path):
         ]
         logged = [row for row in rows if row["metric"] == name]
         assert [(int(row["env_step"]), float(row["value"])) for row in logged] == points
+
+    (table,) = tensorboard.Tensors("flags/text_summary")[-1].tensor_proto.string_val
+    assert b"| width_scale | `0.125` |" in table
+    metadata = tensorboard.PluginTagToContent("hparams")["_hparams_/session_start_info"]
+    hparams = HParamsPluginData.FromString(metadata).session_start_info.hparams
+    assert hparams["sparsity"].number_value == 0.8
 
     ours, theirs = load(resumed), load(expected)
     assert ours.keys() == theirs.keys()
@@ -364,10 +371,13 @@ def test_second_process_on_a_run_may_evaluate_but_not_train(main, tmp_path):
 
 
 def test_track_offline(tmp_path):
-    short = ("--total-timesteps", "200", "--learning-starts", "100", "--track")
-    finish("hopper", tmp_path, *short, WANDB_MODE="offline")
+    short = ("--total-timesteps", "200", "--learning-starts", "100", "--track", "--capture-video")
+    finish("hopper", tmp_path, *short, WANDB_MODE="offline", MUJOCO_GL="egl")
     (record,) = only_run(tmp_path).rglob("*.wandb")
     logged = record.read_bytes()
     names = {row["metric"] for row in read_metrics(only_run(tmp_path))}
     assert {"eval/return_mean", "final/return_mean", "losses/critic_loss"} <= names
     assert all(name.encode() in logged for name in names)
+    assert b"videos/final.mp4" in logged and b"sac_simba_sparse.py" in logged
+    (film,) = only_run(tmp_path).glob("wandb/offline-run-*/files/videos/final.mp4")
+    assert film.stat().st_size > 1000

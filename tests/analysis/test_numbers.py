@@ -55,6 +55,7 @@ def test_bands_and_dots_of_streaming_figures():
 
 def test_the_x_axis_is_the_sparsity_of_the_metrics_own_network(tmp_path):
     flags = {"env_id": "a-v0", "actor_sparsity": 0.2, "critic_sparsity": 0.7}
+    flags["total_timesteps"] = 1000
     metrics = ("diagnostics/actor_grad_norm", "diagnostics/critic_grad_norm", "eval/return_mean")
     rows = [(100, name, 1.0) for name in metrics] + [(1000, "final/return_mean", 1.0)]
     conftest.write_run(tmp_path / "a", vars(sac.Args()) | flags, rows)

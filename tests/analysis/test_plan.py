@@ -68,7 +68,7 @@ def test_finished_runs_are_linked_and_the_others_named(tmp_path, run_plan):
     )
     assert not links.exists()
 
-    write_metrics(runs[0].folder, (5, "final/return_mean", 1.5))
+    write_metrics(runs[0].folder, (1_000_000, "final/return_mean", 1.5))
     write_metrics(runs[1].folder, (5, "eval/return_mean", 1.5))
     links.mkdir()
     (links / "stale").symlink_to(tmp_path)

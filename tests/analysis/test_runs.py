@@ -118,7 +118,8 @@ def test_flags_that_change_results_are_the_agents(tmp_path):
     assert runs.execution_flags("my_fork") <= sac.EXECUTION_FLAGS & der.EXECUTION_FLAGS
     for name, module in (("sac", sac), ("drq", drq)):
         for interval in (100, 200):
-            flags = vars(module.Args()) | {"checkpoint_interval": interval, "seed": interval}
+            flags = vars(module.Args(checkpoint_interval=interval, seed=interval))
+            flags["total_timesteps"] = 1000
             write_run(tmp_path / name / str(interval), **flags)
     runs.fail_if_mixed(runs.load_runs(tmp_path / "sac")[0], [])
     with pytest.raises(SystemExit) as end:
