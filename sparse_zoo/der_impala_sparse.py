@@ -701,12 +701,12 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
         )
         repeat = args.action_repeat
         env = gym.wrappers.AtariPreprocessing(env, 0, frame_skip=repeat, screen_size=SIZE)
-        env = Gate(env, args, frames_per_step=repeat)
+        env = Gate(IdleStart(env), args, frames_per_step=repeat)  # counts no idle frames
     except (gym.error.Error, ValueError) as error:
         fail(f"--env-id {args.env_id}: {error}")
     if env.unwrapped.get_action_meanings()[0] != "NOOP":
         fail(f"--env-id {args.env_id}: has no NOOP action to begin its games with")
-    return gym.wrappers.RecordEpisodeStatistics(IdleStart(env))
+    return gym.wrappers.RecordEpisodeStatistics(env)
 
 
 def load_policy(run_dir: str | Path, render_mode: str | None = None) -> tuple[Callable, gym.Env]:
