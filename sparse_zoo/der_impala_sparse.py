@@ -109,7 +109,7 @@ class Args:
     """go on from the run's checkpoint; --no-resume moves the old run aside and starts afresh"""
     eval_only: bool = False
     """evaluate the checkpoint of these flags for --final-eval-episodes games and stop"""
-    run_dir: Annotated[str | None, "x and eval_only"] = None
+    run_dir: str | None = None
     """with --eval-only: the run in this folder, with the flags of its training"""
     init_from: str | None = None
     """folder of a run whose networks a new run starts with (the same shapes and sparsity);
@@ -701,12 +701,12 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
         )
         repeat = args.action_repeat
         env = gym.wrappers.AtariPreprocessing(env, 0, frame_skip=repeat, screen_size=SIZE)
-        env = Gate(env, args, frames_per_step=repeat)
+        env = Gate(IdleStart(env), args, frames_per_step=repeat)  # counts no idle frames
     except (gym.error.Error, ValueError) as error:
         fail(f"--env-id {args.env_id}: {error}")
     if env.unwrapped.get_action_meanings()[0] != "NOOP":
         fail(f"--env-id {args.env_id}: has no NOOP action to begin its games with")
-    return gym.wrappers.RecordEpisodeStatistics(IdleStart(env))
+    return gym.wrappers.RecordEpisodeStatistics(env)
 
 
 def load_policy(run_dir: str | Path, render_mode: str | None = None) -> tuple[Callable, gym.Env]:
@@ -1690,6 +1690,8 @@ def take_flags(args) -> None:
     --final-eval-episodes stays where it was given. Ends the program if another was given that the
     run does not have.
     """
+    if not args.eval_only:
+        fail("--run-dir goes with --eval-only; to train, a run finds its folder by its flags")
     path = Path(args.run_dir).expanduser() / "args.json"
     try:
         made_with = dict(json.loads(path.read_text())["args"])

@@ -105,7 +105,7 @@ class Args:
     """go on from the run's checkpoint; --no-resume moves the old run aside and starts afresh"""
     eval_only: bool = False
     """evaluate the checkpoint of these flags for --final-eval-episodes episodes and stop"""
-    run_dir: Annotated[str | None, "x and eval_only"] = None
+    run_dir: str | None = None
     """with --eval-only: the run in this folder, with the flags of its training"""
     init_from: str | None = None
     """folder of a run whose networks a new run starts with (the same shapes and sparsity);
@@ -1498,6 +1498,8 @@ def take_flags(args) -> None:
     --final-eval-episodes stays where it was given. Ends the program if another was given that the
     run does not have.
     """
+    if not args.eval_only:
+        fail("--run-dir goes with --eval-only; to train, a run finds its folder by its flags")
     path = Path(args.run_dir).expanduser() / "args.json"
     try:
         made_with = dict(json.loads(path.read_text())["args"])

@@ -135,7 +135,7 @@ def test_flags_that_lead_to_no_run_name_the_nearest_one(trained, main):
     check_error(main(SAC, *flags, "--sparsity", "0.5"), *where, "--sparsity 0.8 (not 0.5);")
     by_folder = ["--eval-only", "--run-dir", trained]
     check_error(main(SAC, *by_folder, "--tau", "0.1"), "--tau 0.005, not 0.1")
-    check_error(main(SAC, "--run-dir", trained), "--run-dir", "eval_only")
+    check_error(main(SAC, "--run-dir", trained), "--run-dir goes with --eval-only")
     check_error(main(SAC, "--eval-only", "--run-dir", "nowhere"), "--run-dir nowhere", "args.json")
 
 

@@ -449,3 +449,6 @@ def test_idle_decisions_have_all_their_frames():
     frames = [env.reset(seed=seed)[1]["episode_frame_number"] for seed in (0, 2)]
     assert all(count % 4 == 0 for count in frames)
     assert 30 < max(frames) <= 4 * 29 and len(set(frames)) == 2
+    assert env.get_wrapper_attr("env_step") == 0  # which errors name: of the run
+    env.step(0)
+    assert env.get_wrapper_attr("env_step") == 4
