@@ -248,7 +248,7 @@ def mlp(inputs: int, hidden: int, layers: int) -> nn.Sequential:
     modules = []
     for layer in range(layers):
         linear = nn.Linear(hidden if layer else inputs, hidden)
-        modules += [orthogonal(linear), nn.ReLU(inplace=True)]
+        modules += [orthogonal(linear), nn.ReLU()]
     return nn.Sequential(*modules)
 
 
@@ -1268,7 +1268,7 @@ class PackedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, values, bias, places):
         x_t = x.t().contiguous()  # (in, batch)
-        y = torch.empty_strided((len(x), len(bias)), (1, len(x)))  # y^T is contiguous
+        y = x.new_empty_strided((len(x), len(bias)), (1, len(x)))  # y^T is contiguous
         packed_product(
             places.pointers,
             places.col,
@@ -1301,7 +1301,7 @@ class PackedLinear(torch.autograd.Function):
             )
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             grad_values = torch.empty_like(values)
-            grad_bias = torch.empty(len(grad_t))
+            grad_bias = grad_t.new_empty(len(grad_t))
             packed_gradient(
                 places.pointers,
                 places.col,
@@ -1401,7 +1401,7 @@ def run_and_record(encoder: nn.Module, inputs: torch.Tensor) -> tuple[torch.Tens
             outputs = relu_outputs
         else:
             continue
-        hook = lambda _, __, output, outputs=outputs: outputs.append(output.clone())  # noqa: E731
+        hook = lambda _, __, output, outputs=outputs: outputs.append(output)  # noqa: E731
         handles.append(module.register_forward_hook(hook))
     with torch.no_grad():
         features = encoder(inputs)

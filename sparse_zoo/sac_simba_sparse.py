@@ -210,7 +210,7 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(hidden, eps=1e-6)  # flax's epsilon
         self.up = init_linear(hidden, 4 * hidden, he_normal=True)
-        self.relu = nn.ReLU(inplace=True)  # one large tensor less to write
+        self.relu = nn.ReLU()
         self.down = init_linear(4 * hidden, hidden, he_normal=True)
 
     def forward(self, x):
@@ -1176,7 +1176,7 @@ class PackedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, values, bias, places):
         x_t = x.t().contiguous()  # (in, batch)
-        y = torch.empty_strided((len(x), len(bias)), (1, len(x)))  # y^T is contiguous
+        y = x.new_empty_strided((len(x), len(bias)), (1, len(x)))  # y^T is contiguous
         packed_product(
             places.pointers,
             places.col,
@@ -1209,7 +1209,7 @@ class PackedLinear(torch.autograd.Function):
             )
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             grad_values = torch.empty_like(values)
-            grad_bias = torch.empty(len(grad_t))
+            grad_bias = grad_t.new_empty(len(grad_t))
             packed_gradient(
                 places.pointers,
                 places.col,
@@ -1278,7 +1278,7 @@ def run_and_record(encoder: nn.Module, inputs: torch.Tensor) -> tuple[torch.Tens
             outputs = relu_outputs
         else:
             continue
-        hook = lambda _, __, output, outputs=outputs: outputs.append(output.clone())  # noqa: E731
+        hook = lambda _, __, output, outputs=outputs: outputs.append(output)  # noqa: E731
         handles.append(module.register_forward_hook(hook))
     with torch.no_grad():
         features = encoder(inputs)

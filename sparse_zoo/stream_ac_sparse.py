@@ -1253,7 +1253,7 @@ def run_and_record(encoder: nn.Module, inputs: torch.Tensor) -> tuple[torch.Tens
             outputs = relu_outputs
         else:
             continue
-        hook = lambda _, __, output, outputs=outputs: outputs.append(output.clone())  # noqa: E731
+        hook = lambda _, __, output, outputs=outputs: outputs.append(output)  # noqa: E731
         handles.append(module.register_forward_hook(hook))
     with torch.no_grad():
         features = encoder(inputs)

@@ -167,7 +167,7 @@ def test_another_version_of_the_file_is_noted(main, tmp_path):
     succeed(main(source, *FLAGS.split(), "--checkpoint-interval", "20"))
     out = succeed(main(source, *FLAGS.split()))
     assert "finished" in out and "note" not in out
-    source.write_text(text.replace("nn.ReLU(", "nn.LeakyReLU("))
+    source.write_text(text.replace("nn.ReLU()", "nn.LeakyReLU()"))
     assert "made by another version of this file" in succeed(main(source, *FLAGS.split()))
 
 
