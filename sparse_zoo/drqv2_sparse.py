@@ -81,6 +81,7 @@ from filelock import FileLock, SoftFileLock, Timeout
 from matplotlib.figure import Figure
 from scipy.stats import trim_mean
 from torch.nn.utils import get_total_norm
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
@@ -99,6 +100,8 @@ class Args:
     """where the networks live; auto takes CUDA when there is one"""
     threads: Annotated[int | None, "1 <= x <= 10**4"] = None
     """CPU threads (default: all cores); a resumed run is bit-equal only with the same number"""
+    matmul_precision: Literal["high", "highest"] = "high"
+    """matrix products on CUDA: high takes TF32 (10 bits of precision), highest float32 (23 bits)"""
     bf16: bool = False
     """convolutions of updates in bfloat16: faster, less exact"""
     runs_dir: str = "runs"
@@ -457,6 +460,7 @@ class Agent:
             kernel=args.sparse_kernel,
             device=device,
             packed=PackedProduct,
+            keeper=DenseCopy,
             convolution=SparseConv2d,
         )
         encoder_sparsity = args.sparsity if args.sparsify_encoder else 0.0
@@ -742,6 +746,7 @@ def train(args: Args) -> None:
 EXECUTION_FLAGS = {
     "device",
     "threads",
+    "matmul_precision",
     "runs_dir",
     "resume",
     "eval_only",
@@ -902,6 +907,12 @@ class Gate(gym.Wrapper):
         if self.bounds is not None:
             low, high = self.bounds.low, self.bounds.high
             action = np.minimum(np.maximum(np.asarray(action, low.dtype), low), high)
+            if 0 in np.isfinite(action).tobytes():
+                fail(
+                    f"the action is not finite at env step {self.env_step}: learning has diverged; "
+                    "the last checkpoint is kept",
+                    exit_code=3,
+                )
         self.env_step += self.frames_per_step
         obs, reward, terminated, truncated, info = self.call(self.env.step, 5, action)
         self.check_obs(obs)
@@ -1066,6 +1077,8 @@ class SparseLinear(nn.Module):
     `packed` is the class that multiplies without the dense matrix, or None.
     """
 
+    kept = None  # what keeps its dense matrix, where `sparsify` gives it one
+
     def __init__(self, linear: nn.Linear, active: torch.Tensor, packed: type | None = None):
         super().__init__()
         self.shape = tuple(linear.weight.shape)
@@ -1096,6 +1109,8 @@ class SparseLinear(nn.Module):
 
 def dense_weight(layer: nn.Module) -> torch.Tensor:
     """The values of a sparse layer in their places among zeros, in the dense weight's shape."""
+    if layer.kept and layer.kept.serves(layer.values):
+        return layer.kept(layer)
     zeros = layer.values.new_zeros(math.prod(layer.shape))
     return zeros.index_copy_(0, layer.index, layer.values).view(layer.shape)
 
@@ -1118,6 +1133,7 @@ def sparsify(
     rule: Callable = random_places,
     packed: type | None = None,
     convolution: type | None = None,
+    keeper: type | None = None,
 ) -> None:
     """Prunes a network once, before training, and moves it to its device.
 
@@ -1127,7 +1143,8 @@ def sparsify(
     distribution: erdos_renyi or uniform, how the sparsity is spread over the layers
     kernel: packed, dense, or auto: packed on a CPU up to a density of 0.25
     rule(shape, density, generator): which places of a pruned weight stay active
-    packed, convolution: the classes of packed products and sparse convolutions this file has
+    packed, convolution, keeper: the classes of packed products, sparse convolutions and kept
+        dense weights that this file has
 
     Raises NetworkError if the sparsity is out of reach, or if a rule returns no places.
     """
@@ -1152,6 +1169,8 @@ def sparsify(
             wanted = kernel == "packed" or (kernel == "auto" and cheaper)
             possible = layer.bias is not None
             sparse = SparseLinear(layer, active, packed if wanted and possible else None)
+        if keeper:
+            sparse.kept = keeper()
         network.set_submodule(name, sparse)
     network.to(device)
 
@@ -1179,6 +1198,69 @@ def layer_table(network: nn.Module) -> list[dict]:
 
 
 # === END SPARSE LAYERS ===
+
+
+# === KEPT DENSE WEIGHTS (identical in every file that has it) ===
+class DenseCopy:
+    """The dense weight of a sparse layer, written anew only after its values have changed.
+
+    PyTorch counts the changes of a tensor (its version); only changes through .data escape it. What
+    lies between the values stays zero.
+    """
+
+    generation = 0  # raised where every copy must be written anew
+
+    def __init__(self):
+        self.weight = None
+        self.version = None
+
+    def __deepcopy__(self, memo: dict) -> "DenseCopy":
+        return DenseCopy()  # of another layer, whose values go their own way
+
+    def serves(self, values: torch.Tensor) -> bool:
+        """Not a target network, which needs no gradient: there a copy would only take memory.
+
+        Nor values that are no parameter, such as those of a noisy layer.
+        """
+        used = torch.is_grad_enabled() or self.weight is not None
+        return used and isinstance(values, nn.Parameter)
+
+    def __call__(self, layer: nn.Module) -> torch.Tensor:
+        values = layer.values
+        if self.weight is None:
+            self.weight = values.new_zeros(layer.shape)
+        version = (id(values), values._version, DenseCopy.generation)
+        if self.version != version:
+            with torch.no_grad():
+                self.weight.view(-1).index_copy_(0, layer.index, values)
+            self.version = version
+        return KeptWeight.apply(values, self.weight, layer.index)
+
+
+def count_step(optimizer: torch.optim.Optimizer, args, kwargs) -> None:
+    """Counts an optimiser's step as a change, since fused ones leave versions as they are."""
+    for group in optimizer.param_groups:
+        torch.autograd.graph.increment_version(group["params"])
+
+
+register_optimizer_step_post_hook(count_step)
+
+
+class KeptWeight(torch.autograd.Function):
+    """A kept dense weight as a function of the values."""
+
+    @staticmethod
+    def forward(ctx, values, weight, index):
+        ctx.save_for_backward(index)
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (index,) = ctx.saved_tensors
+        return grad.flatten().index_select(0, index), None, None
+
+
+# === END KEPT DENSE WEIGHTS ===
 
 
 # === PACKED KERNELS (identical in every file that has it) ===
@@ -1347,6 +1429,7 @@ class SparseConv2d(nn.Module):
     """
 
     kernel = "dense"
+    kept = None  # what keeps its dense weight, where `sparsify` gives it one
 
     def __init__(self, conv: nn.Conv2d, active: torch.Tensor):
         super().__init__()
@@ -1382,6 +1465,8 @@ def choose_device(args) -> torch.device:
     threads = args.threads or torch.get_num_threads()
     numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
     torch.set_num_threads(threads)  # after numba, whose start sets the number for both
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision(args.matmul_precision)
     return device
 
 

@@ -63,6 +63,7 @@ from dataclasses import asdict, dataclass
 from functools import partial, wraps
 from importlib.metadata import distributions
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Literal, NamedTuple, NoReturn, get_type_hints
 
 import gymnasium as gym
@@ -78,6 +79,7 @@ from gymnasium.wrappers.utils import RunningMeanStd
 from matplotlib.figure import Figure
 from scipy.stats import trim_mean
 from torch.nn.utils import get_total_norm
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
@@ -96,6 +98,10 @@ class Args:
     """where the networks live; auto takes CUDA when there is one"""
     threads: Annotated[int | None, "1 <= x <= 10**4"] = None
     """CPU threads (default: all cores); a resumed run is bit-equal only with the same number"""
+    matmul_precision: Literal["high", "highest"] = "high"
+    """matrix products on CUDA: high takes TF32 (10 bits of precision), highest float32 (23 bits)"""
+    cuda_graph: bool = True
+    """on CUDA, run all updates of a decision as one CUDA graph"""
     runs_dir: str = "runs"
     """folder that holds one folder per run"""
     resume: bool = True
@@ -128,6 +134,9 @@ class Args:
     """env steps of uniformly random actions before the first update"""
     updates_per_step: Annotated[int, "x >= 1"] = 2
     """gradient updates per decision (the replay ratio)"""
+    overlap: bool = True
+    """update before the environment steps, so that a GPU learns while it does; the newest
+    transition is then learned from one decision later (--no-overlap: update after the step)"""
     batch_size: Annotated[int, "1 <= x <= 10**6"] = 256
     """transitions per update"""
     buffer_size: Annotated[int, "x >= 1"] = 1_000_000
@@ -279,12 +288,15 @@ class ObservationNorm:
         """Takes one observation (obs_dim,) into the statistics."""
         self.statistics.update(obs[None])
 
+    def mean_and_std(self) -> torch.Tensor:
+        """What is subtracted from observations, and what they are divided by: (2, obs_dim)"""
+        std = np.sqrt(self.statistics.var + 1e-8)
+        return torch.as_tensor(np.stack([self.statistics.mean, std]), dtype=torch.float32)
+
     def __call__(self, obs: torch.Tensor) -> torch.Tensor:
         """Raw observations (batch, obs_dim) -> normalised ones on the agent's device."""
-        std = np.sqrt(self.statistics.var + 1e-8)
-        mean = torch.as_tensor(self.statistics.mean, dtype=torch.float32, device=self.device)
-        std = torch.as_tensor(std, dtype=torch.float32, device=self.device)
-        return (obs.to(self.device) - mean) / std
+        mean, std = self.mean_and_std().to(obs.device)
+        return ((obs - mean) / std).to(self.device)
 
     def state_dict(self) -> dict:
         statistics = vars(self.statistics)  # mean, var, count
@@ -308,25 +320,58 @@ class Batch(NamedTuple):
 
 
 class ReplayBuffer:
-    """A ring of raw transitions on the CPU, sampled uniformly with replacement."""
+    """A ring of raw transitions on the device, sampled uniformly with replacement.
 
-    def __init__(self, capacity: int, obs_dim: int, action_dim: int):
+    The newest transition stays on the CPU until it is written: together with all else that a
+    decision sends to the device, or at the latest when the next one or a sample needs it.
+    """
+
+    def __init__(self, capacity: int, obs_dim: int, action_dim: int, device: torch.device):
         self.capacity = capacity
+        self.device = device
+        self.sizes = [obs_dim, action_dim, 1, obs_dim, 1]
+        self.table = torch.empty(capacity, sum(self.sizes), device=device)
+        self.newest = torch.zeros(1, sum(self.sizes))
+        self.written = True
         self.added = 0
-        self.columns = Batch(
-            obs=torch.empty(capacity, obs_dim),
-            action=torch.empty(capacity, action_dim),
-            reward=torch.empty(capacity),
-            next_obs=torch.empty(capacity, obs_dim),
-            terminated=torch.empty(capacity),
-        )
 
     def add(self, obs, action, reward, next_obs, terminated) -> None:
         """Takes one transition, over the oldest one when the ring is full."""
+        self.write_newest()
         transition = (obs, action, reward, next_obs, terminated)
-        for column, value in zip(self.columns, transition):
-            column[self.added % self.capacity] = torch.as_tensor(value)
+        for column, value in zip(self.newest[0].split(self.sizes), transition):
+            column[:] = torch.as_tensor(value)
         self.added += 1
+        self.written = False
+
+    def filled(self) -> int:
+        return min(self.added, self.capacity)
+
+    def hand_over(self) -> tuple[torch.Tensor, int]:
+        """The newest transition and the row it belongs in, for whoever writes it."""
+        self.written = True
+        return self.newest, (self.added - 1) % self.capacity
+
+    def write_newest(self) -> None:
+        if not self.written:
+            newest, place = self.hand_over()
+            self.table[place].copy_(newest[0])
+
+    def write(self, transition: torch.Tensor, place: torch.Tensor) -> None:
+        """A transition (1, numbers) into the row `place` (1,), both on the device."""
+        self.table.index_copy_(0, place.long(), transition)
+
+    def batch(self, index: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> Batch:
+        """The transitions in the rows `index`, old observations with the newest statistics."""
+        rows = self.table.index_select(0, index)
+        obs, action, reward, next_obs, terminated = rows.split(self.sizes, dim=1)
+        return Batch(
+            obs=(obs - mean) / std,
+            action=action,
+            reward=reward[:, 0],
+            next_obs=(next_obs - mean) / std,
+            terminated=terminated[:, 0],
+        )
 
     def sample(
         self,
@@ -334,21 +379,25 @@ class ReplayBuffer:
         norm: ObservationNorm,
         generator: torch.Generator | None = None,
     ) -> Batch:
-        """A batch on the device of `norm`; old observations get the newest statistics."""
-        filled = min(self.added, self.capacity)
-        index = torch.randint(filled, (batch_size,), generator=generator)
-        batch = Batch(*(column[index].to(norm.device) for column in self.columns))
-        return batch._replace(obs=norm(batch.obs), next_obs=norm(batch.next_obs))
+        """A batch on the device."""
+        self.write_newest()
+        index = torch.randint(self.filled(), (batch_size,), generator=generator)
+        return self.batch(index.to(self.device), *norm.mean_and_std().to(self.device))
 
     def state_dict(self) -> dict:
-        # Clones: of a view, all of its memory would be saved
-        filled = [column[: self.added].clone() for column in self.columns]
-        return {"added": self.added, "columns": filled}
+        self.write_newest()
+        # Copies: of a view, all of its memory would be saved
+        columns = self.table[: self.added].split(self.sizes, dim=1)
+        saved = Batch(*(column.to("cpu", copy=True) for column in columns))
+        saved = saved._replace(reward=saved.reward[:, 0], terminated=saved.terminated[:, 0])
+        return {"added": self.added, "columns": list(saved)}
 
     def load_state_dict(self, state: dict) -> None:
         self.added = state["added"]
-        for column, saved in zip(self.columns, state["columns"]):
-            column[: len(saved)] = saved
+        filled = self.table[: self.filled()].split(self.sizes, dim=1)
+        for column, saved in zip(filled, state["columns"]):
+            column[:] = saved.view(len(saved), -1)
+        self.newest[:] = self.table[(self.added - 1) % self.capacity]
 
 
 def actor_loss(actor, critic, alpha, obs, noise):
@@ -400,6 +449,7 @@ class Agent:
             kernel=args.sparse_kernel,
             device=device,
             packed=PackedProduct,
+            keeper=DenseCopy,
         )
         prune(self.actor, actor_sparsity, mask_seed=derive_seed(mask_seed, 0))
         prune(self.critic, critic_sparsity, mask_seed=derive_seed(mask_seed, 1))
@@ -427,7 +477,8 @@ class Agent:
         log_alpha = torch.tensor(math.log(args.initial_temperature))
         self.temperature = nn.ParameterDict({"log_alpha": log_alpha}).to(device)
 
-        adamw = partial(torch.optim.AdamW, lr=args.learning_rate, fused=True)
+        on_cuda = device.type == "cuda"
+        adamw = partial(torch.optim.AdamW, lr=args.learning_rate, fused=True, capturable=on_cuda)
         decay = args.weight_decay
         self.actor_optimizer = adamw(self.actor.parameters(), weight_decay=decay)
         self.critic_optimizer = adamw(self.critic.parameters(), weight_decay=decay)
@@ -467,8 +518,9 @@ def update(
 
     # Target critic, slowly behind the critic
     with torch.no_grad():
-        for slow, fast in zip(agent.target_critic.parameters(), agent.critic.parameters()):
-            slow.lerp_(fast, tau)
+        slow = list(agent.target_critic.parameters())
+        fast = list(agent.critic.parameters())
+        torch._foreach_lerp_(slow, fast, tau)
 
     return {
         "actor_loss": loss_actor.detach(),
@@ -480,17 +532,97 @@ def update(
 
 
 @torch.no_grad()
-def act(
-    agent: Agent, norm: ObservationNorm, obs: np.ndarray, noise: torch.Tensor | None = None
-) -> np.ndarray:
-    """Action (action_dim,) for a raw observation: sampled with `noise`, or the policy's mode."""
-    obs = norm(torch.as_tensor(obs, dtype=torch.float32)[None])  # (1, obs_dim)
+def choose_action(agent: Agent, obs: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
+    """Actions (batch, action_dim) for normalised obs: sampled with noise, or the policy's mode."""
     if noise is None:
         mean, _ = agent.actor(obs)
-        action = torch.tanh(mean)
-    else:
-        action, _ = agent.actor.sample(obs, noise.to(obs.device))
-    return action[0].cpu().numpy()
+        return torch.tanh(mean)
+    action, _ = agent.actor.sample(obs, noise)
+    return action
+
+
+def act(agent: Agent, norm: ObservationNorm, obs: np.ndarray, noise=None) -> np.ndarray:
+    """Action (action_dim,) for a raw observation: sampled with `noise`, or the policy's mode."""
+    obs = norm(torch.as_tensor(obs, dtype=torch.float32)[None])  # (1, obs_dim)
+    noise = None if noise is None else noise.to(obs.device)
+    return choose_action(agent, obs, noise)[0].cpu().numpy()
+
+
+def learn(
+    agent: Agent, replay: ReplayBuffer, sent: SimpleNamespace, gamma: float, tau: float
+) -> dict[str, torch.Tensor]:
+    """All updates of a decision, from what was sent to the device; the losses of the last one."""
+    replay.write(sent.transition, sent.place)
+    mean, std = sent.mean_and_std
+    for index, (noise, next_noise) in zip(sent.index, sent.noises):
+        batch = replay.batch(index, mean, std)
+        losses = update(agent, batch, noise, next_noise, gamma, tau)
+    return losses
+
+
+class Learner:
+    """Acts and learns in training: a decision sends one row to the device, and reads one action.
+
+    All that is random is drawn on the CPU: the same numbers on every device.
+    """
+
+    def __init__(
+        self,
+        agent: Agent,
+        norm: ObservationNorm,
+        replay: ReplayBuffer,
+        args: Args,
+        gamma: float,
+        device: torch.device,
+    ):
+        self.norm = norm
+        self.replay = replay
+        obs_dim, action_dim, *_ = replay.sizes
+        self.row = DeviceRow(
+            device,
+            mean_and_std=(2, obs_dim),
+            obs=(1, obs_dim),
+            noise=(1, action_dim),
+            transition=(1, sum(replay.sizes)),
+            noises=(args.updates_per_step, 2, args.batch_size, action_dim),
+            place=(1,),
+            index=(args.updates_per_step, args.batch_size),
+            integers=["place", "index"],
+        )
+        sent = self.row.sent
+        choose = partial(choose_action, agent, sent.obs, sent.noise)
+        update_all = partial(learn, agent, replay, sent, gamma, args.tau)
+        self.choose = GraphedFunction(choose, device, args.cuda_graph)
+        self.update_all = GraphedFunction(update_all, device, args.cuda_graph)
+        self.losses = {}
+
+    def act(self, obs: np.ndarray, then_learn: bool) -> np.ndarray:
+        """Action (action_dim,) for a raw observation. On a GPU the updates go on behind it."""
+        host = self.row.host
+        mean, std = self.norm.mean_and_std()
+        host.obs[0] = (torch.as_tensor(obs, dtype=torch.float32) - mean) / std
+        host.noise[0] = torch.randn(host.noise.shape[1])
+        if then_learn:
+            self.draw_updates()
+        self.row.send()
+        action = self.choose()[0].cpu().numpy()
+        if then_learn:
+            self.losses = self.update_all()
+        return action
+
+    def learn(self) -> None:
+        self.draw_updates()
+        self.row.send()
+        self.losses = self.update_all()
+
+    def draw_updates(self) -> None:
+        """Fills in what updates need: statistics, the newest transition, rows, noise."""
+        host = self.row.host
+        host.mean_and_std[:] = self.norm.mean_and_std()
+        host.transition[:], host.place[0] = self.replay.hand_over()
+        for index, noises in zip(host.index, host.noises):
+            index[:] = torch.randint(self.replay.filled(), index.shape)
+            noises[:] = torch.randn(noises.shape)
 
 
 def evaluate(
@@ -578,14 +710,15 @@ def train(args: Args) -> None:
     (action_dim,) = env.action_space.shape
     gamma = default_gamma(env, args.action_repeat) if args.gamma is None else args.gamma
     total_steps = math.ceil(args.total_timesteps / args.action_repeat)  # in decisions
-    learning_starts = math.ceil(args.learning_starts / args.action_repeat)
+    learning_starts = max(math.ceil(args.learning_starts / args.action_repeat), 1)
 
     try:
         agent = Agent(args, obs_dim, action_dim, device)
     except NetworkError as error:
         fail(str(error))
     norm = ObservationNorm(obs_dim, device)
-    replay = ReplayBuffer(min(args.buffer_size, total_steps), obs_dim, action_dim)
+    capacity = min(args.buffer_size, total_steps)
+    replay = ReplayBuffer(capacity, obs_dim, action_dim, device)
 
     def parts() -> dict:
         """What a checkpoint holds, in this order; a reset replaces the agent."""
@@ -613,7 +746,7 @@ def train(args: Args) -> None:
 
     run.begin({"actor": layer_table(agent.actor), "critic": layer_table(agent.critic)})
     env.set_wrapper_attr("env_step", run.env_step)  # which errors name
-    losses = {}
+    learner = Learner(agent, norm, replay, args, gamma, device)
     episode_over = True
     if run.agent_step == 0:
         run.log("eval", evaluation(args.eval_episodes, EVAL))
@@ -626,32 +759,32 @@ def train(args: Args) -> None:
             run.episode += 1
 
         # Reset, not at the very end, where it would lose the trained agent
-        if run.due(args.reset_interval) and run.agent_step >= max(learning_starts, 1):
+        if run.due(args.reset_interval) and run.agent_step >= learning_starts:
             agent = Agent(args, obs_dim, action_dim, device)
+            learner = Learner(agent, norm, replay, args, gamma, device)
 
         # Act: at random at first, then by the policy
         norm.update(obs)
         if run.agent_step < learning_starts:
             action = (2 * torch.rand(action_dim) - 1).numpy()
         else:
-            action = act(agent, norm, obs, torch.randn(action_dim))
+            action = learner.act(obs, then_learn=args.overlap)
+            run.update_step += args.updates_per_step if args.overlap else 0
         next_obs, reward, terminated, truncated, info = env.step(action)
         replay.add(obs, action, reward, next_obs, terminated)  # a time limit is no termination
         obs = next_obs
         episode_over = terminated or truncated
         run.count_decision()
 
-        # Learn
-        if run.agent_step >= learning_starts:
-            for _ in range(args.updates_per_step):
-                batch = replay.sample(args.batch_size, norm)
-                noise, next_noise = torch.randn(2, args.batch_size, action_dim).to(device)
-                losses = update(agent, batch, noise, next_noise, gamma, args.tau)
-                run.update_step += 1
-            weights = [*agent.actor.parameters(), *agent.critic.parameters()]
-            stop_unless_finite(run.agent_step, *losses.values(), get_total_norm(weights))
+        # Learn, if not begun before the step
+        if not args.overlap and run.agent_step >= learning_starts:
+            learner.learn()
+            run.update_step += args.updates_per_step
 
         # Measure
+        if episode_over or run.due(args.eval_interval) or run.due(args.diagnostics_interval):
+            weights = [*agent.actor.parameters(), *agent.critic.parameters()]
+            stop_unless_finite(run.agent_step, *learner.losses.values(), get_total_norm(weights))
         if run.due(args.eval_interval):
             run.log_evaluation(evaluation(args.eval_episodes, EVAL))
         if run.due(args.diagnostics_interval):
@@ -663,7 +796,7 @@ def train(args: Args) -> None:
             run.log("diagnostics", diagnose(agent, batch, *noises, gamma))
 
         if episode_over:
-            run.log_episode(info["episode"], losses)
+            run.log_episode(info["episode"], learner.losses)
 
     run.save(parts())  # a kill in the last evaluation costs no training
     run.finish(parts(), evaluation(args.final_eval_episodes, FINAL, run.video()))
@@ -674,6 +807,8 @@ def train(args: Args) -> None:
 EXECUTION_FLAGS = {
     "device",
     "threads",
+    "matmul_precision",
+    "cuda_graph",
     "runs_dir",
     "resume",
     "eval_only",
@@ -763,6 +898,12 @@ class Gate(gym.Wrapper):
         if self.bounds is not None:
             low, high = self.bounds.low, self.bounds.high
             action = np.minimum(np.maximum(np.asarray(action, low.dtype), low), high)
+            if 0 in np.isfinite(action).tobytes():
+                fail(
+                    f"the action is not finite at env step {self.env_step}: learning has diverged; "
+                    "the last checkpoint is kept",
+                    exit_code=3,
+                )
         self.env_step += self.frames_per_step
         obs, reward, terminated, truncated, info = self.call(self.env.step, 5, action)
         self.check_obs(obs)
@@ -974,6 +1115,8 @@ class SparseLinear(nn.Module):
     `packed` is the class that multiplies without the dense matrix, or None.
     """
 
+    kept = None  # what keeps its dense matrix, where `sparsify` gives it one
+
     def __init__(self, linear: nn.Linear, active: torch.Tensor, packed: type | None = None):
         super().__init__()
         self.shape = tuple(linear.weight.shape)
@@ -1004,6 +1147,8 @@ class SparseLinear(nn.Module):
 
 def dense_weight(layer: nn.Module) -> torch.Tensor:
     """The values of a sparse layer in their places among zeros, in the dense weight's shape."""
+    if layer.kept and layer.kept.serves(layer.values):
+        return layer.kept(layer)
     zeros = layer.values.new_zeros(math.prod(layer.shape))
     return zeros.index_copy_(0, layer.index, layer.values).view(layer.shape)
 
@@ -1026,6 +1171,7 @@ def sparsify(
     rule: Callable = random_places,
     packed: type | None = None,
     convolution: type | None = None,
+    keeper: type | None = None,
 ) -> None:
     """Prunes a network once, before training, and moves it to its device.
 
@@ -1035,7 +1181,8 @@ def sparsify(
     distribution: erdos_renyi or uniform, how the sparsity is spread over the layers
     kernel: packed, dense, or auto: packed on a CPU up to a density of 0.25
     rule(shape, density, generator): which places of a pruned weight stay active
-    packed, convolution: the classes of packed products and sparse convolutions this file has
+    packed, convolution, keeper: the classes of packed products, sparse convolutions and kept
+        dense weights that this file has
 
     Raises NetworkError if the sparsity is out of reach, or if a rule returns no places.
     """
@@ -1060,6 +1207,8 @@ def sparsify(
             wanted = kernel == "packed" or (kernel == "auto" and cheaper)
             possible = layer.bias is not None
             sparse = SparseLinear(layer, active, packed if wanted and possible else None)
+        if keeper:
+            sparse.kept = keeper()
         network.set_submodule(name, sparse)
     network.to(device)
 
@@ -1087,6 +1236,69 @@ def layer_table(network: nn.Module) -> list[dict]:
 
 
 # === END SPARSE LAYERS ===
+
+
+# === KEPT DENSE WEIGHTS (identical in every file that has it) ===
+class DenseCopy:
+    """The dense weight of a sparse layer, written anew only after its values have changed.
+
+    PyTorch counts the changes of a tensor (its version); only changes through .data escape it. What
+    lies between the values stays zero.
+    """
+
+    generation = 0  # raised where every copy must be written anew
+
+    def __init__(self):
+        self.weight = None
+        self.version = None
+
+    def __deepcopy__(self, memo: dict) -> "DenseCopy":
+        return DenseCopy()  # of another layer, whose values go their own way
+
+    def serves(self, values: torch.Tensor) -> bool:
+        """Not a target network, which needs no gradient: there a copy would only take memory.
+
+        Nor values that are no parameter, such as those of a noisy layer.
+        """
+        used = torch.is_grad_enabled() or self.weight is not None
+        return used and isinstance(values, nn.Parameter)
+
+    def __call__(self, layer: nn.Module) -> torch.Tensor:
+        values = layer.values
+        if self.weight is None:
+            self.weight = values.new_zeros(layer.shape)
+        version = (id(values), values._version, DenseCopy.generation)
+        if self.version != version:
+            with torch.no_grad():
+                self.weight.view(-1).index_copy_(0, layer.index, values)
+            self.version = version
+        return KeptWeight.apply(values, self.weight, layer.index)
+
+
+def count_step(optimizer: torch.optim.Optimizer, args, kwargs) -> None:
+    """Counts an optimiser's step as a change, since fused ones leave versions as they are."""
+    for group in optimizer.param_groups:
+        torch.autograd.graph.increment_version(group["params"])
+
+
+register_optimizer_step_post_hook(count_step)
+
+
+class KeptWeight(torch.autograd.Function):
+    """A kept dense weight as a function of the values."""
+
+    @staticmethod
+    def forward(ctx, values, weight, index):
+        ctx.save_for_backward(index)
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (index,) = ctx.saved_tensors
+        return grad.flatten().index_select(0, index), None, None
+
+
+# === END KEPT DENSE WEIGHTS ===
 
 
 # === PACKED KERNELS (identical in every file that has it) ===
@@ -1259,10 +1471,99 @@ def choose_device(args) -> torch.device:
     threads = args.threads or torch.get_num_threads()
     numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
     torch.set_num_threads(threads)  # after numba, whose start sets the number for both
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision(args.matmul_precision)
     return device
 
 
 # === END DEVICE ===
+
+
+# === DEVICE PROGRAM (identical in every file that has it) ===
+class DeviceRow:
+    """Tensors that go to the device in one copy: fill those of `host`, send(), use those of `sent`.
+
+    DeviceRow(device, obs=(1, 17), index=(2, 256), integers=["index"]): float32, or int32 where
+    named. A GPU copies the row from pinned memory while Python goes on. On a CPU, host and sent are
+    the same memory.
+    """
+
+    def __init__(self, device: torch.device, integers: list[str], **shapes: tuple[int, ...]):
+        sizes = [math.prod(shape) for shape in shapes.values()]
+        on_cuda = device.type == "cuda"
+        self.host_row = torch.zeros(sum(sizes), pin_memory=on_cuda)
+        self.sent_row = self.host_row.to(device)
+        self.left = torch.cuda.Event() if on_cuda else None
+
+        def parts(row: torch.Tensor) -> SimpleNamespace:
+            named = dict(zip(shapes, row.split(sizes)))
+            named |= {name: named[name].view(torch.int32) for name in integers}
+            return SimpleNamespace(**{name: named[name].view(shapes[name]) for name in shapes})
+
+        self.host_parts = parts(self.host_row)
+        self.sent = parts(self.sent_row)
+
+    @property
+    def host(self) -> SimpleNamespace:
+        """What to fill; waits until what was sent before has left."""
+        if self.left:
+            self.left.synchronize()
+        return self.host_parts
+
+    def send(self) -> None:
+        if self.sent_row is not self.host_row:
+            self.sent_row.copy_(self.host_row, non_blocking=True)
+        if self.left:
+            self.left.record()
+
+
+class GraphedFunction:
+    """Calls a function; on CUDA, from the fourth call on, as one CUDA graph.
+
+    A graph repeats the kernels of the call that was captured, on the same memory: the function
+    must read and write tensors that stay where they are. Nothing in it may wait for the GPU.
+    """
+
+    WARM_UP = 3  # calls as usual, since what is made once (moments, handles) must be there before
+
+    def __init__(self, function: Callable, device: torch.device, enabled: bool):
+        self.function = function
+        self.enabled = enabled and device.type == "cuda"
+        self.calls = 0
+        self.graph = None
+
+    def __call__(self):
+        if not self.enabled:
+            return self.function()
+        self.calls += 1
+        if self.calls <= self.WARM_UP:
+            return self.call_on_a_stream_of_its_own()
+        if self.graph is None:
+            self.capture()
+        self.graph.replay()
+        return self.outputs
+
+    def call_on_a_stream_of_its_own(self):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            outputs = self.function()
+        torch.cuda.current_stream().wait_stream(stream)
+        return outputs
+
+    def capture(self) -> None:
+        """Records the function's kernels; computes nothing."""
+        DenseCopy.generation += 1  # the graph writes the dense weights that it reads
+        self.graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(self.graph):
+                self.outputs = self.function()
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            fail(f"the CUDA graph cannot be captured ({reason}); --no-cuda-graph does without")
+
+
+# === END DEVICE PROGRAM ===
 
 
 # === DIAGNOSTICS (identical in every file that has it) ===

@@ -914,6 +914,12 @@ class Gate(gym.Wrapper):
         if self.bounds is not None:
             low, high = self.bounds.low, self.bounds.high
             action = np.minimum(np.maximum(np.asarray(action, low.dtype), low), high)
+            if 0 in np.isfinite(action).tobytes():
+                fail(
+                    f"the action is not finite at env step {self.env_step}: learning has diverged; "
+                    "the last checkpoint is kept",
+                    exit_code=3,
+                )
         self.env_step += self.frames_per_step
         obs, reward, terminated, truncated, info = self.call(self.env.step, 5, action)
         self.check_obs(obs)
@@ -1125,6 +1131,8 @@ class SparseLinear(nn.Module):
     `packed` is the class that multiplies without the dense matrix, or None.
     """
 
+    kept = None  # what keeps its dense matrix, where `sparsify` gives it one
+
     def __init__(self, linear: nn.Linear, active: torch.Tensor, packed: type | None = None):
         super().__init__()
         self.shape = tuple(linear.weight.shape)
@@ -1155,6 +1163,8 @@ class SparseLinear(nn.Module):
 
 def dense_weight(layer: nn.Module) -> torch.Tensor:
     """The values of a sparse layer in their places among zeros, in the dense weight's shape."""
+    if layer.kept and layer.kept.serves(layer.values):
+        return layer.kept(layer)
     zeros = layer.values.new_zeros(math.prod(layer.shape))
     return zeros.index_copy_(0, layer.index, layer.values).view(layer.shape)
 
@@ -1177,6 +1187,7 @@ def sparsify(
     rule: Callable = random_places,
     packed: type | None = None,
     convolution: type | None = None,
+    keeper: type | None = None,
 ) -> None:
     """Prunes a network once, before training, and moves it to its device.
 
@@ -1186,7 +1197,8 @@ def sparsify(
     distribution: erdos_renyi or uniform, how the sparsity is spread over the layers
     kernel: packed, dense, or auto: packed on a CPU up to a density of 0.25
     rule(shape, density, generator): which places of a pruned weight stay active
-    packed, convolution: the classes of packed products and sparse convolutions this file has
+    packed, convolution, keeper: the classes of packed products, sparse convolutions and kept
+        dense weights that this file has
 
     Raises NetworkError if the sparsity is out of reach, or if a rule returns no places.
     """
@@ -1211,6 +1223,8 @@ def sparsify(
             wanted = kernel == "packed" or (kernel == "auto" and cheaper)
             possible = layer.bias is not None
             sparse = SparseLinear(layer, active, packed if wanted and possible else None)
+        if keeper:
+            sparse.kept = keeper()
         network.set_submodule(name, sparse)
     network.to(device)
 
