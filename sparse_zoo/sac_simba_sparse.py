@@ -1265,9 +1265,10 @@ class DenseCopy:
 
     def __call__(self, layer: nn.Module) -> torch.Tensor:
         values = layer.values
-        if self.weight is None:
+        kind = (values.dtype, values.device)
+        if self.weight is None or (self.weight.dtype, self.weight.device) != kind:
             self.weight = values.new_zeros(layer.shape)
-        version = (id(values), values._version, DenseCopy.generation)
+        version = (id(values), kind, values._version, DenseCopy.generation)
         if self.version != version:
             with torch.no_grad():
                 self.weight.view(-1).index_copy_(0, layer.index, values)

@@ -43,7 +43,7 @@ def test_the_last_measurements_follow_from_the_checkpoint(agent, main, tmp_path,
     saved = torch.load(run_dir / "checkpoint.pt", weights_only=True)
     args = agent.Args(**saved["args"])
     parts, norm = agent.Agent(args, 3, 1, CPU), agent.ObservationNorm(3, CPU)
-    replay = agent.ReplayBuffer(30, 3, 1)
+    replay = agent.ReplayBuffer(30, 3, 1, CPU)
     for name in ("actor", "critic", "target_critic", *["temperature"] * (agent is sac)):
         getattr(parts, name).load_state_dict(saved[name])
     norm.load_state_dict(saved["norm"])

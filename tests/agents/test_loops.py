@@ -42,49 +42,63 @@ def assert_equal(saved: dict, expected: dict) -> None:
         assert torch.equal(torch.as_tensor(saved[name]), torch.as_tensor(value)), name
 
 
-@pytest.mark.parametrize("intervals", ["", "--eval-interval 7 --diagnostics-interval 3"])
+@pytest.mark.parametrize(
+    ("order", "intervals"),
+    [
+        ("--overlap", ""),
+        ("--overlap", "--eval-interval 7 --diagnostics-interval 3"),
+        ("--no-overlap", "--eval-interval 7 --diagnostics-interval 3"),
+    ],
+)
 @pytest.mark.parametrize("agent", [sac, ddpg], ids=["sac", "ddpg"])
-def test_simba_agents(agent, intervals, run):
+def test_simba_agents(agent, order, intervals, run):
     flags = "--env-id Corridor-v0 --action-repeat 1 --total-timesteps 24 --learning-starts 9"
     flags += " --updates-per-step 2 --batch-size 4 --width-scale 0.0625 --reset-interval 17"
     flags += " --gamma 0.9"
-    args, saved, metrics = run(agent, f"{TINY} {flags} {intervals}")
+    args, saved, metrics = run(agent, f"{TINY} {flags} {order} {intervals}")
     lengths = [5, 3, 5, 3, 5]  # and three steps of a sixth episode, which terminates with the last
-    assert saved["counters"][:3] == (24, 2 * (24 - 9 + 1), 6)
+    decisions_with_updates = 24 - 9 if args.overlap else 24 - 9 + 1
+    assert saved["counters"][:3] == (24, 2 * decisions_with_updates, 6)
     assert metric_values(metrics, "episode/length") == [*lengths, 3]
     scale = args.exploration_noise if agent is ddpg else 1.0
 
-    parts, norm, env = (
-        agent.Agent(args, 2, 1, CPU),
-        agent.ObservationNorm(2, CPU),
-        agent.make_env(args),
-    )
-    replay, t, returns = agent.ReplayBuffer(24, 2, 1), 0, []
+    parts = agent.Agent(args, 2, 1, CPU)
+    norm = agent.ObservationNorm(2, CPU)
+    replay = agent.ReplayBuffer(24, 2, 1, CPU)
+    env = agent.make_env(args)
+
+    def learn():
+        for _ in range(2):
+            batch = replay.sample(4, norm)
+            agent.update(parts, batch, *(scale * torch.randn(2, 4, 1)), 0.9, args.tau)
+
+    t = 0
+    returns = []
     for episode, length in enumerate([*lengths, 3]):
         obs, _ = env.reset(seed=agent.derive_seed(args.seed, agent.TRAIN, episode))
         returns.append(0.0)
         for step in range(1, length + 1):
-            norm.update(obs)
-            action = (
-                2 * torch.rand(1).numpy() - 1
-                if t < 9
-                else agent.act(parts, norm, obs, scale * torch.randn(1))
-            )
-            next_obs, reward, terminated, _, _ = env.step(action)
-            assert terminated == (episode % 2 == 1 and step == 3)
-            replay.add(
-                obs, action, reward, next_obs, float(terminated)
-            )  # not where the limit cuts an episode off
-            returns[-1] += reward
-            obs, t = next_obs, t + 1
-            for _ in range(2 if t >= 9 else 0):
-                batch = replay.sample(4, norm)
-                agent.update(parts, batch, *(scale * torch.randn(2, 4, 1)), 0.9, args.tau)
             if t == 17:
                 parts = agent.Agent(args, 2, 1, CPU)
+            norm.update(obs)
+            if t < 9:
+                action = 2 * torch.rand(1).numpy() - 1
+            else:
+                action = agent.act(parts, norm, obs, scale * torch.randn(1))
+                if args.overlap:
+                    learn()
+            next_obs, reward, terminated, _, _ = env.step(action)
+            assert terminated == (episode % 2 == 1 and step == 3)
+            # Not where the limit cuts an episode off
+            replay.add(obs, action, reward, next_obs, float(terminated))
+            returns[-1] += reward
+            obs = next_obs
+            t += 1
+            if t >= 9 and not args.overlap:
+                learn()
     assert metric_values(metrics, "episode/return") == returns
     assert_equal(saved["norm"], norm.state_dict())
-    assert_all_equal(saved["replay"]["columns"], replay.columns)
+    assert_all_equal(saved["replay"]["columns"], replay.state_dict()["columns"])
     for name in ("actor", "critic", "target_critic"):
         assert_equal(saved[name], getattr(parts, name).state_dict())
 

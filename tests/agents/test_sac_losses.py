@@ -367,7 +367,7 @@ def fill(buffer: sac.ReplayBuffer, numbers: range) -> None:
 
 
 def test_replay_overwrites_the_oldest_and_keeps_transitions_whole():
-    buffer, norm = sac.ReplayBuffer(4, 3, 2), sac.ObservationNorm(3, CPU)
+    buffer, norm = sac.ReplayBuffer(4, 3, 2, CPU), sac.ObservationNorm(3, CPU)
     fill(buffer, range(3))
     assert set(buffer.sample(200, norm).reward.tolist()) == {0.0, 1.0, 2.0}
     fill(buffer, range(3, 10))
@@ -387,7 +387,7 @@ def test_replay_overwrites_the_oldest_and_keeps_transitions_whole():
 
 
 def test_replay_normalises_by_the_newest_statistics():
-    buffer, norm = sac.ReplayBuffer(4, 3, 2), sac.ObservationNorm(3, CPU)
+    buffer, norm = sac.ReplayBuffer(4, 3, 2, CPU), sac.ObservationNorm(3, CPU)
     buffer.add(*transition(6))
     for value in (0.0, 8.0):  # mean 4 and variance 16, the prior's 1e-4 of an observation aside
         norm.update(np.full(3, value))
@@ -397,7 +397,7 @@ def test_replay_normalises_by_the_newest_statistics():
 
 
 def test_replay_sampling_follows_its_generator():
-    buffer, norm = sac.ReplayBuffer(50, 3, 2), sac.ObservationNorm(3, CPU)
+    buffer, norm = sac.ReplayBuffer(50, 3, 2, CPU), sac.ObservationNorm(3, CPU)
     fill(buffer, range(50))
     state = torch.get_rng_state()
     draws = [
@@ -409,7 +409,7 @@ def test_replay_sampling_follows_its_generator():
 
 @pytest.mark.parametrize("added", [3, 4, 10])
 def test_replay_goes_on_bit_for_bit_after_a_checkpoint(added, tmp_path):
-    buffer, resumed = sac.ReplayBuffer(4, 3, 2), sac.ReplayBuffer(4, 3, 2)
+    buffer, resumed = sac.ReplayBuffer(4, 3, 2, CPU), sac.ReplayBuffer(4, 3, 2, CPU)
     fill(buffer, range(added))
     torch.save(buffer.state_dict(), tmp_path / "replay.pt")
     fill(buffer, range(added, added + 2))
@@ -425,7 +425,7 @@ def test_replay_goes_on_bit_for_bit_after_a_checkpoint(added, tmp_path):
 
 
 def test_replay_checkpoint_holds_the_filled_part_only(tmp_path):
-    buffer = sac.ReplayBuffer(100_000, 3, 2)  # 4 MB
+    buffer = sac.ReplayBuffer(100_000, 3, 2, CPU)  # 4 MB
     buffer.add(*transition(1))
     torch.save(buffer.state_dict(), tmp_path / "replay.pt")
     assert (tmp_path / "replay.pt").stat().st_size < 10_000

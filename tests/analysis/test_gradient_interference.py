@@ -181,7 +181,7 @@ def write_run(run_dir: Path, module, seed: int = 3, trained: bool = False, **fla
             parameter.data += 0.1 * torch.randn(parameter.shape)
     norm, replay = (
         module.ObservationNorm(OBS_DIM, CPU),
-        module.ReplayBuffer(40, OBS_DIM, ACTION_DIM),
+        module.ReplayBuffer(40, OBS_DIM, ACTION_DIM, CPU),
     )
     for _ in range(55):
         obs, next_obs = np.random.default_rng(replay.added).normal(size=(2, OBS_DIM))
