@@ -362,7 +362,7 @@ class Batch(NamedTuple):
     discount: torch.Tensor  # of the value of next_obs: gamma^n, or 0 after a terminal
     next_obs: torch.Tensor
     weight: torch.Tensor  # of the loss: importance sampling, the largest is 1
-    index: torch.Tensor  # where they lie in the replay
+    index: torch.Tensor  # where they lie in the replay; stays on the CPU
 
 
 class PrioritizedReplay:
@@ -446,31 +446,31 @@ class PrioritizedReplay:
         discount = self.gamma**self.n_step * after[:, -1]  # (batch,)
 
         start = self.start[index]
-        obs = np.empty((batch_size, SIZE, SIZE, STACK), np.uint8)
-        next_obs = np.empty_like(obs)
+        shape = (2, batch_size, SIZE, SIZE, STACK)
+        stacks = torch.empty(shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
         # Where the life has ended before, the next stack shows something else: its discount is 0
         next_number = np.minimum(number + self.n_step, self.added - 1)
-        gather_stacks(self.frames, number, start, obs)
-        gather_stacks(self.frames, next_number, start, next_obs)
+        gather_stacks(self.frames, number, start, stacks[0].numpy())
+        gather_stacks(self.frames, next_number, start, stacks[1].numpy())
 
         # Importance weights; the sum of all priorities cancels against the largest weight
         weight = self.priority[index] ** -self.importance_exponent  # (batch,)
         weight = (weight / weight.max()).astype(np.float32)
-        columns = Batch(
-            obs=obs,
-            action=self.action[index],
-            reward=reward,
-            discount=discount,
-            next_obs=next_obs,
-            weight=weight,
-            index=index,
-        )
-        return Batch(*(torch.from_numpy(column).to(device) for column in columns))
+        columns = {
+            "obs": stacks[0],
+            "action": self.action[index],
+            "reward": reward,
+            "discount": discount,
+            "next_obs": stacks[1],
+            "weight": weight,
+        }
+        sent = {name: to_device(column, device) for name, column in columns.items()}
+        return Batch(**sent, index=torch.from_numpy(index))
 
     def set_priorities(self, index: torch.Tensor, loss: torch.Tensor) -> None:
         """Priorities (loss + 1e-10)^priority_exponent of a sampled batch; 1e-10 is Dopamine's."""
-        priorities = (loss.double().cpu().numpy() + 1e-10) ** self.priority_exponent
-        self.priority[index.cpu().numpy()] = priorities
+        priorities = (loss.double().numpy() + 1e-10) ** self.priority_exponent
+        self.priority[index.numpy()] = priorities
         self.largest = max(self.largest, priorities.max())
 
     def columns(self) -> list[np.ndarray]:
@@ -522,7 +522,8 @@ def target_distribution(network, target_network, batch, support, noise):
     value = network(batch.next_obs, noise).softmax(-1) @ support  # (batch, actions)
     action = value.argmax(1)  # (batch,)
     probabilities = target_network(batch.next_obs, noise).softmax(-1)  # (batch, actions, atoms)
-    probabilities = probabilities[torch.arange(len(action)), action]  # (batch, atoms)
+    each = torch.arange(len(action), device=action.device)
+    probabilities = probabilities[each, action]  # (batch, atoms)
     points = batch.reward[:, None] + batch.discount[:, None] * support  # (batch, atoms)
     return project(points, probabilities, support)
 
@@ -530,7 +531,8 @@ def target_distribution(network, target_network, batch, support, noise):
 def cross_entropy(network, batch, target, noise):
     """-sum_i target_i log p_i(s, a) of each transition, (batch,)"""
     logits = network(batch.obs, noise)  # (batch, actions, atoms)
-    logits = logits[torch.arange(len(target)), batch.action]  # (batch, atoms)
+    each = torch.arange(len(target), device=target.device)
+    logits = logits[each, batch.action]  # (batch, atoms)
     return -(target * logits.log_softmax(-1)).sum(-1)
 
 
@@ -800,13 +802,15 @@ def train(args: Args) -> None:
                 next_noise = agent.network.draw_noise()
                 losses, each = update(agent, batch, noise, next_noise)
                 run.update_step += 1
-                norm = get_total_norm(agent.network.parameters())
-                stop_unless_finite(run.agent_step, each, norm)  # before the replay sees a loss
+                each = each.cpu()  # the one value of an update that Python waits for
+                stop_unless_finite(run.agent_step, each)  # before the replay sees a loss
                 replay.set_priorities(batch.index, each)
                 if run.update_step % args.target_interval == 0:
                     agent.target_network.load_state_dict(agent.network.state_dict())
 
         # Measure
+        if game_over or run.due(args.eval_interval) or run.due(args.diagnostics_interval):
+            stop_unless_finite(run.agent_step, get_total_norm(agent.network.parameters()))
         if run.due(args.eval_interval):
             run.log_evaluation(evaluation(args.eval_episodes, EVAL))
         if run.due(args.diagnostics_interval) and replay.ready():
@@ -1221,13 +1225,14 @@ class DenseCopy:
     """The dense weight of a sparse layer, written anew only after its values have changed.
 
     PyTorch counts the changes of a tensor (its version); only changes through .data escape it. What
-    lies between the values stays zero.
+    lies between the values stays zero. In memory, the weights of a convolution have the input
+    channels last, as its images do.
     """
 
     generation = 0  # raised where every copy must be written anew
 
     def __init__(self):
-        self.weight = None
+        self.memory = None
         self.version = None
 
     def __deepcopy__(self, memo: dict) -> "DenseCopy":
@@ -1238,20 +1243,32 @@ class DenseCopy:
 
         Nor values that are no parameter, such as those of a noisy layer.
         """
-        used = torch.is_grad_enabled() or self.weight is not None
+        used = torch.is_grad_enabled() or self.memory is not None
         return used and isinstance(values, nn.Parameter)
 
     def __call__(self, layer: nn.Module) -> torch.Tensor:
         values = layer.values
         kind = (values.dtype, values.device)
-        if self.weight is None or (self.weight.dtype, self.weight.device) != kind:
-            self.weight = values.new_zeros(layer.shape)
+        if self.memory is None or (self.memory.dtype, self.memory.device) != kind:
+            self.memory = values.new_zeros(math.prod(layer.shape))
+            self.index = channels_last(layer.index, layer.shape)
         version = (id(values), kind, values._version, DenseCopy.generation)
         if self.version != version:
             with torch.no_grad():
-                self.weight.view(-1).index_copy_(0, layer.index, values)
+                self.memory.index_copy_(0, self.index, values)
             self.version = version
-        return KeptWeight.apply(values, self.weight, layer.index)
+        return KeptWeight.apply(values, self.memory, self.index, layer.shape)
+
+
+def channels_last(index: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """Places in a flattened weight (out, in, k_h, k_w) -> the same in (out, k_h, k_w, in)."""
+    if len(shape) == 2:
+        return index
+    _, channels, *kernel = shape
+    size = math.prod(kernel)
+    row = index // (channels * size)
+    channel = index // size % channels
+    return (row * size + index % size) * channels + channel
 
 
 def count_step(optimizer: torch.optim.Optimizer, args, kwargs) -> None:
@@ -1267,14 +1284,15 @@ class KeptWeight(torch.autograd.Function):
     """A kept dense weight as a function of the values."""
 
     @staticmethod
-    def forward(ctx, values, weight, index):
+    def forward(ctx, values, memory, index, shape):
         ctx.save_for_backward(index)
-        return weight.view_as(weight)
+        rows, channels, *kernel = shape
+        return memory.view(rows, *kernel, channels).movedim(-1, 1)
 
     @staticmethod
     def backward(ctx, grad):
         (index,) = ctx.saved_tensors
-        return grad.flatten().index_select(0, index), None, None
+        return grad.movedim(1, -1).flatten().index_select(0, index), None, None, None
 
 
 # === END KEPT DENSE WEIGHTS ===
@@ -1617,6 +1635,14 @@ def open_frames(path: Path, frames_shape: tuple[int, ...], mode: str) -> np.ndar
                 f"({error.strerror}); lower --buffer-size or --checkpoint-interval"
             )
     return np.asarray(np.memmap(path, np.uint8, "r+", shape=frames_shape))
+
+
+def to_device(array, device: torch.device) -> torch.Tensor:
+    """A NumPy array or tensor of the CPU on the device; a GPU copies it while Python goes on."""
+    tensor = torch.as_tensor(array)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()  # a copy, unless it is pinned
+    return tensor.to(device, non_blocking=True)
 
 
 # === END FRAME FILE ===

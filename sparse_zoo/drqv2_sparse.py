@@ -379,10 +379,11 @@ class FrameReplay:
         not_terminated = 1 - self.terminated[steps[:, -1]]
 
         shift = torch.randint(2 * PAD + 1, (2, batch_size, 2), generator=generator).numpy()
-        stacks = np.empty((2, batch_size, SIZE, SIZE, 3 * STACK), np.uint8)
+        shape = (2, batch_size, SIZE, SIZE, 3 * STACK)
+        stacks = torch.empty(shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
         start = self.start[index % ring]
-        gather_stacks(self.frames, index, start, shift[0], stacks[0])
-        gather_stacks(self.frames, index + self.n_step, start, shift[1], stacks[1])
+        gather_stacks(self.frames, index, start, shift[0], stacks[0].numpy())
+        gather_stacks(self.frames, index + self.n_step, start, shift[1], stacks[1].numpy())
 
         columns = Batch(
             obs=stacks[0],
@@ -391,7 +392,7 @@ class FrameReplay:
             discount=self.gamma**self.n_step * not_terminated,
             next_obs=stacks[1],
         )
-        return Batch(*(torch.from_numpy(column).to(device) for column in columns))
+        return Batch(*(to_device(column, device) for column in columns))
 
     def state_dict(self) -> dict:
         """All but the frames, which are brought to the disk where they are."""
@@ -436,7 +437,7 @@ def clipped_noise(
 ) -> torch.Tensor:
     """Gaussian noise with the scheduled std, clipped to --noise-clip."""
     noise = exploration_std(args, env_step) * torch.randn(shape, generator=generator)
-    return noise.clamp(-args.noise_clip, args.noise_clip).to(device)
+    return to_device(noise.clamp(-args.noise_clip, args.noise_clip), device)
 
 
 class Agent:
@@ -523,8 +524,9 @@ def update(
 
     # Target critic, slowly behind the critic
     with torch.no_grad():
-        for slow, fast in zip(agent.target_critic.parameters(), agent.critic.parameters()):
-            slow.lerp_(fast, tau)
+        slow = list(agent.target_critic.parameters())
+        fast = list(agent.critic.parameters())
+        torch._foreach_lerp_(slow, fast, tau)
 
     return {
         "actor_loss": loss_actor.detach(),
@@ -717,9 +719,10 @@ def train(args: Args) -> None:
             noise, next_noise = clipped_noise(args, noise_shape, env_step, device)
             losses = update(agent, batch, noise, next_noise, args.tau, args.bf16)
             run.update_step += 1
-            stop_unless_finite(run.agent_step, *losses.values(), get_total_norm(trained))
 
         # Measure
+        if episode_over or run.due(args.eval_interval) or run.due(args.diagnostics_interval):
+            stop_unless_finite(run.agent_step, *losses.values(), get_total_norm(trained))
         if run.due(args.eval_interval):
             run.log_evaluation(evaluation(args.eval_episodes, EVAL))
         if run.due(args.diagnostics_interval) and replay.ready():
@@ -1205,13 +1208,14 @@ class DenseCopy:
     """The dense weight of a sparse layer, written anew only after its values have changed.
 
     PyTorch counts the changes of a tensor (its version); only changes through .data escape it. What
-    lies between the values stays zero.
+    lies between the values stays zero. In memory, the weights of a convolution have the input
+    channels last, as its images do.
     """
 
     generation = 0  # raised where every copy must be written anew
 
     def __init__(self):
-        self.weight = None
+        self.memory = None
         self.version = None
 
     def __deepcopy__(self, memo: dict) -> "DenseCopy":
@@ -1222,20 +1226,32 @@ class DenseCopy:
 
         Nor values that are no parameter, such as those of a noisy layer.
         """
-        used = torch.is_grad_enabled() or self.weight is not None
+        used = torch.is_grad_enabled() or self.memory is not None
         return used and isinstance(values, nn.Parameter)
 
     def __call__(self, layer: nn.Module) -> torch.Tensor:
         values = layer.values
         kind = (values.dtype, values.device)
-        if self.weight is None or (self.weight.dtype, self.weight.device) != kind:
-            self.weight = values.new_zeros(layer.shape)
+        if self.memory is None or (self.memory.dtype, self.memory.device) != kind:
+            self.memory = values.new_zeros(math.prod(layer.shape))
+            self.index = channels_last(layer.index, layer.shape)
         version = (id(values), kind, values._version, DenseCopy.generation)
         if self.version != version:
             with torch.no_grad():
-                self.weight.view(-1).index_copy_(0, layer.index, values)
+                self.memory.index_copy_(0, self.index, values)
             self.version = version
-        return KeptWeight.apply(values, self.weight, layer.index)
+        return KeptWeight.apply(values, self.memory, self.index, layer.shape)
+
+
+def channels_last(index: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """Places in a flattened weight (out, in, k_h, k_w) -> the same in (out, k_h, k_w, in)."""
+    if len(shape) == 2:
+        return index
+    _, channels, *kernel = shape
+    size = math.prod(kernel)
+    row = index // (channels * size)
+    channel = index // size % channels
+    return (row * size + index % size) * channels + channel
 
 
 def count_step(optimizer: torch.optim.Optimizer, args, kwargs) -> None:
@@ -1251,14 +1267,15 @@ class KeptWeight(torch.autograd.Function):
     """A kept dense weight as a function of the values."""
 
     @staticmethod
-    def forward(ctx, values, weight, index):
+    def forward(ctx, values, memory, index, shape):
         ctx.save_for_backward(index)
-        return weight.view_as(weight)
+        rows, channels, *kernel = shape
+        return memory.view(rows, *kernel, channels).movedim(-1, 1)
 
     @staticmethod
     def backward(ctx, grad):
         (index,) = ctx.saved_tensors
-        return grad.flatten().index_select(0, index), None, None
+        return grad.movedim(1, -1).flatten().index_select(0, index), None, None, None
 
 
 # === END KEPT DENSE WEIGHTS ===
@@ -1601,6 +1618,14 @@ def open_frames(path: Path, frames_shape: tuple[int, ...], mode: str) -> np.ndar
                 f"({error.strerror}); lower --buffer-size or --checkpoint-interval"
             )
     return np.asarray(np.memmap(path, np.uint8, "r+", shape=frames_shape))
+
+
+def to_device(array, device: torch.device) -> torch.Tensor:
+    """A NumPy array or tensor of the CPU on the device; a GPU copies it while Python goes on."""
+    tensor = torch.as_tensor(array)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()  # a copy, unless it is pinned
+    return tensor.to(device, non_blocking=True)
 
 
 # === END FRAME FILE ===

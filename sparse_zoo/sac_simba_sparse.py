@@ -1243,13 +1243,14 @@ class DenseCopy:
     """The dense weight of a sparse layer, written anew only after its values have changed.
 
     PyTorch counts the changes of a tensor (its version); only changes through .data escape it. What
-    lies between the values stays zero.
+    lies between the values stays zero. In memory, the weights of a convolution have the input
+    channels last, as its images do.
     """
 
     generation = 0  # raised where every copy must be written anew
 
     def __init__(self):
-        self.weight = None
+        self.memory = None
         self.version = None
 
     def __deepcopy__(self, memo: dict) -> "DenseCopy":
@@ -1260,20 +1261,32 @@ class DenseCopy:
 
         Nor values that are no parameter, such as those of a noisy layer.
         """
-        used = torch.is_grad_enabled() or self.weight is not None
+        used = torch.is_grad_enabled() or self.memory is not None
         return used and isinstance(values, nn.Parameter)
 
     def __call__(self, layer: nn.Module) -> torch.Tensor:
         values = layer.values
         kind = (values.dtype, values.device)
-        if self.weight is None or (self.weight.dtype, self.weight.device) != kind:
-            self.weight = values.new_zeros(layer.shape)
+        if self.memory is None or (self.memory.dtype, self.memory.device) != kind:
+            self.memory = values.new_zeros(math.prod(layer.shape))
+            self.index = channels_last(layer.index, layer.shape)
         version = (id(values), kind, values._version, DenseCopy.generation)
         if self.version != version:
             with torch.no_grad():
-                self.weight.view(-1).index_copy_(0, layer.index, values)
+                self.memory.index_copy_(0, self.index, values)
             self.version = version
-        return KeptWeight.apply(values, self.weight, layer.index)
+        return KeptWeight.apply(values, self.memory, self.index, layer.shape)
+
+
+def channels_last(index: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """Places in a flattened weight (out, in, k_h, k_w) -> the same in (out, k_h, k_w, in)."""
+    if len(shape) == 2:
+        return index
+    _, channels, *kernel = shape
+    size = math.prod(kernel)
+    row = index // (channels * size)
+    channel = index // size % channels
+    return (row * size + index % size) * channels + channel
 
 
 def count_step(optimizer: torch.optim.Optimizer, args, kwargs) -> None:
@@ -1289,14 +1302,15 @@ class KeptWeight(torch.autograd.Function):
     """A kept dense weight as a function of the values."""
 
     @staticmethod
-    def forward(ctx, values, weight, index):
+    def forward(ctx, values, memory, index, shape):
         ctx.save_for_backward(index)
-        return weight.view_as(weight)
+        rows, channels, *kernel = shape
+        return memory.view(rows, *kernel, channels).movedim(-1, 1)
 
     @staticmethod
     def backward(ctx, grad):
         (index,) = ctx.saved_tensors
-        return grad.flatten().index_select(0, index), None, None
+        return grad.movedim(1, -1).flatten().index_select(0, index), None, None, None
 
 
 # === END KEPT DENSE WEIGHTS ===
