@@ -37,6 +37,9 @@ actor, white noise, and noise in the actor loss and in the TD target too):
     untouched.
  8. Exploration noise is drawn step by step; there, white noise for a whole episode at once, of the
     same law.
+ 9. A decision updates first and steps the environment then, so that a GPU learns while the
+    environment steps: a transition is learned from one decision later. --no-overlap updates after
+    the step, as there; results before this flag were made so.
 
 In this file: flags, networks, replay, losses, agent, update; then `train`, the whole of training;
 then an appendix that this file shares with the others: sparse layers, diagnostics, runs.

@@ -33,6 +33,9 @@ Differences from the official (JAX) code:
     run repeats the uninterrupted one in any environment; there, one generator runs on.
  7. Evaluations draw their initial states from (seed, decision), so that they leave training
     untouched.
+ 8. A decision updates first and steps the environment then, so that a GPU learns while the
+    environment steps: a transition is learned from one decision later. --no-overlap updates after
+    the step, as there; results before this flag were made so.
 
 In this file: flags, networks, replay, losses, agent, update; then `train`, the whole of training;
 then an appendix that this file shares with the others: sparse layers, diagnostics, runs.

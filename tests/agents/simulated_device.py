@@ -13,6 +13,7 @@ import dataclasses
 import gc
 import runpy
 import sys
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 aten = torch.ops.aten
 MOVES = {aten.copy_.default, aten._to_copy.default}
+copies = Counter()  # tensors that went "to the device" and "to the CPU", numbers included
 INDEXING = {
     aten.index.Tensor,
     aten.index_put.default,
@@ -91,6 +93,8 @@ def call(operation, args: tuple, kwargs: dict):
         on_sim = torch.device(kwargs["device"]).type == "sim"
         kwargs = {**kwargs, "device": torch.device("cpu")}
 
+    count_copy(operation, args, on_sim)
+
     def unwrap(leaf):
         return leaf.memory if isinstance(leaf, SimTensor) else leaf
 
@@ -100,6 +104,15 @@ def call(operation, args: tuple, kwargs: dict):
         return ours[id(leaf)] if id(leaf) in ours else SimTensor(leaf)
 
     return tree_map(wrap, operation(*tree_map(unwrap, args), **tree_map(unwrap, kwargs)))
+
+
+def count_copy(operation, args: tuple, to_sim: bool) -> None:
+    if operation is aten._local_scalar_dense.default and isinstance(args[0], SimTensor):
+        copies["to the CPU"] += 1
+    if operation in MOVES:
+        source = args[1] if operation is aten.copy_.default else args[0]
+        if isinstance(source, SimTensor) != to_sim:
+            copies["to the device" if to_sim else "to the CPU"] += 1
 
 
 def run(file: str, flags: list[str], device: str, stop_at_checkpoint: int | None = None) -> None:

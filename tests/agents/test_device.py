@@ -73,3 +73,40 @@ with simulated_device.SimDevice():
         raise AssertionError(f"mistake {MISTAKES.index(mistake)} went through")
 """
     succeed(call(sys.executable, "-c", program, cwd=HERE))
+
+
+@pytest.mark.parametrize("agent", ["sac_simba_sparse", "ddpg_simba_sparse"])
+def test_a_decision_sends_one_row_and_reads_one_action(agent):
+    """With two updates in it; a second row where the updates come after the step."""
+    program = f"""
+import sys
+
+sys.path.insert(0, {str(AGENTS)!r})
+import numpy as np
+import torch
+import simulated_device
+import {agent} as module
+
+def transition():
+    return np.ones(3), np.ones(2), 1.0, np.ones(3), False
+
+args = module.Args(width_scale=0.125, sparsity=0.5, batch_size=8)
+with simulated_device.SimDevice():
+    device = torch.device("sim")
+    parts = module.Agent(args, 3, 2, device)
+    norm = module.ObservationNorm(3, device)
+    replay = module.ReplayBuffer(100, 3, 2, device)
+    learner = module.Learner(parts, norm, replay, args, 0.9, device)
+    for overlap in (True, False):
+        for decision in range(3):
+            simulated_device.copies.clear()
+            norm.update(np.ones(3))
+            if replay.added:
+                learner.act(np.ones(3), then_learn=overlap)
+            replay.add(*transition())
+            if not overlap:
+                learner.learn()
+        rows = 1 if overlap else 2
+        assert simulated_device.copies == {{"to the device": rows, "to the CPU": 1}}, overlap
+"""
+    succeed(call(sys.executable, "-c", program, cwd=HERE))
