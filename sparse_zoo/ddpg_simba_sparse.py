@@ -535,11 +535,12 @@ class Learner:
         replay: ReplayBuffer,
         args: Args,
         gamma: float,
+        noise_std: float,
         device: torch.device,
     ):
         self.norm = norm
         self.replay = replay
-        self.noise_std = args.exploration_noise
+        self.noise_std = noise_std
         obs_dim, action_dim, *_ = replay.sizes
         self.row = DeviceRow(
             device,
@@ -706,7 +707,7 @@ def train(args: Args) -> None:
 
     run.begin({"actor": layer_table(agent.actor), "critic": layer_table(agent.critic)})
     env.set_wrapper_attr("env_step", run.env_step)  # which errors name
-    learner = Learner(agent, norm, replay, args, gamma, device)
+    learner = Learner(agent, norm, replay, args, gamma, args.exploration_noise, device)
     episode_over = True
     if run.agent_step == 0:
         run.log("eval", evaluation(args.eval_episodes, EVAL))
@@ -721,7 +722,7 @@ def train(args: Args) -> None:
         # Reset, not at the very end, where it would lose the trained agent
         if run.due(args.reset_interval) and run.agent_step >= learning_starts:
             agent = Agent(args, obs_dim, action_dim, device)
-            learner = Learner(agent, norm, replay, args, gamma, device)
+            learner = Learner(agent, norm, replay, args, gamma, args.exploration_noise, device)
 
         # Act: at random at first, then by the policy
         norm.update(obs)

@@ -576,10 +576,12 @@ class Learner:
         replay: ReplayBuffer,
         args: Args,
         gamma: float,
+        noise_std: float,
         device: torch.device,
     ):
         self.norm = norm
         self.replay = replay
+        self.noise_std = noise_std
         obs_dim, action_dim, *_ = replay.sizes
         self.row = DeviceRow(
             device,
@@ -604,7 +606,7 @@ class Learner:
         host = self.row.host
         mean, std = self.norm.mean_and_std()
         host.obs[0] = (torch.as_tensor(obs, dtype=torch.float32) - mean) / std
-        host.noise[0] = torch.randn(host.noise.shape[1])
+        host.noise[0] = self.noise_std * torch.randn(host.noise.shape[1])
         if then_learn:
             self.draw_updates()
         self.row.send()
@@ -625,7 +627,7 @@ class Learner:
         host.transition[:], host.place[0] = self.replay.hand_over()
         for index, noises in zip(host.index, host.noises):
             index[:] = torch.randint(self.replay.filled(), index.shape)
-            noises[:] = torch.randn(noises.shape)
+            noises[:] = self.noise_std * torch.randn(noises.shape)
 
 
 def evaluate(
@@ -749,7 +751,7 @@ def train(args: Args) -> None:
 
     run.begin({"actor": layer_table(agent.actor), "critic": layer_table(agent.critic)})
     env.set_wrapper_attr("env_step", run.env_step)  # which errors name
-    learner = Learner(agent, norm, replay, args, gamma, device)
+    learner = Learner(agent, norm, replay, args, gamma, noise_std=1.0, device=device)
     episode_over = True
     if run.agent_step == 0:
         run.log("eval", evaluation(args.eval_episodes, EVAL))
@@ -764,7 +766,7 @@ def train(args: Args) -> None:
         # Reset, not at the very end, where it would lose the trained agent
         if run.due(args.reset_interval) and run.agent_step >= learning_starts:
             agent = Agent(args, obs_dim, action_dim, device)
-            learner = Learner(agent, norm, replay, args, gamma, device)
+            learner = Learner(agent, norm, replay, args, gamma, noise_std=1.0, device=device)
 
         # Act: at random at first, then by the policy
         norm.update(obs)

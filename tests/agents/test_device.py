@@ -96,7 +96,7 @@ with simulated_device.SimDevice():
     parts = module.Agent(args, 3, 2, device)
     norm = module.ObservationNorm(3, device)
     replay = module.ReplayBuffer(100, 3, 2, device)
-    learner = module.Learner(parts, norm, replay, args, 0.9, device)
+    learner = module.Learner(parts, norm, replay, args, 0.9, 1.0, device)
     for overlap in (True, False):
         for decision in range(3):
             simulated_device.copies.clear()

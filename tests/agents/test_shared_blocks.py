@@ -108,6 +108,7 @@ PAPER_DEFAULTS = {
 
 # What SAC and DDPG do not have in common; everything else of one name is one text.
 ALGORITHM = {
+    "choose_action",
     "Args",
     "Actor",
     "Agent",
