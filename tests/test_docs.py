@@ -22,7 +22,8 @@ OTHER_PROGRAMS = {
     "--logdir",
     "--array",
     "--cpus-per-task",
-}  # tyro to pytest-xdist, TensorBoard, Slurm
+    "--dry-run",
+}  # --help to pytest-xdist, TensorBoard, Slurm, W&B
 
 
 def flags_of(script: Path) -> set[str]:
