@@ -4,8 +4,18 @@
 usage="usage: ./benchmark.sh TARGET [--scale paper|cpu|smoke] [--runner local|slurm|dry-run] [--jobs N] [--seeds N]
        ./benchmark.sh plot TARGET [--scale ...] [--seeds N]      draw from the runs that are finished
        ./benchmark.sh status TARGET [--scale ...] [--seeds N]    how far each run is
-       ./benchmark.sh list
+       ./benchmark.sh list                                       targets and their numbers of runs
+       ./benchmark.sh TARGET --help                              this, and what the target is
 TARGET: table1 to table5, fig1 to fig18, all (of these), extra-... (not in the paper). Default: --scale cpu --runner local.
+
+scales:      cpu    for a laptop: easier tasks, networks an eighth as wide, fewer env steps and seeds; shows at most the
+                    direction of an effect (fig3: 240 runs, about 116 core hours)
+             paper  the paper's protocol, for a cluster (fig3: 1280 runs, about 646000 core hours)
+             smoke  tiny runs of a few hundred decisions that test every step; the numbers mean nothing
+                    (all: 106 runs, some 20 minutes on two cores)
+runners:     local (on this machine, --jobs runs at a time), slurm (one array job), dry-run (prints the commands)
+--seeds N:   the first N seeds, in place of the scale's number
+Before anything runs, the number of runs and an estimate in core hours are printed. More: docs/benchmark.md
 
 environment (folders count from this script's):
              RUNS (folder of runs, default runs/SCALE), RESULTS (of pictures and tables, default results/SCALE),
@@ -77,7 +87,7 @@ fig1() { # dense and sparse, wider, then wider and deeper (which widths and dept
     simba "sac ddpg" "$four_hardest" $w 2 "1 - 4 / (2 * $w^2)"
   done
 }
-fig2() { fig15 && fig16; } # the average over DMC Hard
+fig2() { fig15 && fig16; } # width and depth, the average over DMC Hard
 fig3() {                   # default and large network against sparsity
   for w in 1 5; do for s in $sparsities; do simba "sac ddpg" "$four_hardest" $w 1 $s; done; done
 }
@@ -117,7 +127,7 @@ fig13() { # default width: static sparsity, or SparseInit, or neither
   for s in 0 0.9; do stream 1 $s lecun; done
   stream 1 0 sparse_init
 }
-fig14() { fig1; } # linear axis
+fig14() { fig1; } # Figure 1 on a linear axis
 fig15() {         # width, task by task
   for w in 0.5 1 2 3 4 5; do simba "sac ddpg" "$dmc_hard" $w 1 0; done
   for w in 3 4 5; do simba "sac ddpg" "$dmc_hard" $w 1 "1 - 4 / $w^2"; done
@@ -126,7 +136,7 @@ fig16() { # depth, task by task, at width 2
   for d in 1 2 3 4; do simba "sac ddpg" "$dmc_hard" 2 $d 0; done
   for d in 2 3 4; do simba "sac ddpg" "$dmc_hard" 2 $d "1 - 1 / $d"; done
 }
-fig17() { fig12; } # learning curves
+fig17() { fig12; } # learning curves of the runs of Figure 12
 fig18() {          # Atari-100k: the default dense network, and 3 times as wide
   der 1 0
   for s in 0 0.4 0.8; do der 3 $s; done
@@ -299,10 +309,19 @@ number() { # number NAME VALUE MOST
   [[ $2 =~ ^[1-9][0-9]{0,9}$ ]] && (($2 <= $3)) || fail "$1 $2: must be a whole number above 0, at most $3"
 }
 
+describe() { # describe TARGET: a line from the comment at its function
+  echo
+  if [[ $1 == table* ]]; then
+    echo "$1: hyperparameters or environments, printed from the code beside the paper's"
+  else
+    echo "$1: $(sed -n "s/^$1() {.*# //p" "${BASH_SOURCE[0]##*/}"); $(commands "$1" | wc -l) runs at --scale $scale"
+  fi
+}
+
 tables="table1 table2 table3 table4 table5"
 figures=$(printf 'fig%d ' {1..18})
 extras="extra-equal extra-uniform extra-actor-critic extra-dense-active extra-sparse-init extra-replay"
-action=run scale=cpu runner="" seeds="" limit="" code=0
+action=run scale=cpu runner="" seeds="" limit="" help="" code=0
 on_signal='fail "interrupted; the same command goes on" 1'
 trap "$on_signal" INT TERM HUP
 names=()
@@ -310,7 +329,7 @@ names=()
 while (($#)); do
   [[ $1 != --*=* ]] || set -- "${1%%=*}" "${1#*=}" "${@:2}"
   case $1 in
-    -h | --help) echo "$usage"; exit ;;
+    -h | --help) help=1 && shift && continue ;;
     --scale | --runner | --jobs | --seeds) (($# > 1)) || fail "$1: its value is missing; ./benchmark.sh --help" ;;
     -*) fail "$1: unknown flag; ./benchmark.sh --help" ;;
     *) names+=("$1") && shift && continue ;;
@@ -325,6 +344,10 @@ while (($#)); do
 done
 [[ ${names-} != plot && ${names-} != status ]] || { action=${names[0]} && names=("${names[@]:1}"); }
 target=${names[0]-}
+if [[ -n $help ]] && [[ -z $target || " $tables $figures $extras " != *" $target "* ]]; then
+  echo "$usage"
+  exit
+fi
 [[ -n $target && " $tables $figures $extras all list " == *" $target "* && "$action $target" != [ps]*" list" ]] ||
   fail "no target '$target' to $action; ./benchmark.sh list names them"
 ((${#names[@]} == 1)) || fail "$target ${names[1]}: one target at a time"
@@ -356,7 +379,10 @@ if [[ -n $only && $target != list && $target != table* && -z $(commands $targets
   fail "ONLY='$only': matches no run of $target; --runner dry-run without ONLY shows their commands"
 fi
 
-if [[ $target == list ]]; then
+if [[ -n $help ]]; then
+  echo "$usage"
+  describe "$target"
+elif [[ $target == list ]]; then
   for name in $tables; do echo "$name: from the code"; done
   for name in $figures; do echo "$name: $(commands $name | wc -l) runs"; done
   echo "all: $(commands $figures | wc -l) runs"

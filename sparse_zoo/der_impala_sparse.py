@@ -48,8 +48,10 @@ import sys
 if __name__ == "__main__":  # Ctrl-C ends with one line, also in the seconds of the imports below
     signal.signal(signal.SIGINT, lambda *_: sys.exit("interrupted"))
 
+import ast
 import copy
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -59,16 +61,17 @@ import re
 import shutil
 import subprocess
 import tempfile
+import textwrap
 import threading
 import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import wraps
+from functools import partial, wraps
 from importlib.metadata import distributions
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, NoReturn, get_type_hints
+from typing import Annotated, Literal, NamedTuple, NoReturn, get_args, get_origin, get_type_hints
 
 import gymnasium as gym
 import numba
@@ -198,7 +201,7 @@ class Args:
     wandb_project: str = "sparse_zoo"
     """Weights & Biases project of --track"""
     wandb_entity: str | None = None
-    """Weights & Biases team of --track"""
+    """Weights & Biases team of --track (default: your own account)"""
 
     # Checkpoints
     checkpoint_interval: Annotated[int, "x >= 1"] = 20_000
@@ -1726,6 +1729,69 @@ def stop_unless_finite(agent_step: int, *values: torch.Tensor) -> None:
         fail(f"a value is not finite at {agent_step=}; the last checkpoint is kept", exit_code=3)
 
 
+def parse_flags(flags: type):
+    """The flags of the command line. --help prints them in the groups that they have in the file.
+
+    Yes or no is --resume or --no-resume; --resume=True and --resume true are understood too.
+    """
+    words = sys.argv[1:]
+    if {"-h", "--help"} & {*words}:
+        try:
+            print(describe_flags(flags), flush=True)
+        except BrokenPipeError:  # --help | head
+            os._exit(0)
+        sys.exit(0)
+    switches = {name for name, hint in get_type_hints(flags).items() if hint is bool}
+    plain = []
+    while words:
+        flag, equals, value = words.pop(0).partition("=")
+        if flag[2:].replace("-", "_") in switches:
+            if not equals and words and words[0].lower() in ("true", "false"):
+                equals, value = "=", words.pop(0)
+            if equals and value.lower() not in ("true", "false"):
+                fail(f"{flag} {value}: must be {flag} or --no-{flag[2:]}")
+            plain.append(f"--no-{flag[2:]}" if value.lower() == "false" else flag)
+        else:
+            plain.append(f"{flag}{equals}{value}")
+    return tyro.cli(flags, args=plain)
+
+
+def describe_flags(flags: type) -> str:
+    """What --help prints, from this file: docstring, and groups, types and texts of the flags."""
+    width = min(shutil.get_terminal_size().columns, 100)
+    wrap = partial(textwrap.wrap, width=width, break_on_hyphens=False)
+    code = Path(__file__).read_text()
+    summary = ast.get_docstring(ast.parse(code)).split("\n\n")[0]
+    page = code.partition("\n")[0].removeprefix("# docs: ")
+    usage = f"usage: python {sys.argv[0]} [--FLAG VALUE] ..."
+    lines = [usage, "", *wrap(summary), f"Its page: {page}"]
+
+    # In the class: a comment right above a flag begins a group; its docstring is its help
+    hints = get_type_hints(flags)
+    class_code = inspect.getsource(flags)
+    for group, name, text in re.findall(
+        r'(?:^ +# ([^\n]+)\n)?^    (\w+): [^\n]+\n    """(.+?)"""', class_code, re.M | re.S
+    ):
+        hint, default = hints[name], getattr(flags, name)
+        flag = f"--{name.replace('_', '-')}"
+        if group:
+            lines += ["", group]
+        if hint is bool:
+            lines.append(f"  {flag}, --no-{flag[2:]}")
+            default = "yes" if default else "no"
+        elif get_origin(hint) is Literal:
+            lines.append(f"  {flag} {'|'.join(get_args(hint))}")
+        else:
+            kind = (get_args(hint) or (hint,))[0]  # int of int | None
+            lines.append(f"  {flag} {'TEXT' if kind is str else kind.__name__.upper()}")
+        text = " ".join(text.split())
+        if default is not None:  # else the text says what happens
+            text += f" (default: {default})"
+        indent = " " * 8
+        lines += wrap(text, initial_indent=indent, subsequent_indent=indent)
+    return "\n".join(lines)
+
+
 def check_flags(args) -> None:
     """Ends the program if a flag breaks the rule that stands beside it in Args."""
     for name, hint in get_type_hints(type(args), include_extras=True).items():
@@ -1809,6 +1875,8 @@ def take_flags(args) -> None:
         made_with = dict(json.loads(path.read_text())["args"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         fail(f"--run-dir {args.run_dir}: cannot read {path} ({type(error).__name__})")
+    if reason := other_agent(args, made_with):
+        fail(f"--run-dir {args.run_dir}: {reason}")
     for name in made_with.keys() & ({"total_timesteps"} | result_flags(args).keys()):
         value = getattr(args, name)
         if value == getattr(type(args), name):  # the default: it was not given
@@ -1817,6 +1885,16 @@ def take_flags(args) -> None:
             flag = f"--{name.replace('_', '-')}"
             fail(f"--run-dir {args.run_dir}: made with {flag} {made_with[name]}, not {value}")
     check_flags(args)
+
+
+def other_agent(args, made_with: dict) -> str:
+    """A line if the flags of a run are those of another agent, else nothing."""
+    theirs = made_with.keys() - vars(args)
+    ours = vars(args).keys() - made_with
+    if not theirs or not ours:  # another version of this agent has more flags, or fewer
+        return ""
+    flag = f"--{min(theirs).replace('_', '-')}"
+    return f"this run is of another agent, {made_with.get('exp_name')}, which has {flag}"
 
 
 def describe_nearest(args) -> str:
@@ -2041,12 +2119,21 @@ class Run:
         path = Path(self.args.init_from).expanduser() / "checkpoint.pt"
         try:
             learned = read_checkpoint(path)
+            reason = other_agent(self.args, learned["args"])
             for name, part in parts.items():
-                if isinstance(part, nn.Module) or name == "norm":
+                if not reason and (isinstance(part, nn.Module) or name == "norm"):
                     part.load_state_dict(learned[name])
         except Exception as error:
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            fail(f"--init-from {self.args.init_from}: {path} does not fit ({reason})")
+            reason = f"{path} does not fit ({type(error).__name__}: {' '.join(str(error).split())})"
+        if reason:
+            self.leave_no_folder()
+            fail(f"--init-from {self.args.init_from}: {reason}")
+
+    def leave_no_folder(self) -> None:
+        """Removes the folder of a run that cannot begin."""
+        for name in (".lock", ".owner"):
+            (self.folder / name).unlink(missing_ok=True)
+        self.folder.rmdir()
 
     def begin(self, layers: dict[str, list[dict]]) -> None:
         """Prints the layer tables, writes args.json, and opens metrics.csv and the progress bar."""
@@ -2145,9 +2232,14 @@ class Run:
             self.wandb.finish()
         self.bar.close()
         draw_learning_curve(self.folder, self.args.env_id)
+        episodes = self.args.final_eval_episodes
         print(
-            f"return {result['return_mean']:.1f}; "
-            f"checkpoint, metrics.csv and learning_curve.png are in {self.folder}"
+            f"return {result['return_mean']:.1f}, the mean of {episodes} episodes; "
+            f"checkpoint, metrics.csv and learning_curve.png are in {self.folder}\n"
+            f"look at it:    {self.folder / 'learning_curve.png'}\n"
+            f"compare runs:  tensorboard --logdir {self.args.runs_dir}\n"
+            f"evaluate it:   python {sys.argv[0]} --eval-only --run-dir {self.folder}\n"
+            "and more:      docs/recipes.md (a film, the policy in Python, longer training)"
         )
 
 
@@ -2338,4 +2430,4 @@ for loop in list(globals().values()):  # here, where all compiled loops have bee
 
 
 if __name__ == "__main__":
-    train(tyro.cli(Args))
+    train(parse_flags(Args))

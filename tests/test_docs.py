@@ -22,7 +22,8 @@ OTHER_PROGRAMS = {
     "--logdir",
     "--array",
     "--cpus-per-task",
-}  # tyro to pytest-xdist, TensorBoard, Slurm
+    "--dry-run",
+}  # --help to pytest-xdist, TensorBoard, Slurm, W&B
 
 
 def flags_of(script: Path) -> set[str]:
@@ -94,3 +95,19 @@ def test_the_patch_of_fork_it_applies_and_runs(tmp_path, main):
         active = checkpoint["critic"][row["layer"] + ".active"].long()
         assert row["active"] == len(active) == row["total"] / 2
         assert (torch.bincount(active // 4, minlength=row["total"] // 4) == 2).all()
+
+
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) < 120
+
+
+def test_the_first_command_of_readme_keeps_its_promise():
+    """Of the ten published seeds the lowest is a tenth above what README promises."""
+    readme = (ROOT / "README.md").read_text()
+    page = (ROOT / "docs" / "results" / "first_command.md").read_text()
+    (first,) = re.findall(r"&& \.venv/bin/python (sparse_zoo/.+)", readme)
+    assert first in page
+    (promise,) = re.findall(r"more than (\d+) of 1,000", readme)
+    rows = re.findall(r"^\| (\d+) \| ([\d.]+) \| ([\d.]+) \|$", page, re.M)
+    assert [int(seed) for seed, *_ in rows] == list(range(1, 11))
+    assert min(float(value) for _, value, _ in rows) >= 1.1 * int(promise)

@@ -189,6 +189,17 @@ def test_start_from_the_networks_of_another_run(trained, main, tmp_path):
     assert ours["replay"]["added"] == 10 and ours["critic_optimizer"]["state"] == {}
     for wrong in ("--sparsity 0.5", "--init-from nowhere"):
         check_error(main(script, *flags, *more, *wrong.split()), "--init-from")
+    only_run(tmp_path / "runs")  # no folder of a run that could not begin
+
+
+def test_a_run_of_another_agent(trained, main, tmp_path):
+    """Both flags name the agent, and neither leaves a folder."""
+    ddpg_file = AGENTS / "ddpg_simba_sparse.py"
+    other = ("another agent, sac_simba_sparse", "--initial-temperature")
+    check_error(main(ddpg_file, "--eval-only", "--run-dir", trained), "--run-dir", *other)
+    flags = [*CARTPOLE.split(), "--init-from", trained, "--total-timesteps", "200"]
+    check_error(main(ddpg_file, *flags), "--init-from", *other)
+    assert list((tmp_path / "runs").iterdir()) == []
 
 
 def test_an_environment_of_your_own(main, tmp_path, monkeypatch):
@@ -220,6 +231,29 @@ def test_sweeps(block, tmp_path):
         subprocess.run(["bash", "-ec", code], cwd=tmp_path, env=environment, check=True)
     names = sorted(path.name.split("__")[-1] for path in (tmp_path / "runs").iterdir())
     assert names == ["seed1", "seed2"]
+
+
+def test_a_resumed_offline_run_is_one_to_weights_and_biases(tmp_path):
+    """What `wandb sync` would send, which is all that can be had without a network."""
+    ((script, flags),) = commands("Weights & Biases")
+    for total in ("200", "400"):
+        more = f"{CARTPOLE} --total-timesteps {total} --learning-starts 1000".split()
+        how = {"WANDB_MODE": "offline", "MUJOCO_GL": "egl", "WANDB_DATA_DIR": str(tmp_path)}
+        succeed(Process(script, *flags, *more, folder=tmp_path, **how).finish())
+    run_dir = only_run(tmp_path / "runs")
+    parts = sorted(run_dir.glob("wandb/offline-run-*/*.wandb"))
+    assert [part.name for part in parts] == [f"run-{run_dir.name}.wandb"] * 2
+    for part in parts:
+        recorded = part.read_bytes()
+        assert b"final/return_mean" in recorded and b"videos/final.mp4" in recorded
+        (film,) = part.parent.glob("files/videos/final.mp4")
+        assert len(imageio.mimread(film, memtest=False)) == 50
+    copies = [path.read_bytes() for path in tmp_path.rglob("artifacts/staging/*")]
+    assert copies and set(copies) == {script.read_bytes()}
+    wandb = [sys.executable, "-m", "wandb", "sync", "--dry-run"]
+    done = subprocess.run(wandb, cwd=run_dir, capture_output=True, text=True)
+    said = done.stdout + done.stderr
+    assert "Would sync 2 run(s)" in said and said.count(run_dir.name + ".wandb") == 2
 
 
 def test_read_a_checkpoint_without_this_code(trained):

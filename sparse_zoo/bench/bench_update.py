@@ -222,6 +222,33 @@ def print_table(args: Args) -> pd.DataFrame:
     return pd.DataFrame(results)
 
 
+def print_against_dense(table: pd.DataFrame) -> None:
+    """The table of README: our updates against our dense ones and against the masked twin's."""
+    names = ("width scale", "sparsity", "active weights", "ms")
+    timing.print_header(*names, "of dense", "of masked", "MiB", "of dense", "of masked")
+    short = table[(table.width_scale != 2) & (table.sparsity != 0.95)]
+    for width_scale, rows in short.groupby("width_scale"):
+        (dense,) = rows[rows.sparsity == 0].itertuples()
+        for row in rows.itertuples():
+            time = memory = twin_time = twin_memory = ""
+            if row.sparsity > 0:
+                time = f"{row.ours_ms / dense.ours_ms:.2f}"
+                memory = f"{row.ours_mib / dense.ours_mib:.2f}"
+                twin_time = f"{row.time:.2f}"
+                twin_memory = f"{row.memory:.2f}"
+            timing.print_cells(
+                f"{width_scale:g}",
+                f"{row.sparsity:g}",
+                f"{row.active_weights / 1e6:.3g} M",
+                f"{row.ours_ms:.0f}",
+                time,
+                twin_time,
+                f"{row.ours_mib:.0f}",
+                memory,
+                twin_memory,
+            )
+
+
 def print_row(args: Args) -> None:
     """Measures one width and sparsity."""
     found = compare(args)
@@ -241,6 +268,8 @@ def main(args: Args) -> None:
         if args.output:
             runs.make_folder(args.output)  # known to be there before all is measured
         table = print_table(args)
+        print("\nThe table of README:\n")
+        print_against_dense(table)
         if args.output:
             with runs.new_files(args.output) as folder:
                 table.to_csv(folder / "update_costs.csv", index=False, float_format="%.5g")

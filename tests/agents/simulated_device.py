@@ -131,7 +131,7 @@ def run(file: str, flags: list[str], device: str, stop_at_checkpoint: int | None
             path,
         )
 
-    tyro.cli = lambda args: dataclasses.replace(parse(args), device=device)
+    tyro.cli = lambda flags, args: dataclasses.replace(parse(flags, args=args), device=device)
     torch.save, sys.argv = save_on_cpu, [file, *flags]
     try:
         runpy.run_path(file, run_name="__main__")

@@ -1,10 +1,12 @@
 """What the agent sees of real dm-control and Gymnasium environments."""
 
+import sys
+
 import gymnasium as gym
 import numpy as np
 import pytest
 import sac_simba_sparse as sac
-from conftest import CPU, check_returns
+from conftest import AGENTS, CPU, check_error, check_returns
 
 CARTPOLE, WALKER, HUMANOID = (
     f"dm_control/{name}-v0" for name in ("cartpole-swingup", "walker-walk", "humanoid-run")
@@ -160,3 +162,19 @@ def test_evaluation_is_repeatable_and_reports_its_returns():
     result = sac.evaluate(agent, norm, make_env("Hopper-v5"), 4, (7, 1))
     assert norm.statistics.count == before
     check_returns(result, returns)
+
+
+@pytest.mark.parametrize(
+    "package,flags,install",
+    [
+        ("pygame", "--env-id Pendulum-v1 --capture-video", "gymnasium[classic_control]"),
+        ("Box2D", "--env-id BipedalWalker-v3", "gymnasium[box2d]"),
+        ("Box2D", "--env-id LunarLanderContinuous-v3", "gymnasium[box2d]"),
+    ],
+)
+def test_a_package_that_is_missing_is_named_with_its_install_line(
+    package, flags, install, main, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+    ended = main(AGENTS / "sac_simba_sparse.py", *flags.split())
+    check_error(ended, package, f'pip install "{install}"')

@@ -13,7 +13,7 @@ BY_AGENT = pytest.mark.parametrize("agent", SOURCES)
 START = re.compile(r"^# === ([A-Z ]+) \(identical in every file(?: that has it)?\) ===$", re.M)
 END = re.compile(r"^# === END (.+) ===$", re.M)
 APPENDIX = "# Appendix: .*the same in every file that has it"
-LAST = 'if __name__ == "__main__":\n    train(tyro.cli(Args))\n'
+LAST = 'if __name__ == "__main__":\n    train(parse_flags(Args))\n'
 CODE = (tokenize.NAME, tokenize.OP, tokenize.NUMBER, tokenize.STRING)
 
 # Tables 2 and 3 of the paper, as flags. A discount of None is the heuristic, updates_per_step the

@@ -6,7 +6,7 @@ import sys
 import bench_update
 import pandas as pd
 import pytest
-from conftest import call, succeed
+from conftest import ROOT, call, succeed
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -40,3 +40,30 @@ def test_figure():
     axes = bench_update.draw(table).axes
     assert [len(ax.lines) for ax in axes] == [3, 3, 2]
     assert list(axes[0].lines[-1].get_ydata()) == [90.0, 90.0]
+
+
+def test_the_table_of_readme_is_that_of_the_numbers(capsys):
+    """After a new measurement: copy what `bench_update.py --table` prints last."""
+    bench_update.print_against_dense(
+        pd.read_csv(ROOT / "docs" / "results" / "update_costs" / "update_costs.csv")
+    )
+    assert capsys.readouterr().out in (ROOT / "README.md").read_text()
+
+
+def test_against_dense_by_hand(capsys):
+    table = pd.DataFrame(
+        {
+            "width_scale": [1.0, 1.0],
+            "sparsity": [0.0, 0.9],
+            "active_weights": [4_000_000, 400_000],
+            "ours_ms": [80.0, 20.0],
+            "ours_mib": [600.0, 300.0],
+            "time": [1.0, 0.2],
+            "memory": [1.0, 0.4],
+        }
+    )
+    bench_update.print_against_dense(table)
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "| 1 | 0 | 4 M | 80 |  |  | 600 |  |  |",
+        "| 1 | 0.9 | 0.4 M | 20 | 0.25 | 0.20 | 300 | 0.50 | 0.40 |",
+    ]

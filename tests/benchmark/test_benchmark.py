@@ -336,3 +336,34 @@ def test_failed_runs_are_named_with_their_logs(tmp_path):
     logs = set(re.findall(r"(\S+\.log) \(exit code 2\)", err))
     assert len(logs) == 2
     assert all("nowhere" in Path(log).read_text() for log in logs)
+
+
+def test_help_says_what_scales_and_runners_mean():
+    out = succeed(benchmark("--help"))
+    assert succeed(benchmark()) == succeed(benchmark("all", "-h")) == out
+    for word in ("cpu", "paper", "smoke", "local", "slurm", "dry-run", "--seeds N", "core hours"):
+        assert word in out
+    assert f"fig3: {len(commands('fig3', 'cpu'))} runs" in out
+    assert f"fig3: {len(commands('fig3', 'paper'))} runs" in out
+    assert f"all: {len(commands('all', 'smoke'))} runs" in out
+
+
+@pytest.mark.parametrize(
+    "target", [*FIGURES, "extra-equal", "extra-uniform", "extra-actor-critic", "extra-replay"]
+)
+def test_help_of_a_target(target):
+    usage, last = succeed(benchmark(target, "--help", "--scale", "cpu")).split("\n\n" + target)
+    what, runs = last.removeprefix(": ").rstrip().rsplit("; ", 1)
+    assert len(what) > 10 and usage.startswith("usage: ")
+    assert runs == f"{len(commands(target, 'cpu'))} runs at --scale cpu"
+
+
+def test_help_of_a_table_and_of_no_target():
+    assert "\n\ntable2: " in succeed(benchmark("table2", "--help"))
+    assert succeed(benchmark("fig99", "--help")) == succeed(benchmark("--help"))
+
+
+def test_a_value_behind_an_equals_sign():
+    assert succeed(benchmark("fig13", "--scale=smoke", "--runner=dry-run", "--seeds=2")) == succeed(
+        benchmark("fig13", "--scale", "smoke", "--runner", "dry-run", "--seeds", "2")
+    )
