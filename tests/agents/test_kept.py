@@ -17,7 +17,7 @@ from conftest import CPU, metric_values, only_run, read_metrics
 
 TINY = "--threads 1 --device cpu --width-scale 0.0625 --eval-episodes 1 --final-eval-episodes 1"
 TINY += " --env-id Pendulum-v1 --action-repeat 2 --batch-size 4 --runs-dir runs"
-SHORT = f"{TINY} --total-timesteps 60 --learning-starts 40 --eval-interval 60"
+SHORT = f"{TINY} --total-timesteps 59 --learning-starts 39 --eval-interval 60"
 SHORT += " --diagnostics-interval 60 --checkpoint-interval 20"
 
 
@@ -41,7 +41,7 @@ def test_the_last_measurements_follow_from_the_checkpoint(agent, main, tmp_path,
     assert synced and synced == ["metrics.csv", "checkpoint.tmp"] * (len(synced) // 2)
     run_dir = only_run(tmp_path / "runs")
     saved = torch.load(run_dir / "checkpoint.pt", weights_only=True)
-    # Two env steps a decision: 30 decisions, and two updates after each from the 20th on
+    # Two env steps a decision, rounded up: 30 decisions, two updates after each from the 20th on
     assert saved["counters"][:2] == (30, 22)
     args = agent.Args(**saved["args"])
     parts, norm = agent.Agent(args, 3, 1, CPU), agent.ObservationNorm(3, CPU)
