@@ -20,6 +20,7 @@ OBS_DIM, ACTION_DIM = 5, 2
 KERNELS = pytest.mark.parametrize("kernel", ["auto", "dense"])
 SINGLE = 3e-7  # a few roundings of float32
 METRICS = ("episode/length", "episode/return", "losses/absolute_td_error")
+METRICS += ("losses/actor_step_size", "losses/critic_step_size")
 
 
 def make_agent(obs_dim=OBS_DIM, action_dim=ACTION_DIM, **flags) -> tuple[stream.Agent, stream.Args]:
@@ -630,7 +631,7 @@ def test_a_run_learns_once_from_every_transition(kernel, flags, run, corridor):
             for column, part in zip(saved, transition, strict=True):
                 assert np.array_equal(column[t], np.float32(part))
             if t >= random_steps:
-                delta, *_ = stream.update(agent, transition, output, done, args)
+                delta, *step_sizes = stream.update(agent, transition, output, done, args)
                 deltas.append(abs(delta))
             state = transition.next_state
             t += 1
@@ -638,6 +639,8 @@ def test_a_run_learns_once_from_every_transition(kernel, flags, run, corridor):
             assert logged["episode/return"][episode] == episode_return
         if done and deltas:
             mean = logged["losses/absolute_td_error"].pop(0)
+            sizes = [logged[f"losses/{name}_step_size"].pop(0) for name in ("actor", "critic")]
+            assert sizes == step_sizes and sizes[0] != sizes[1]
             assert len(deltas) < length or mean == pytest.approx(np.mean(deltas))
     assert t == len(saved.state) == 17 and (saved.cut.sum() == 2) == bootstrap
     for name in ("actor", "critic"):
