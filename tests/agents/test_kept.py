@@ -4,6 +4,7 @@ import contextlib
 import os
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import ddpg_simba_sparse as ddpg
 import drqv2_sparse as drq
@@ -185,3 +186,14 @@ def test_a_unit_at_the_threshold_is_dormant():
     # Means 1 and 3 of a mean of 2, and 2 + 1e-9 is 2 in float32: a ratio of exactly 0.5
     assert sac.dormant_ratio([torch.tensor([[1.0, 3.0]])], tau=0.5) == 50.0
     assert sac.dormant_ratio([torch.tensor([[1.0, 3.0]])], tau=0.499) == 0.0
+
+
+def test_speed_counts_env_steps_and_not_decisions():
+    logged = {}
+    run = SimpleNamespace(action_repeat=4, log=logged.__setitem__)
+    sac.Run.log_episode(run, {"r": 3.0, "l": 5, "t": 2.0}, {"alpha": 0.1})
+    assert logged == {
+        "episode": {"return": 3.0, "length": 5},
+        "losses": {"alpha": 0.1},
+        "time": {"env_steps_per_second": 10.0},  # 5 decisions of 4 env steps in 2 seconds
+    }
