@@ -5,6 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import sac_simba_sparse as sac
+import torch
 from analysis import gradient_interference as gi
 from analysis import plasticity, plots, scaling, streaming
 from test_gradient_interference import ACTION_DIM, MODULES, write_run
@@ -113,3 +114,19 @@ def test_a_network_with_fewer_seeds_on_one_task_is_named():
     assert points.seeds_min.tolist() == [3, 1] and points.seeds_max.tolist() == [3, 3]
     line = "SAC, some task, width 1, depth 1, sparsity 0.9: 1 of 3 seeds"
     assert scaling.find_uneven(points) == [line]
+
+
+def test_transitions_are_drawn_at_random_and_stand_oldest_first():
+    # A full ring of 40, in which 50 were added: the oldest one has place 10
+    columns = [torch.zeros(40, 3), torch.zeros(40, 1), torch.arange(40.0), torch.zeros(40, 3)]
+    replay = {"added": 50, "columns": [*columns, torch.zeros(40)]}
+    checkpoint = {"replay": replay, "norm": sac.ObservationNorm(3, conftest.CPU).state_dict()}
+    drawn = []
+    for seed in range(40):
+        generator = torch.Generator().manual_seed(seed)
+        batch = gi.draw_batch(sac, None, checkpoint, 12, generator)
+        age = (batch.reward - 10) % 40
+        assert (age.diff() > 0).all()
+        drawn += age.tolist()
+    counts = np.bincount(drawn, minlength=40)
+    assert counts.min() >= 3 and counts.max() <= 24  # 12 each
