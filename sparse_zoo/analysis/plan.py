@@ -28,6 +28,8 @@ from runs import COSTS, fail
 EPISODE_FRAMES = {"der_impala_sparse": 6000}  # a rough figure for an Atari game; the others: 1000
 # Least sparsity at which layers are packed (the others: 0.75); DER's convolutions never are
 LEAST_PACKED = {"stream_ac_sparse": 1e-9, "der_impala_sparse": 1}
+# The actor's share of the weights where it can be pruned too (SAC, DDPG: on humanoid, width 1)
+ACTOR_SHARE = {"sac_simba_sparse": 0.033, "ddpg_simba_sparse": 0.033, "stream_ac_sparse": 0.5}
 
 
 @dataclass
@@ -120,7 +122,12 @@ def core_hours(run: Run, costs: pd.DataFrame) -> float:
     if updates.empty or frames.empty:
         return np.nan
     law = fit_updates(run.agent, updates)
-    update_ms = law @ multiplied(run.agent, flags.width_scale, flags.depth_scale, flags.sparsity)
+    actor, critic = (
+        law @ multiplied(run.agent, flags.width_scale, flags.depth_scale, sparsity)
+        for sparsity in runs.network_sparsities(vars(flags))
+    )
+    share = ACTOR_SHARE.get(run.agent, 0.0)
+    update_ms = share * actor + (1 - share) * critic
     update_ms *= getattr(flags, "batch_size", 1) / updates.batch_size.iloc[0]
     decisions = max(0, flags.total_timesteps - flags.learning_starts)
     decisions /= getattr(flags, "action_repeat", 1)

@@ -4,11 +4,15 @@ import copy
 from functools import partial
 
 import conftest
+import ddpg_simba_sparse as ddpg
+import der_impala_sparse as der
+import drqv2_sparse as drq
 import pytest
 import sac_simba_sparse as sac
 import torch
 import torch.nn as nn
-from conftest import BY_KERNEL
+import torch.nn.functional as F
+from conftest import BY_KERNEL, CPU
 
 make_agent = partial(conftest.make_agent, sac)
 make_batch = partial(conftest.make_batch, sac, 32)
@@ -204,3 +208,89 @@ def test_norms_over_active_weights_equal_those_of_the_masked_dense_network(kerne
     assert measured["critic_feature_norm"] == pytest.approx(
         float(features.detach().norm(dim=1).mean()), rel=1e-5
     )
+
+
+def norm_of_gradients(loss: torch.Tensor, network: nn.Module) -> float:
+    gradients = torch.autograd.grad(loss, list(network.parameters()), retain_graph=True)
+    return float(sum(gradient.square().sum() for gradient in gradients).sqrt())
+
+
+def mean_norm(features: torch.Tensor) -> float:
+    return float(features.detach().square().sum(1).sqrt().mean())
+
+
+def move(network: nn.Module) -> None:
+    """A target network that differs from the trained one."""
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+
+
+def test_what_ddpg_measures():
+    agent = conftest.make_agent(ddpg)
+    move(agent.target_critic)
+    batch, noise, next_noise = conftest.make_batch(ddpg)
+    measured = ddpg.diagnose(agent, batch, noise, next_noise, 0.9)
+    next_value = agent.target_critic(batch.next_obs, agent.actor(batch.next_obs, next_noise))[0]
+    target = (batch.reward + 0.9 * (1 - batch.terminated) * next_value).detach()
+    losses = {
+        "actor": -agent.critic(batch.obs, agent.actor(batch.obs, noise)).mean(),
+        "critic": (agent.critic(batch.obs, batch.action)[0] - target).square().mean(),
+    }
+    features = {
+        "actor": agent.actor.encoder(batch.obs),
+        "critic": agent.critic.encoders[0](torch.cat([batch.obs, batch.action], -1)),
+    }
+    for name, loss in losses.items():
+        expected = norm_of_gradients(loss, getattr(agent, name))
+        assert measured[f"{name}_grad_norm"] == pytest.approx(expected, rel=1e-4)
+        assert measured[f"{name}_feature_norm"] == pytest.approx(mean_norm(features[name]))
+
+
+def test_what_drqv2_measures():
+    """The hidden layers behind the trunks, the critic's in its first Q-function."""
+    agent = drq.Agent(drq.Args(width_scale=0.0625, feature_dim=8), 1, CPU)
+    move(agent.target_critic)
+    obs, next_obs = torch.randint(0, 256, (2, 4, 84, 84, 9), dtype=torch.uint8)
+    batch = drq.Batch(obs, torch.rand(4, 1), torch.rand(4), torch.full((4,), 0.9), next_obs)
+    noise, next_noise = 0.1 * torch.randn(2, 4, 1)
+    measured = drq.diagnose(agent, batch, noise, next_noise)
+    with torch.no_grad():
+        here, later = agent.encoder(obs), agent.encoder(next_obs)
+        value = agent.target_critic(later, agent.actor(later, next_noise)).amin(0)
+        target = batch.reward + 0.9 * value
+    errors = agent.critic(here, batch.action) - target
+    losses = {
+        "actor": -agent.critic(here, agent.actor(here, noise)).amin(0).mean(),
+        "critic": errors[0].square().mean() + errors[1].square().mean(),
+    }
+    critic_inputs = torch.cat([agent.critic.trunk(here), batch.action], -1)
+    features = {
+        "actor": agent.actor.body(agent.actor.trunk(here)),
+        "critic": agent.critic.bodies[0](critic_inputs),
+    }
+    for name, loss in losses.items():
+        expected = norm_of_gradients(loss, getattr(agent, name))
+        assert measured[f"{name}_grad_norm"] == pytest.approx(expected, rel=1e-3)
+        assert measured[f"{name}_feature_norm"] == pytest.approx(mean_norm(features[name]))
+
+
+def test_what_der_measures():
+    """The hidden layer without noise; the gradient of the weighted loss with noise."""
+    agent = der.Agent(der.Args(width_scale=0.0625), 3, CPU)
+    move(agent.target_network)
+    obs, next_obs = torch.randint(0, 256, (2, 4, 84, 84, 4), dtype=torch.uint8)
+    action, weight = torch.tensor([0, 1, 2, 0]), torch.tensor([1.0, 0.1, 0.5, 0.2])
+    rest = (action, torch.randn(4), torch.full((4,), 0.9))
+    batch = der.Batch(obs, *rest, next_obs, weight, None)
+    noise, next_noise = agent.network.draw_noise(), agent.network.draw_noise()
+    measured = der.diagnose(agent, batch, noise, next_noise)
+    target = der.target_distribution(
+        agent.network, agent.target_network, batch, agent.support, next_noise
+    )
+    logits = agent.network(obs, noise)[torch.arange(4), action]
+    loss = (-weight * (target * logits.log_softmax(-1)).sum(-1)).mean()
+    expected = norm_of_gradients(loss, agent.network)
+    assert measured["critic_grad_norm"] == pytest.approx(expected, rel=1e-3)
+    hidden = F.relu(agent.network.hidden(agent.network.encode(obs)))
+    assert measured["critic_feature_norm"] == pytest.approx(mean_norm(hidden))

@@ -1,6 +1,7 @@
 """DrQ-v2: shifts, stacks, n-step returns, schedule, losses, whole updates, convolutions."""
 
 import os
+from types import SimpleNamespace
 
 import der_impala_sparse as der
 import drqv2_sparse as drq
@@ -110,6 +111,31 @@ def test_a_killed_run_finds_the_replay_of_its_checkpoint(tmp_path):
     # Only the last 20 frames are sampled: from number 29 on, whose stack begins with 28, the first
     # of its episode
     assert expected.obs.min() == 28 and expected.next_obs.max() == 48
+
+
+def test_the_ring_has_room_for_two_checkpoints_of_either_agent(tmp_path):
+    """A killed run goes back by two checkpoints, each up to an episode late.
+
+    A decision brings two frames at most.
+    """
+    env = SimpleNamespace(
+        action_space=SimpleNamespace(shape=(1,)), spec=SimpleNamespace(max_episode_steps=10)
+    )
+    flags = {"action_repeat": 2, "buffer_size": 50, "checkpoint_interval": 20}
+    replay = drq.make_replay(
+        drq.Args(**flags, total_timesteps=1000), env, tmp_path / "drqv2.u8", "w+"
+    )
+    assert (replay.capacity, len(replay.frames)) == (50, 50 + 2 * 2 * (20 + 10) / 2)
+    # A short run needs no more than two frames for each of its 40 decisions
+    replay = drq.make_replay(
+        drq.Args(**flags, total_timesteps=80), env, tmp_path / "drqv2.u8", "w+"
+    )
+    assert len(replay.frames) == 80
+    # DER: a game of 108,000 env steps at most, with a frame more for each of its lives
+    flags = {"action_repeat": 1000, "buffer_size": 50, "checkpoint_interval": 20_000}
+    args = der.Args(**flags, total_timesteps=10**6)
+    replay = der.open_replay(args, tmp_path / "der.u8", resumed=False)
+    assert (replay.capacity, len(replay.frames)) == (50, 50 + 2 * (20 + 2 * 108))
 
 
 @pytest.mark.parametrize("agent", ["drqv2", "der"])

@@ -63,7 +63,8 @@ class Weird(gym.Env):
                 raise RuntimeError("the robot fell\\nand cannot get up")
             obs[1] = {"nan": np.nan, "inf": np.inf}.get(self.fault, obs[1])
             obs = obs[:2] if self.fault == "shape" else obs
-            reward = {"nan reward": np.nan, "two rewards": np.zeros(2)}.get(self.fault, reward)
+            rewards = {"nan reward": np.nan, "inf reward": -np.inf, "two rewards": np.zeros(2)}
+            reward = rewards.get(self.fault, reward)
             over = None if self.fault == "no flag" else over
         return obs, reward, False, over, {}
 
@@ -106,6 +107,7 @@ FAULTS = {
     "nan": (3, "observation not finite (env step 30)"),
     "inf": (3, "observation not finite (env step 30)"),
     "nan reward": (3, "the reward nan (env step 30)"),
+    "inf reward": (3, "the reward -inf (env step 30)"),
     "two rewards": (2, "a reward that is not one number (env step 30)"),
     "shape": (2, "shape (2,) declared shape (3,) (env step 30)"),
     "no flag": (2, "None terminated truncated True or False"),

@@ -4,6 +4,7 @@ import contextlib
 import os
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import ddpg_simba_sparse as ddpg
 import drqv2_sparse as drq
@@ -17,7 +18,7 @@ from conftest import CPU, metric_values, only_run, read_metrics
 
 TINY = "--threads 1 --device cpu --width-scale 0.0625 --eval-episodes 1 --final-eval-episodes 1"
 TINY += " --env-id Pendulum-v1 --action-repeat 2 --batch-size 4 --runs-dir runs"
-SHORT = f"{TINY} --total-timesteps 60 --learning-starts 40 --eval-interval 60"
+SHORT = f"{TINY} --total-timesteps 59 --learning-starts 39 --eval-interval 60"
 SHORT += " --diagnostics-interval 60 --checkpoint-interval 20"
 
 
@@ -41,6 +42,8 @@ def test_the_last_measurements_follow_from_the_checkpoint(agent, main, tmp_path,
     assert synced and synced == ["metrics.csv", "checkpoint.tmp"] * (len(synced) // 2)
     run_dir = only_run(tmp_path / "runs")
     saved = torch.load(run_dir / "checkpoint.pt", weights_only=True)
+    # Two env steps a decision, rounded up: 30 decisions, two updates after each from the 20th on
+    assert saved["counters"][:2] == (30, 22)
     args = agent.Args(**saved["args"])
     parts, norm = agent.Agent(args, 3, 1, CPU), agent.ObservationNorm(3, CPU)
     replay = agent.ReplayBuffer(30, 3, 1, CPU)
@@ -183,3 +186,14 @@ def test_a_unit_at_the_threshold_is_dormant():
     # Means 1 and 3 of a mean of 2, and 2 + 1e-9 is 2 in float32: a ratio of exactly 0.5
     assert sac.dormant_ratio([torch.tensor([[1.0, 3.0]])], tau=0.5) == 50.0
     assert sac.dormant_ratio([torch.tensor([[1.0, 3.0]])], tau=0.499) == 0.0
+
+
+def test_speed_counts_env_steps_and_not_decisions():
+    logged = {}
+    run = SimpleNamespace(action_repeat=4, log=logged.__setitem__)
+    sac.Run.log_episode(run, {"r": 3.0, "l": 5, "t": 2.0}, {"alpha": 0.1})
+    assert logged == {
+        "episode": {"return": 3.0, "length": 5},
+        "losses": {"alpha": 0.1},
+        "time": {"env_steps_per_second": 10.0},  # 5 decisions of 4 env steps in 2 seconds
+    }

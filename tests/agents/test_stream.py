@@ -20,6 +20,7 @@ OBS_DIM, ACTION_DIM = 5, 2
 KERNELS = pytest.mark.parametrize("kernel", ["auto", "dense"])
 SINGLE = 3e-7  # a few roundings of float32
 METRICS = ("episode/length", "episode/return", "losses/absolute_td_error")
+METRICS += ("losses/actor_step_size", "losses/critic_step_size")
 
 
 def make_agent(obs_dim=OBS_DIM, action_dim=ACTION_DIM, **flags) -> tuple[stream.Agent, stream.Args]:
@@ -517,6 +518,7 @@ def test_diagnostics_measure_the_recent_transitions_and_change_nothing(kernel, s
 
 
 def test_recent_transitions_survive_a_checkpoint():
+    assert stream.Recent().transitions.maxlen == 256  # a batch of the other agents
     generator, recent, loaded = np.random.default_rng(2), stream.Recent(4), stream.Recent(4)
     loaded.load_state_dict(recent.state_dict())
     assert len(loaded.transitions) == 0
@@ -630,7 +632,7 @@ def test_a_run_learns_once_from_every_transition(kernel, flags, run, corridor):
             for column, part in zip(saved, transition, strict=True):
                 assert np.array_equal(column[t], np.float32(part))
             if t >= random_steps:
-                delta, *_ = stream.update(agent, transition, output, done, args)
+                delta, *step_sizes = stream.update(agent, transition, output, done, args)
                 deltas.append(abs(delta))
             state = transition.next_state
             t += 1
@@ -638,7 +640,9 @@ def test_a_run_learns_once_from_every_transition(kernel, flags, run, corridor):
             assert logged["episode/return"][episode] == episode_return
         if done and deltas:
             mean = logged["losses/absolute_td_error"].pop(0)
-            assert len(deltas) < length or mean == pytest.approx(np.mean(deltas))
+            sizes = [logged[f"losses/{name}_step_size"].pop(0) for name in ("actor", "critic")]
+            assert sizes == step_sizes and sizes[0] != sizes[1]
+            assert mean == pytest.approx(np.mean(deltas))
     assert t == len(saved.state) == 17 and (saved.cut.sum() == 2) == bootstrap
     for name in ("actor", "critic"):
         for key, value in getattr(agent, name).mlp.state_dict().items():

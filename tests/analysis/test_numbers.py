@@ -1,12 +1,13 @@
-"""Numbers of the tools by hand: streaming's bins and intervals, axes, noise of the interference."""
+"""Numbers of the tools by hand: bins, means and intervals, seeds, axes, noise."""
 
 import conftest
 import numpy as np
 import pandas as pd
 import pytest
 import sac_simba_sparse as sac
+import torch
 from analysis import gradient_interference as gi
-from analysis import plasticity, streaming
+from analysis import plasticity, plots, scaling, streaming
 from test_gradient_interference import ACTION_DIM, MODULES, write_run
 
 NETWORK = {"env_id": "Ant-v4", "width_scale": 1.0, "init": "lecun", "sparsity": 0.0, "seed": 1}
@@ -84,3 +85,48 @@ def test_the_noise_of_gradient_interference_is_that_of_training(name, std, monke
     assert not np.array_equal(seen[0][3], seen[0][4])
     # Both stages have the same batch and noise, and two agents
     assert all(a is b for a, b in zip(seen[0][2:5], seen[1][2:5]))
+
+
+def test_an_interquartile_mean_leaves_out_a_quarter_at_either_end():
+    # Of 1, 4, 9 ... 144 the middle six are 16, 25, 36, 49, 64, 81
+    squares = np.arange(1.0, 13.0) ** 2
+    assert plots.interquartile_mean(squares[:5], squares[5:]) == pytest.approx(271 / 6)
+
+
+def test_bootstrap_intervals_hold_95_percent():
+    values = np.arange(50.0)
+    half = 1.96 * values.std() / 50**0.5
+    for interval in (
+        plots.bootstrap_interval([values], scaling.mean_of_all),
+        plots.mean_interval(values),
+    ):
+        assert interval == pytest.approx((24.5 - half, 24.5 + half), abs=0.08 * half)
+
+
+def test_a_network_with_fewer_seeds_on_one_task_is_named():
+    rows = []
+    for sparsity, tasks in ((0.0, "aaabbb"), (0.9, "aaab")):
+        for seed, task in enumerate(tasks):
+            size = {"width_scale": 1, "depth_scale": 1, "weights": 10, "active": 10}
+            run = {"algorithm": "SAC", "env_id": task, "sparsity": sparsity, "seed": seed}
+            rows.append(run | size | {"return": float(seed)})
+    points = scaling.summarise(pd.DataFrame(rows), scaling.NETWORK)
+    assert points.seeds_min.tolist() == [3, 1] and points.seeds_max.tolist() == [3, 3]
+    line = "SAC, some task, width 1, depth 1, sparsity 0.9: 1 of 3 seeds"
+    assert scaling.find_uneven(points) == [line]
+
+
+def test_transitions_are_drawn_at_random_and_stand_oldest_first():
+    # A full ring of 40, in which 50 were added: the oldest one has place 10
+    columns = [torch.zeros(40, 3), torch.zeros(40, 1), torch.arange(40.0), torch.zeros(40, 3)]
+    replay = {"added": 50, "columns": [*columns, torch.zeros(40)]}
+    checkpoint = {"replay": replay, "norm": sac.ObservationNorm(3, conftest.CPU).state_dict()}
+    drawn = []
+    for seed in range(40):
+        generator = torch.Generator().manual_seed(seed)
+        batch = gi.draw_batch(sac, None, checkpoint, 12, generator)
+        age = (batch.reward - 10) % 40
+        assert (age.diff() > 0).all()
+        drawn += age.tolist()
+    counts = np.bincount(drawn, minlength=40)
+    assert counts.min() >= 3 and counts.max() <= 24  # 12 each

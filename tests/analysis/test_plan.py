@@ -143,6 +143,8 @@ def test_core_hours():
         ({"depth_scale": 2, "batch_size": 128}, 100_000, 155, 2),
         ({"updates_per_step": 1, "action_repeat": 1}, 100_000, 160, 2),
         ({"learning_starts": 60_000}, 50_000, 160, 2),
+        ({"critic_sparsity": 0.9}, 100_000, 0.033 * 160 + 0.967 * 50, 2),
+        ({"sparsity": 0.9, "critic_sparsity": 0.0}, 100_000, 0.033 * 50 + 0.967 * 160, 2),
     ):
         expected = (updates * update_ms + frames * frame_ms) / 3.6e6
         assert hours(**flags) == pytest.approx(expected), flags

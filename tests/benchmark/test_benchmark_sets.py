@@ -4,7 +4,7 @@ import csv
 import re
 
 import pytest
-from conftest import ANALYSIS
+from conftest import ANALYSIS, call, succeed
 from test_benchmark import commands, weights
 
 HARD = {"dog-run", "dog-trot", "dog-walk", "humanoid-run", "humanoid-stand", "humanoid-walk"}
@@ -70,12 +70,16 @@ def test_large_dense_networks_are_reset_every_200000_env_steps():
 
 def test_scales_shorten_what_they_say():
     for target, words in {
-        "fig3": "--total-timesteps 100000 --batch-size 128 --learning-starts 5000",
-        "fig10": "--total-timesteps 100000 --batch-size 32 --std-decay 50000 --buffer-size 50000",
+        "fig3": "--total-timesteps 100000 --batch-size 128 --learning-starts 5000"
+        " --eval-interval 5000 --eval-episodes 5 --final-eval-episodes 20"
+        " --diagnostics-interval 2000",
+        "fig10": "--total-timesteps 100000 --batch-size 32 --std-decay 50000 --buffer-size 50000"
+        " --eval-episodes 3",
         "fig12": "--total-timesteps 500000 --final-eval-episodes 20",
-        "fig18": "--total-timesteps 40000 --eval-interval 20000 --eval-episodes 3",
+        "fig18": "--total-timesteps 40000 --eval-interval 20000 --eval-episodes 3"
+        " --final-eval-episodes 10",
     }.items():
-        assert all(words in line for line in commands(target, "cpu"))
+        assert all(f" {words} --seed" in line for line in commands(target, "cpu"))
         assert not found(target, r"(--total-timesteps|--batch-size|--buffer-size)")  # at paper
     assert found("fig3", r"--width-scale (\S+)", "cpu") == {"0.125", "0.625"}
     assert found("fig3", r"--env-id (\S+)", "cpu") == {
@@ -127,3 +131,10 @@ def test_pairs_have_as_many_active_weights():
     anchors = {width: weights(width, 1) for width in (1, 2, 5, 3.531, 2.234, 1.578)}
     for width, sparsity in ((1, 0.96), (2, 0.84), (3.531, 0.5), (2.234, 0.8), (1.578, 0.9)):
         assert anchors[width] == pytest.approx((1 - sparsity) * anchors[5], rel=0.015)
+
+
+def test_a_run_alone_has_all_cores():
+    cores = int(succeed(call("env", "-u", "OMP_NUM_THREADS", "-u", "OMP_THREAD_LIMIT", "nproc")))
+    for jobs, threads in ((1, cores), (cores, 1), (1000, 1)):
+        lines = commands("fig9", "smoke", "--jobs", str(jobs))
+        assert all(line.endswith(f" --threads {threads}") for line in lines)
