@@ -28,6 +28,8 @@ from runs import COSTS, fail
 EPISODE_FRAMES = {"der_impala_sparse": 6000}  # a rough figure for an Atari game; the others: 1000
 # Least sparsity at which layers are packed (the others: 0.75); DER's convolutions never are
 LEAST_PACKED = {"stream_ac_sparse": 1e-9, "der_impala_sparse": 1}
+# Agents whose updates cost those of another one (magnitude pruning, which begins dense: more)
+COSTS_OF = {"sac_simba_dynamic": "sac_simba_sparse"}
 
 
 @dataclass
@@ -114,7 +116,7 @@ def fit_updates(agent: str, rows: pd.DataFrame) -> np.ndarray:
 def core_hours(run: Run, costs: pd.DataFrame) -> float:
     """Estimate for a whole run; NaN if its agent was never measured."""
     flags = run.flags
-    rows = costs[costs.agent == run.agent]
+    rows = costs[costs.agent == COSTS_OF.get(run.agent, run.agent)]
     updates = rows[rows.what == "update"]
     frames = rows[rows.what == "frame"]
     if updates.empty or frames.empty:
