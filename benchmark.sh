@@ -47,9 +47,9 @@ set_scale() {
       visual_flags="--total-timesteps 100000 --batch-size 32 --std-decay 50000 --buffer-size 50000 --eval-episodes 3"
       streaming_flags="--total-timesteps 500000 --final-eval-episodes 20"
       atari_flags="--total-timesteps 40000 --eval-interval 20000 --eval-episodes 3 --final-eval-episodes 10"
-      dynamic_tasks=walker-walk dynamic_sizes="0.25:0.07812 0.5:0.1562" topology_flags=""
-      dynamic_flags="--total-timesteps 40000 --batch-size 128 --learning-starts 4000 --learning-rate 3e-4"
-      dynamic_flags+=" --eval-interval 4000 --eval-episodes 5 --final-eval-episodes 20 --diagnostics-interval 2000"
+      dynamic_tasks=cartpole-swingup dynamic_sizes="0.25:0.07812 0.5:0.1562" topology_flags="--topology-interval 250"
+      dynamic_flags="--total-timesteps 24000 --batch-size 128 --learning-starts 2000 --learning-rate 1e-3"
+      dynamic_flags+=" --eval-interval 2000 --eval-episodes 5 --final-eval-episodes 20 --diagnostics-interval 2000"
       bias_flags="--width-scale 0.5 --reach 31.6 --grid 300 --inits 5" curve_bin=20000 samples=256
       ;;
     smoke) # does every step of every target work? The numbers mean nothing
