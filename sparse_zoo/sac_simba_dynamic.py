@@ -729,9 +729,16 @@ def change_topology(
         if layer in recorded:  # a dense gradient exists for one layer at a time
             inputs, output_gradient = recorded.pop(layer)
             gradient = (output_gradient.t() @ inputs).flatten()
-        inactive = (~topology.active_mask(name)).nonzero().squeeze(1)
+        active = topology.active_mask(name)
+        inactive = (~active).nonzero().squeeze(1)
         values = layer.values.detach()
         dropped, grown = RULES[args.topology](values, inactive, count, gradient, generator)
+        twice = len(dropped.unique()) < len(dropped) or len(grown.unique()) < len(grown)
+        if twice or active[grown].any():
+            fail(
+                f"--topology {args.topology}: its rule must return distinct weights to drop, "
+                f"and distinct inactive places to grow; for {name} it did not"
+            )
         initial = values.new_zeros(len(grown))
         if args.grow_init == "normal":
             noise_of_grown = torch.randn(len(grown), generator=generator).to(values.device)
