@@ -44,6 +44,8 @@ set_scale() {
       small_replay=100000         # frames, of facebookresearch/drqv2 on this task
       reset=200000                # env steps, not in the text: that of Nikishin et al. (2022) for SAC
       simba_flags="" visual_flags="" streaming_flags="" atari_flags=""
+      dynamic_tasks=$two_hardest dynamic_flags="" topology_flags=""
+      dynamic_sizes="1:0.3125 5:1.578" # width at sparsity 0.9 : width of a dense network of as many weights
       bias_flags="--width-scale 5 --grid 300 --inits 10" curve_bin=20000 samples=256
       ;;
     cpu) # easier tasks, networks an eighth as wide, fewer steps and seeds: docs/benchmark.md has the list
@@ -55,6 +57,9 @@ set_scale() {
       visual_flags="--total-timesteps 100000 --batch-size 32 --std-decay 50000 --buffer-size 50000 --eval-episodes 3"
       streaming_flags="--total-timesteps 500000 --final-eval-episodes 20"
       atari_flags="--total-timesteps 40000 --eval-interval 20000 --eval-episodes 3 --final-eval-episodes 10"
+      dynamic_tasks=cartpole-swingup dynamic_sizes="0.25:0.07812 0.5:0.1562" topology_flags="--topology-interval 250"
+      dynamic_flags="--total-timesteps 24000 --batch-size 128 --learning-starts 2000 --learning-rate 1e-3"
+      dynamic_flags+=" --eval-interval 2000 --eval-episodes 5 --final-eval-episodes 20 --diagnostics-interval 2000"
       bias_flags="--width-scale 0.5 --reach 31.6 --grid 300 --inits 5" curve_bin=20000 samples=256
       ;;
     smoke) # does every step of every target work? The numbers mean nothing
@@ -69,6 +74,8 @@ set_scale() {
       streaming_flags="--total-timesteps 2000 --eval-interval 1000 --diagnostics-interval 1000 $tiny"
       atari_flags="--total-timesteps 3000 --learning-starts 2000 --action-repeat 20 --batch-size 4 $tiny"
       atari_flags+=" --eval-interval 3000 --diagnostics-interval 1000"
+      dynamic_tasks=humanoid-run dynamic_sizes="0.125:0.0391 0.25:0.0703" topology_flags="--topology-interval 10"
+      dynamic_flags=$simba_flags
       bias_flags="--width-scale 0.5 --reach 31.6 --grid 30 --inits 2" curve_bin=500 samples=20
       ;;
     *) fail "--scale $1: must be paper, cpu or smoke" ;;
@@ -165,6 +172,16 @@ extra-dense-active() { # width 5 sparse (runs of Figure 3) and dense networks of
 extra-sparse-init() { # Stream AC: SparseInit and static sparsity, each and together
   for w in 1 4; do for s in 0 0.9; do for init in lecun sparse_init; do stream $w $s $init; done; done; done
 }
+extra-dynamic() { # at sparsity 0.9: topologies that stay (paper: some are runs of Figure 3) or change; dense networks
+  local unit=1 simba_flags=$dynamic_flags sizes topology
+  for sizes in $dynamic_sizes; do
+    simba sac "$dynamic_tasks" "${sizes%:*}" 1 0.9
+    simba sac "$dynamic_tasks" "${sizes#*:}" 1 0
+    for topology in set rigl magnitude; do
+      simba sac_simba_dynamic "$dynamic_tasks" "${sizes%:*}" 1 0.9 --topology $topology $topology_flags
+    done
+  done
+}
 extra-replay() { # Quadruped Run with Table 4's replay (runs of Figure 10) and with that of DrQ-v2's own code
   for s in 0 0.8; do
     drqv2 "${visual%% *}" 4 $s
@@ -175,10 +192,12 @@ extra-replay() { # Quadruped Run with Table 4's replay (runs of Figure 10) and w
 }
 
 simba() { # simba "ALGORITHMS" "TASKS" WIDTH DEPTH SPARSITY [FLAG...]
-  local size algorithm task
+  local size algorithm agent task
   size="--width-scale $(calc "$unit * $3") --depth-scale $4 --sparsity $(calc "$5")"
   for algorithm in $1; do for task in $2; do
-    run "$simba_seeds" "${algorithm}_simba_sparse" --env-id "dm_control/$task-v0" $size "${@:6}" $simba_flags
+    agent=${algorithm}_simba_sparse
+    [[ $algorithm != *_dynamic ]] || agent=$algorithm
+    run "$simba_seeds" "$agent" --env-id "dm_control/$task-v0" $size "${@:6}" $simba_flags
   done; done
 }
 drqv2() { # drqv2 "TASKS" WIDTH SPARSITY [FLAG...]
@@ -249,6 +268,7 @@ plot() { # plot TARGET: from its finished runs; the others are named
         analysis plasticity --figure param-norm $from $variants
       ;;
     extra-sparse-init) analysis streaming $from --bin $curve_bin ;;
+    extra-dynamic) analysis topologies $from ;;
     extra-*) analysis plasticity $from --metrics eval/return_mean diagnostics/critic_dormant_ratio ;;
   esac
 }
@@ -320,7 +340,7 @@ describe() { # describe TARGET: a line from the comment at its function
 
 tables="table1 table2 table3 table4 table5"
 figures=$(printf 'fig%d ' {1..18})
-extras="extra-equal extra-uniform extra-actor-critic extra-dense-active extra-sparse-init extra-replay"
+extras="extra-equal extra-uniform extra-actor-critic extra-dense-active extra-sparse-init extra-replay extra-dynamic"
 action=run scale=cpu runner="" seeds="" limit="" help="" code=0
 on_signal='fail "interrupted; the same command goes on" 1'
 trap "$on_signal" INT TERM HUP

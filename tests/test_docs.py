@@ -7,7 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import AGENTS, ROOT, call, load_checkpoint, only_run, succeed
+from conftest import (
+    AGENTS,
+    ROOT,
+    call,
+    load_checkpoint,
+    metric_values,
+    only_run,
+    read_metrics,
+    succeed,
+)
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BY_NAME = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -77,8 +86,38 @@ def test_links_lead_somewhere(page):
         assert not anchor or anchor in anchors(file), target
 
 
+def fork_patch(file: str) -> str:
+    """The patch of "Fork it" that changes a file."""
+    text = (ROOT / "docs" / "fork_it.md").read_text()
+    (patch,) = re.findall(rf"```diff\n(--- a/{file}\n.+?)```", text, re.S)
+    return patch
+
+
+def test_the_topology_rule_of_fork_it_applies_and_runs(tmp_path, main):
+    patch = fork_patch("my_dynamic.py")
+    added = [line for line in patch.splitlines() if line.startswith("+") and line.strip("+")]
+    assert len(added) <= 10
+    copy = tmp_path / "my_dynamic.py"
+    copy.write_text((AGENTS / "sac_simba_dynamic.py").read_text())
+    succeed(call("git", "apply", "-", cwd=tmp_path, input=patch))
+    flags = "--env-id Pendulum-v1 --action-repeat 1 --total-timesteps 120 --max-episode-steps 20"
+    flags += " --learning-starts 40 --eval-episodes 1 --final-eval-episodes 1 --width-scale 0.125"
+    flags += " --batch-size 8 --threads 1 --device cpu --sparsity 0.8 --topology random"
+    flags += " --topology-interval 10 --diagnostics-interval 40 --sparse-kernel dense"
+    succeed(main(copy, *flags.split()))
+    rows = read_metrics(only_run(tmp_path / "runs"))
+    counts = metric_values(rows, "diagnostics/critic_active_weights")
+    dropped = metric_values(rows, "diagnostics/critic_weights_dropped")
+    assert len(set(counts)) == 1 and dropped == sorted(dropped) and dropped[-1] > counts[0] / 2
+    # A rule that does not do what it must
+    wrong = copy.read_text().replace("dropped.to(values.device), inactive", "dropped[:1], inactive")
+    copy.write_text(wrong.replace("inactive[drawn.to", "drawn[drawn.to"))
+    code, _, error = main(copy, *flags.split(), "--exp-name", "wrong")
+    assert code == 2 and "error: --topology random: its rule must return distinct" in error
+
+
 def test_the_patch_of_fork_it_applies_and_runs(tmp_path, main):
-    (patch,) = re.findall(r"```diff\n(.+?)```", (ROOT / "docs" / "fork_it.md").read_text(), re.S)
+    patch = fork_patch("my_sac.py")
     copy = tmp_path / "my_sac.py"
     copy.write_text((AGENTS / "sac_simba_sparse.py").read_text())
     succeed(call("git", "apply", "-", cwd=tmp_path, input=patch))

@@ -13,6 +13,7 @@ import drqv2_sparse as drq
 import imageio
 import numpy as np
 import pytest
+import sac_simba_dynamic as dynamic
 import sac_simba_sparse as sac
 import stream_ac_sparse as stream
 import torch
@@ -84,6 +85,7 @@ def roll_out(module, policy, env, run_dir: Path) -> list[float]:
     "module,flags",
     [
         (sac, "--batch-size 4"),
+        (dynamic, "--batch-size 4 --topology-interval 5"),
         (ddpg, "--batch-size 4"),
         (stream, ""),
         (drq, "--batch-size 2"),

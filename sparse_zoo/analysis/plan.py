@@ -30,6 +30,8 @@ EPISODE_FRAMES = {"der_impala_sparse": 6000}  # a rough figure for an Atari game
 LEAST_PACKED = {"stream_ac_sparse": 1e-9, "der_impala_sparse": 1}
 # The actor's share of the weights where it can be pruned too (SAC, DDPG: on humanoid, width 1)
 ACTOR_SHARE = {"sac_simba_sparse": 0.033, "ddpg_simba_sparse": 0.033, "stream_ac_sparse": 0.5}
+# Agents whose updates cost those of another one (magnitude pruning, which begins dense: more)
+COSTS_OF = {"sac_simba_dynamic": "sac_simba_sparse"}
 
 
 @dataclass
@@ -116,7 +118,7 @@ def fit_updates(agent: str, rows: pd.DataFrame) -> np.ndarray:
 def core_hours(run: Run, costs: pd.DataFrame) -> float:
     """Estimate for a whole run; NaN if its agent was never measured."""
     flags = run.flags
-    rows = costs[costs.agent == run.agent]
+    rows = costs[costs.agent == COSTS_OF.get(run.agent, run.agent)]
     updates = rows[rows.what == "update"]
     frames = rows[rows.what == "frame"]
     if updates.empty or frames.empty:
@@ -126,7 +128,7 @@ def core_hours(run: Run, costs: pd.DataFrame) -> float:
         law @ multiplied(run.agent, flags.width_scale, flags.depth_scale, sparsity)
         for sparsity in runs.network_sparsities(vars(flags))
     )
-    share = ACTOR_SHARE.get(run.agent, 0.0)
+    share = ACTOR_SHARE.get(COSTS_OF.get(run.agent, run.agent), 0.0)
     update_ms = share * actor + (1 - share) * critic
     update_ms *= getattr(flags, "batch_size", 1) / updates.batch_size.iloc[0]
     decisions = max(0, flags.total_timesteps - flags.learning_starts)

@@ -42,6 +42,7 @@ sys.path.insert(0, str(AGENTS))  # for import_agent, in the scripts of bench/ to
 
 ALGORITHMS = {
     "sac_simba_sparse": "SAC",
+    "sac_simba_dynamic": "SAC with changing topology",
     "ddpg_simba_sparse": "DDPG",
     "drqv2_sparse": "DrQ-v2",
     "stream_ac_sparse": "Stream AC",

@@ -22,6 +22,7 @@ CARTPOLE = f"{SHORT} --env-id dm_control/cartpole-swingup-v0 --action-repeat 20 
 DENSE = "--sparse-kernel dense"  # SAC compiles the same packed one
 OWN = {
     "sac_simba_sparse": CARTPOLE,
+    "sac_simba_dynamic": f"{CARTPOLE} {DENSE} --topology-interval 10",
     "ddpg_simba_sparse": f"{CARTPOLE} {DENSE}",
     "drqv2_sparse": f"{CARTPOLE} {DENSE} --action-repeat 40",  # pictures are slow
     "stream_ac_sparse": SHORT,

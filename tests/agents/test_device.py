@@ -15,6 +15,7 @@ PENDULUM += " --width-scale 0.125 --updates-per-step 1 --eval-interval 820"
 PENDULUM += " --diagnostics-interval 400 --checkpoint-interval 800"
 CASES = {  # each has one checkpoint on the way, with updates before and after
     "sac_simba_sparse": f"{PENDULUM} --clipped-double-q --reset-interval 790",
+    "sac_simba_dynamic": f"{PENDULUM} --topology-interval 8",
     "ddpg_simba_sparse": PENDULUM,
     "drqv2_sparse": "--env-id dm_control/cartpole-balance-v0 --action-repeat 50"
     " --total-timesteps 1300 --learning-starts 800 --batch-size 2 --width-scale 0.0625"

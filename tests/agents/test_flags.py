@@ -18,6 +18,13 @@ BASE = {
 }
 MORE = {
     "sac_simba_sparse": {"env-id": "Pendulum-v1", "batch-size": "8", "learning-starts": "60"},
+    "sac_simba_dynamic": {
+        "env-id": "Pendulum-v1",
+        "batch-size": "8",
+        "learning-starts": "60",
+        "sparsity": "0.5",
+        "topology-interval": "5",
+    },
     "ddpg_simba_sparse": {"env-id": "Pendulum-v1", "batch-size": "8", "learning-starts": "60"},
     "stream_ac_sparse": {"env-id": "Pendulum-v1", "learning-starts": "60"},
     "drqv2_sparse": {

@@ -31,12 +31,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 FILES = {
-    "cartpole": "sac_simba",
-    "hopper": "sac_simba",
-    "ddpg": "ddpg_simba",
-    "drqv2": "drqv2",
-    "der": "der_impala",
-    "stream": "stream_ac",
+    "cartpole": "sac_simba_sparse",
+    "hopper": "sac_simba_sparse",
+    "rigl": "sac_simba_dynamic",
+    "ddpg": "ddpg_simba_sparse",
+    "drqv2": "drqv2_sparse",
+    "der": "der_impala_sparse",
+    "stream": "stream_ac_sparse",
 }
 TINY = "--width-scale 0.125 --sparsity 0.8 --threads 1 --device cpu"
 TINY += " --eval-episodes 1 --final-eval-episodes 2"
@@ -50,6 +51,7 @@ CASES = {
     " --total-timesteps 6000 --learning-starts 1000 --eval-interval 1000"
     " --checkpoint-interval 1000 --diagnostics-interval 2000",
     "hopper": HOPPER,
+    "rigl": f"{HOPPER} --topology rigl --topology-interval 20",
     "ddpg": HOPPER,
     "drqv2": "--env-id dm_control/cartpole-balance-v0 --action-repeat 50 --total-timesteps 6000"
     " --learning-starts 1000 --eval-interval 1000 --checkpoint-interval 1000"
@@ -65,7 +67,7 @@ CHECKPOINTS = 6  # about, in each case
 
 
 def agent_of(case: str) -> Path:
-    return AGENTS / f"{FILES[case]}_sparse.py"
+    return AGENTS / f"{FILES[case]}.py"
 
 
 def command(case: str, runs: Path, *more: str) -> list:

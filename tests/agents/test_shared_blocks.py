@@ -43,6 +43,17 @@ SIMBA_DEFAULTS = {
 }
 PAPER_DEFAULTS = {
     "sac_simba_sparse": {**SIMBA_DEFAULTS, "initial_temperature": 1e-2},
+    # The same; topologies as with SAC in Graesser et al. (2022)
+    "sac_simba_dynamic": {
+        **SIMBA_DEFAULTS,
+        "initial_temperature": 1e-2,
+        "topology_interval": 1000,
+        "drop_fraction": 0.5,
+        "topology_end": 0.75,
+        "grow_init": "zero",
+        "prune_start": 0.2,
+        "prune_end": 0.8,
+    },
     "ddpg_simba_sparse": {**SIMBA_DEFAULTS, "exploration_noise": 0.1},
     # Table 5; 1,600 transitions and 100,000 training steps in env steps
     "der_impala_sparse": {

@@ -104,6 +104,11 @@ EXTRAS = {
     ),
     "extra-sparse-init": (2 * 8 * 5, "1:0 1:0.9 4:0 4:0.9", "--init lecun|--init sparse_init"),
     "extra-replay": (6 * 5, "1:0 4:0 4:0.8", "--buffer-size 100000"),
+    "extra-dynamic": (
+        2 * 2 * 5 * 8,
+        "1:0.9 5:0.9 0.3125:0 1.578:0",
+        "--topology set|--topology rigl|--topology magnitude",
+    ),
 }
 
 
@@ -128,7 +133,8 @@ def test_extra_runs_are_no_part_of_all():
 
 
 def test_pairs_have_as_many_active_weights():
-    anchors = {width: weights(width, 1) for width in (1, 2, 5, 3.531, 2.234, 1.578)}
+    anchors = {width: weights(width, 1) for width in (1, 2, 5, 3.531, 2.234, 1.578, 0.3125)}
+    assert anchors[0.3125] == pytest.approx(0.1 * anchors[1], rel=0.015)
     for width, sparsity in ((1, 0.96), (2, 0.84), (3.531, 0.5), (2.234, 0.8), (1.578, 0.9)):
         assert anchors[width] == pytest.approx((1 - sparsity) * anchors[5], rel=0.015)
 
