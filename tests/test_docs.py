@@ -32,7 +32,9 @@ OTHER_PROGRAMS = {
     "--array",
     "--cpus-per-task",
     "--dry-run",
-}  # --help to pytest-xdist, TensorBoard, Slurm, W&B
+    "--find-links",
+    "--index-url",
+}  # --help to pytest-xdist, TensorBoard, Slurm, W&B, uv, pip
 
 
 def flags_of(script: Path) -> set[str]:

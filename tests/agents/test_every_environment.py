@@ -27,8 +27,10 @@ HOW = {
 
 gym.register_envs(shimmy)
 SUITE = sorted(  # what else Shimmy registers is not the suite: locomotion, manipulation
-    name for name, spec in gym.registry.items() if "dm_control_suite_env" in str(spec.entry_point)
-)
+    name
+    for name, spec in gym.registry.items()
+    if "dm_control_suite_env" in str(spec.entry_point) and "/lqr-" not in name
+)  # lqr has no bounds on its actions: dm_control says 1e10, and the physics breaks down
 MUJOCO = [
     f"{name}-v5"
     for name in [
@@ -72,7 +74,7 @@ ALL = [
 
 def test_the_lists_are_whole():
     assert len(GAMES) == len(set(GAMES)) == 26
-    assert len(SUITE) == 51 and "dm_control/humanoid-run-v0" in SUITE
+    assert len(SUITE) == 49 and "dm_control/humanoid-run-v0" in SUITE
     assert all(env_id in gym.registry for env_id in MUJOCO)
 
 
@@ -87,9 +89,7 @@ def test_trains(agent, env_id, tmp_path):
     rows = read_metrics(run_dir)
     (result,) = metric_values(rows, "final/return_mean")
     lengths = metric_values(rows, "episode/length")
-    # The losses of lqr are so large that the norm of their gradient is more than float32 holds
-    finite = [row["value"] for row in rows if "lqr" not in env_id or "grad_norm" not in str(row)]
-    assert lengths and all(math.isfinite(float(value)) for value in finite)
+    assert lengths and all(math.isfinite(float(row["value"])) for row in rows)
     total = json.loads((run_dir / "args.json").read_text())["args"]["total_timesteps"]
     assert int(rows[-1]["env_step"]) == total and int(rows[-1]["update_step"]) >= 50
     print(f"\n| `{env_id}` | `{agent}` | {total} | {rows[-1]['update_step']} | {result:.1f} |")
