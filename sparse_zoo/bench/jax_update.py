@@ -1,4 +1,4 @@
-"""Time of the published SAC update in JAX, made again here from its description; needs jax and optax.
+"""Time of the published SAC update, made again here in JAX; needs jax and optax.
 
     python sparse_zoo/bench/jax_update.py --width-scale 4 --sparsity 0.9
 
