@@ -416,11 +416,14 @@ def draw_gpu(table: pd.DataFrame) -> Figure:
     styles = plots.line_styles(sides)
     panels = {"ms": "ms per update", "peak_mib": "peak memory, MiB"}
     for ax, (column, title) in zip(axes[0], panels.items()):
+        ax.set(xscale="log", xlabel="width scale", title=title)
+        if table[column].isna().all():  # memory, in a dry run on a CPU
+            continue
         for (side, sparsity), rows in table.groupby(["side", "sparsity"], sort=False):
             style = {"color": plots.sparsity_colour(sparsity), "ls": styles[side], "ms": 4}
             label = f"{side}, {plots.sparsity_name(sparsity)}"
             ax.plot(rows.width_scale, rows[column], marker="o", label=label, **style)
-        ax.set(xscale="log", yscale="log", xlabel="width scale", title=title)
+        ax.set_yscale("log")
         plots.mark_values(ax, sorted(table.width_scale.unique()))
     handles, _ = axes[0, 0].get_legend_handles_labels()
     plots.add_legend(figure, handles, "")

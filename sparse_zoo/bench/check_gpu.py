@@ -6,7 +6,7 @@
 It takes less than 8 minutes, needs no network, and of environments only Gymnasium's Pendulum. Each
 part is caught: one that fails says so, and the next begins. No part begins after --seconds, and no
 step of a part that goes on. All numbers are printed at the end, and are in the folder of --output:
-numbers.csv after each part, gpu_update_costs.csv with a figure, failures.txt.
+numbers.csv and gpu_update_costs.csv after each part, at the end a figure and failures.txt.
 
 SAC and DDPG run whole. DrQ-v2 and DER need packages for their environments; of them, updates from
 the same state are made twice and compared. Stream AC runs on CPUs only.
@@ -465,7 +465,14 @@ def write(check: Check) -> None:
         if check.updates:
             table = pd.DataFrame(check.updates)
             table.to_csv(folder / "gpu_update_costs.csv", index=False, float_format="%.5g")
-            plots.save(bench_update.draw_gpu(table), folder, "gpu_update_costs")
+
+
+def draw(check: Check) -> None:
+    """The figure of the updates."""
+    if check.updates:
+        with runs.new_files(check.folder) as folder:
+            figure = bench_update.draw_gpu(pd.DataFrame(check.updates))
+            plots.save(figure, folder, "gpu_update_costs")
 
 
 def main(args: Args) -> None:
@@ -493,6 +500,10 @@ def main(args: Args) -> None:
             check.note("FAILED", " ".join(f"{type(error).__name__}: {error}".split()))
         check.note("took", time.monotonic() - start, "s")
         write(check)
+    try:
+        draw(check)
+    except Exception as error:
+        failures.append(f"figure: {''.join(traceback.format_exception(error))}")
     (check.folder / "failures.txt").write_text("\n".join(failures))
     print()
     print(pd.DataFrame(check.rows).to_string(index=False, header=False))

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 CUDA = torch.device("cuda")
 BY_AGENT = pytest.mark.parametrize("agent", [sac, ddpg], ids=["sac", "ddpg"])
-TOLERANCE = {"highest": 1e-4, "high": 2e-2}  # of losses and gradients, relative
+TOLERANCE = {"highest": 1e-4, "high": 5e-2}  # of losses and gradients, relative
 
 
 def on_cuda(test):
@@ -170,66 +170,71 @@ def test_tolerances_are_those_of_rounding(agent):
     assert TOLERANCE["highest"] < max(errors.values()) < TOLERANCE["high"] / 2
 
 
-class Repeated:
-    """Calls a function as a CUDA graph would from the fourth call on, on a CPU.
+class RepeatedKernels:
+    """A CUDA graph on a CPU: repeats what a function computes, and no Python.
 
-    A graph repeats kernels and no Python: it writes those kept weights that the captured call
-    wrote, and PyTorch's versions stay as they were.
+    So it writes those kept weights that the captured call wrote, and PyTorch's versions, and what
+    is remembered of them, stay as they were. Only the capture itself is Python.
     """
 
-    def __init__(self, function, device, enabled):
-        self.function = function
-        self.calls = 0
-
-    def __call__(self):
-        self.calls += 1
-        if self.calls <= sac.GraphedFunction.WARM_UP:
-            return self.function()
-        agent = self.agent
+    def __init__(self, captured, agent):
+        self.captured = captured
         networks = [part for part in vars(agent).values() if isinstance(part, torch.nn.Module)]
-        values = [p for network in networks for p in network.parameters()]
-        copies = [
-            layer.kept
-            for network in networks
-            for layer in network.modules()
-            if getattr(layer, "kept", None)
-        ]
-        versions = [p._version for p in values]
-        kept = [copy.version for copy in copies]
-        for copy in copies:
-            copy.version = None  # as a capture does, by their generation
-        outputs = self.function()
-        if self.calls > sac.GraphedFunction.WARM_UP + 1:  # the capture itself is Python
-            torch._C._autograd._unsafe_set_version_counter(tuple(values), tuple(versions))
-            for copy, version in zip(copies, kept):
-                copy.version = version
-        self.after(outputs)
-        return outputs
+        layers = [layer for network in networks for layer in network.modules()]
+        self.copies = [layer.kept for layer in layers if getattr(layer, "kept", None)]
+        self.parameters = tuple(p for network in networks for p in network.parameters())
+        self.replays = 0
 
-    def after(self, outputs) -> None:
-        """What GraphedFunction does behind a replay."""
+    def replay(self) -> None:
+        versions = tuple(p._version for p in self.parameters)
+        remembered = [copy.version for copy in self.copies]
+        for copy in self.copies:
+            copy.version = None
+        self.captured.outputs = self.captured.function()
+        self.replays += 1
+        if self.replays > 1:
+            torch._C._autograd._unsafe_set_version_counter(self.parameters, versions)
+            for copy, version in zip(self.copies, remembered):
+                copy.version = version
+
+
+def graphs_on_a_cpu(module, agents: list) -> type:
+    """GraphedFunction with such graphs, of the newest of some agents."""
+
+    class Graphed(module.GraphedFunction):
+        def __init__(self, function, device, enabled):
+            super().__init__(function, device, enabled)
+            self.enabled = True
+
+        def call_on_a_stream_of_its_own(self):
+            return self.function()
+
+        def capture(self) -> None:
+            module.DenseCopy.generation += 1
+            self.graph = RepeatedKernels(self, agents[-1])
+
+    return Graphed
 
 
 @BY_AGENT
 def test_diagnostics_between_graphs_see_the_newest_weights(agent, monkeypatch):
     """Those of a run with graphs equal those of a run without."""
+    flags = flags_of(agent, width_scale=0.125, batch_size=8)
+    agents = []
     measured = []
-    for graphs in (False, True):
-        flags = flags_of(agent, width_scale=0.125, batch_size=8)
-        with monkeypatch.context() as patch:
-            if graphs:
-                patch.setattr(agent, "GraphedFunction", Repeated)
-            parts = devices.make_agent(agent, flags, "sparse", CPU)
-            Repeated.agent = parts
-            learner = devices.make_learner(agent, flags, parts, CPU)
-            torch.manual_seed(3)
-            found = []
-            for step, obs in enumerate(islice(devices.observations(devices.OBS_DIM), 9)):
-                devices.decide(learner, obs)
-                if step >= 5:
-                    generator = torch.Generator().manual_seed(step)
-                    batch = learner.replay.sample(8, learner.norm, generator)
-                    noises = torch.randn(2, 8, devices.ACTION_DIM, generator=generator)
-                    found.append(agent.diagnose(parts, batch, *noises, 0.99))
+    for function in (agent.GraphedFunction, graphs_on_a_cpu(agent, agents)):
+        monkeypatch.setattr(agent, "GraphedFunction", function)
+        agents.append(devices.make_agent(agent, flags, "sparse", CPU))
+        learner = devices.make_learner(agent, flags, agents[-1], CPU)
+        torch.manual_seed(3)
+        found = []
+        for step, obs in enumerate(islice(devices.observations(devices.OBS_DIM), 8)):
+            devices.decide(learner, obs)
+            generator = torch.Generator().manual_seed(step)
+            batch = learner.replay.sample(8, learner.norm, generator)
+            noises = torch.randn(2, 8, devices.ACTION_DIM, generator=generator)
+            found.append(agent.diagnose(agents[-1], batch, *noises, 0.99))
         measured.append(found)
+    assert learner.update_all.graph.replays == 5
+    assert devices.differing(*map(devices.tensors, agents)) == []
     assert measured[0] == measured[1]
