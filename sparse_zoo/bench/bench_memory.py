@@ -7,13 +7,12 @@ value, its gradient, two moments of AdamW; in the critic once more for the targe
 keeps 12 bytes of places for each active weight (4 that are saved, 8 for PyTorch), which the target
 shares, and a dense weight in actor and critic. Replay is 4 bytes for each number of a transition.
 Passing are the largest dense weight twice (of the target, and a gradient) and the activations of
-one update, of which only those kept for the gradients are counted. What CUDA and its libraries take
-for themselves, some hundred MiB for each process, is not counted.
+one update, of which only those kept for the gradients are counted.
 """
 
 from dataclasses import dataclass
 from itertools import product
-from typing import Literal
+from typing import Annotated, Literal
 
 import timing
 import devices
@@ -35,8 +34,10 @@ class Args:
     """sparsities of both networks"""
     transitions: runs.Count = 500_000
     """in the replay (500,000: a run of the default length)"""
-    card: float = 80.0
+    card: Annotated[float, "0 < x <= 10**4"] = 80.0
     """memory of a card in GiB, for the number of runs that fit"""
+    process: Annotated[float, "0 <= x <= 100"] = 0.6
+    """GiB that CUDA and its libraries take for each process (assumed, not measured)"""
 
 
 def networks(module, width_scale: float) -> tuple[nn.Module, nn.Module]:
@@ -94,6 +95,7 @@ def main(args: Args) -> None:
     rows = []
     for width_scale, sparsity in product(args.width_scale, args.sparsity):
         found = count_bytes(args, width_scale, sparsity)
+        found["process"] = round(args.process * GIB)
         total = sum(found.values())
         cells = [f"{number / GIB:.2f}" for number in (*found.values(), total)]
         fit = int(args.card * GIB // total)

@@ -181,6 +181,7 @@ class Process:
         return next(self.runs_dir.glob("*/checkpoint.pt"), None)
 
     def kill_after_a_checkpoint(self, seconds: float) -> None:
+        """Waits at most some seconds for it."""
         end = time.monotonic() + seconds
         while self.checkpoint() is None:
             if self.process.poll() is not None or time.monotonic() > end:
@@ -192,6 +193,7 @@ class Process:
             raise RuntimeError("the run ended before it could be killed")
 
     def finish(self, seconds: float) -> None:
+        """Waits at most some seconds for the end."""
         try:
             code = self.process.wait(seconds)
         finally:
@@ -399,7 +401,8 @@ def resume(check: Check) -> None:
         flags = (RESUMED_TINY if check.tiny else RESUMED).split()
         flags += ["--device", check.device.type]
         with tempfile.TemporaryDirectory() as folder:
-            differing = killed_and_whole(name, Path(folder), flags, 120)
+            patience = 900 if check.tiny else 100  # a CPU may be busy with other things
+            differing = killed_and_whole(name, Path(folder), flags, patience)
         told = f"differ: {', '.join(differing)}" if differing else "equal"
         check.note(f"{name}: killed and whole, bit for bit", told)
 
