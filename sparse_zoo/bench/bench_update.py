@@ -30,6 +30,7 @@ replay of 2,000 transitions.
 """
 
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -354,13 +355,21 @@ def measure_jax(args: Args, timeout: float | None = None) -> list[dict]:
     names = ("width_scale", "sparsity", "obs_dim", "action_dim", "batch_size", "turn_seconds")
     flags = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in names]
     program = Path(__file__).with_name("jax_update.py")
+    on_cpu = args.device == "cpu"
+    environment = os.environ | ({"JAX_PLATFORMS": "cpu"} if on_cpu else {})
     done = subprocess.run(
-        [sys.executable, program, *flags], capture_output=True, text=True, timeout=timeout
+        [sys.executable, program, *flags],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=environment,
     )
     if done.returncode:
         said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         raise RuntimeError(said[-1].removeprefix("error: "))
     found = json.loads(done.stdout.splitlines()[-1])
+    if not on_cpu and "cpu" in found["device"].lower():
+        raise RuntimeError("JAX is installed here without CUDA")
     size = {"width_scale": args.width_scale, "sparsity": args.sparsity}
     return [
         {**size, "side": side, "ms": found[how], "peak_mib": found["peak_mib"]}

@@ -45,7 +45,7 @@ PACKAGES = ("torch", "numpy", "numba", "gymnasium", "tyro", "jax", "optax")
 class Args:
     output: str = "gpu_check"
     """folder of the numbers"""
-    seconds: Annotated[float, "1 <= x <= 3600"] = 400.0
+    seconds: Annotated[float, "1 <= x <= 3600"] = 360.0
     """no part, and no step of a part, begins later than this; what has begun goes on"""
     cpu_dry_run: bool = False
     """every part in a tiny form on the CPU"""
@@ -318,6 +318,30 @@ def waits(check: Check) -> None:
         check.note(f"{name}: a decision without environment", check.ms(decision), "ms")
 
 
+RESUMED = (
+    "--env-id Pendulum-v1 --total-timesteps 2000 --learning-starts 300 --batch-size 64"
+    " --width-scale 0.5 --sparsity 0.8 --eval-interval 1000 --eval-episodes 1"
+    " --final-eval-episodes 1 --diagnostics-interval 250 --checkpoint-interval 400 --threads 2"
+)
+RESUMED_TINY = (
+    "--env-id Pendulum-v1 --total-timesteps 600 --learning-starts 380 --batch-size 4"
+    " --width-scale 0.0625 --sparsity 0.8 --eval-interval 600 --eval-episodes 1"
+    " --final-eval-episodes 1 --diagnostics-interval 400 --checkpoint-interval 400 --threads 1"
+)
+
+
+def resume(check: Check) -> None:
+    """Whether a run that was killed ends as one that was not, on Pendulum."""
+    for name in check.in_time(SIMBA[:1] if check.tiny else SIMBA):
+        flags = (RESUMED_TINY if check.tiny else RESUMED).split()
+        flags += ["--device", check.device.type]
+        with tempfile.TemporaryDirectory() as folder:
+            patience = 900 if check.tiny else 50  # a CPU may be busy with other things
+            differing = killed_and_whole(name, Path(folder), flags, patience)
+        told = f"differ: {', '.join(differing)}" if differing else "equal"
+        check.note(f"{name}: killed and whole, bit for bit", told)
+
+
 def update_args(check: Check, width: float, sparsity: float) -> bench_update.Args:
     """Short turns: one GPU, nothing else on it."""
     short = {"turns": 1, "turn_seconds": 0.0, "batch_size": 8}
@@ -383,42 +407,6 @@ def loop(check: Check) -> None:
             check.note(f"{name}: {part}", 1000 * seconds / args.decisions, "ms a decision")
 
 
-RESUMED = (
-    "--env-id Pendulum-v1 --total-timesteps 2000 --learning-starts 300 --batch-size 64"
-    " --width-scale 0.5 --sparsity 0.8 --eval-interval 1000 --eval-episodes 1"
-    " --final-eval-episodes 1 --diagnostics-interval 250 --checkpoint-interval 400 --threads 2"
-)
-RESUMED_TINY = (
-    "--env-id Pendulum-v1 --total-timesteps 600 --learning-starts 380 --batch-size 4"
-    " --width-scale 0.0625 --sparsity 0.8 --eval-interval 600 --eval-episodes 1"
-    " --final-eval-episodes 1 --diagnostics-interval 400 --checkpoint-interval 400 --threads 1"
-)
-
-
-def resume(check: Check) -> None:
-    """Whether a run that was killed ends as one that was not, on Pendulum."""
-    for name in check.in_time(SIMBA[:1] if check.tiny else SIMBA):
-        flags = (RESUMED_TINY if check.tiny else RESUMED).split()
-        flags += ["--device", check.device.type]
-        with tempfile.TemporaryDirectory() as folder:
-            patience = 900 if check.tiny else 100  # a CPU may be busy with other things
-            differing = killed_and_whole(name, Path(folder), flags, patience)
-        told = f"differ: {', '.join(differing)}" if differing else "equal"
-        check.note(f"{name}: killed and whole, bit for bit", told)
-
-
-def pixels(check: Check) -> None:
-    """Whether the same three updates of DrQ-v2 and DER give the same numbers twice."""
-    for name in check.in_time(PIXELS):
-        first, second = (pixel_updates(name, check.device, check.tiny) for _ in range(2))
-        differing = devices.differing(first, second)
-        told = f"{len(differing)} of {len(first)} tensors differ" if differing else "equal"
-        check.note(f"{name}: the same updates twice, bit for bit", told)
-        if differing:
-            worst = max(errors_of(first, second).values())
-            check.note(f"{name}: largest relative difference", worst)
-
-
 def precision(check: Check) -> None:
     """How far losses and gradients of one update are from those of the CPU."""
     for name in check.in_time(SIMBA):
@@ -431,6 +419,18 @@ def precision(check: Check) -> None:
             errors = errors_of(one_update(module, flags, check.device), expected)
             worst = max(errors, key=errors.get)
             check.note(f"{name}, {level}: largest relative error ({worst})", errors[worst])
+
+
+def pixels(check: Check) -> None:
+    """Whether the same three updates of DrQ-v2 and DER give the same numbers twice."""
+    for name in check.in_time(PIXELS):
+        first, second = (pixel_updates(name, check.device, check.tiny) for _ in range(2))
+        differing = devices.differing(first, second)
+        told = f"{len(differing)} of {len(first)} tensors differ" if differing else "equal"
+        check.note(f"{name}: the same updates twice, bit for bit", told)
+        if differing:
+            worst = max(errors_of(first, second).values())
+            check.note(f"{name}: largest relative difference", worst)
 
 
 def compiled(check: Check) -> None:
@@ -450,12 +450,12 @@ PARTS = {
         versions,
         graph,
         waits,
+        resume,
         updates,
         jax,
         loop,
-        resume,
-        pixels,
         precision,
+        pixels,
         compiled,
     )
 }
