@@ -82,7 +82,7 @@ def simba_rows(module, seconds: float) -> Iterator[dict]:
 
 def drqv2_rows(drq, seconds: float) -> Iterator[dict]:
     with tempfile.TemporaryDirectory() as folder:
-        replay = bench_drqv2.make_replay(folder, 32)
+        replay = bench_drqv2.make_replay(folder)
         for width, sparsity in ((1, 0), (4, 0), (1, 0.8), (4, 0.8)):
             flags = bench_drqv2.Args(width_scale=width, sparsity=sparsity, batch_size=32)
             update = bench_drqv2.our_side(flags, replay)

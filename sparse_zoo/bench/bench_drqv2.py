@@ -53,11 +53,11 @@ class Args:
     """CPU threads (default: all cores)"""
 
 
-def make_replay(folder: str, batch_size: int) -> drq.FrameReplay:
-    """20,000 random frames in episodes of 500 decisions."""
-    replay = drq.FrameReplay(Path(folder) / "replay.u8", 20_000, 0, ACTION_DIM, 3, 0.99)
+def make_replay(folder: str, frames: int = 20_000) -> drq.FrameReplay:
+    """Random frames in episodes of 500 decisions."""
+    replay = drq.FrameReplay(Path(folder) / "replay.u8", frames, 0, ACTION_DIM, 3, 0.99)
     choose_action = partial(np.random.default_rng(0).uniform, -1, 1, ACTION_DIM)
-    timing.fill_replay(replay, 20_000, (drq.SIZE, drq.SIZE, 3), choose_action)
+    timing.fill_replay(replay, frames, (drq.SIZE, drq.SIZE, 3), choose_action)
     return replay
 
 
@@ -132,7 +132,7 @@ def serve(connection: Connection, args: Args, side: str) -> None:
         elif args.linear:
             function = linear_side(args, masked=side == "masked dense")
         else:
-            replay = make_replay(folder, args.batch_size)
+            replay = make_replay(folder)
             sample = partial(replay.sample, args.batch_size, timing.CPU)
             function = sample if side == "our sampling" else our_side(args, replay)
         function()

@@ -3,6 +3,9 @@
     python sparse_zoo/bench/bench_update.py --width-scale 4 --sparsity 0.9
     python sparse_zoo/bench/bench_update.py --table --output results/update_costs
     python sparse_zoo/bench/bench_update.py --width-scale 4 --sparsity 0.9 --profile
+    python sparse_zoo/bench/bench_update.py --width-scale 1 --sparsity 0.9 --launches
+    python sparse_zoo/bench/bench_update.py --width-scale 4 --device cuda --reference jax
+    python sparse_zoo/bench/bench_update.py --table --device cuda --output results/gpu
 
 An update is all that the agent does with one batch: actor, temperature, critic and target network.
 The twin has the same networks with nn.Linear layers whose weight is multiplied by a 0/1 mask of the
@@ -15,21 +18,36 @@ and 2 more for each of its two gradients. The actor's weights take part in two p
 gradients of one, 8 in all; the critic's in three products (the actor's loss, the target, the
 critic's loss), the gradients of one and the gradient of inputs of another, 12 in all. SAC makes one
 update an env step (two a decision, which lasts two env steps).
+
+On CUDA (--device cuda) all sides do the same work, all that a decision learns: they draw rows and
+noise, send one row to the GPU, take batches from a replay there, and update twice. Their networks
+are sparse (ours), dense times masks, or dense. `compiled` is torch.compile of the three loss
+functions. Ours is one CUDA graph; `ours, no graph` is not. JAX (--reference jax) is the published
+update, made again in jax_update.py. Sides are measured one after the other, by wall clock; ms are
+those of one update, launches, kernels and bytes those of a decision's two. Launches are what Python
+asks of the GPU, kernels what runs there, both by torch.profiler. Peak memory is PyTorch's, with a
+replay of 2,000 transitions.
 """
 
+import json
+import os
 import resource
 import statistics
+import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Annotated, Literal
 
 import timing
+import devices
 import pandas as pd
 import torch
 from timing import plots, runs
@@ -62,6 +80,35 @@ class Args:
     """with --table: folder for the same as update_costs.csv and as a figure"""
     profile: bool = False
     """where the CPU time of our update goes, on one thread: kernel by kernel, and the rest"""
+    launches: bool = False
+    """instead of times: what an update would launch on a GPU without a graph, counted on the CPU"""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """where to measure"""
+    matmul_precision: Literal["high", "highest"] = "high"
+    """matrix products on CUDA: TF32, or float32"""
+    reference: Literal["jax"] | None = None
+    """also the published update, made again in JAX (needs jax and optax)"""
+
+
+WIDTHS = (1.0, 2.0, 4.0, 5.0)  # of a table
+GPU_SPARSITIES = (0.0, 0.9, 0.95)
+NETWORKS = {"sparse": "ours", "masked": "masked dense twin", "dense": "dense"}
+SIDES = {  # of a GPU: which network, run how
+    "ours": ("sparse", "graph"),
+    "ours, no graph": ("sparse", "eager"),
+    "masked twin": ("masked", "eager"),
+    "masked twin, compiled": ("masked", "compiled"),
+    "dense": ("dense", "eager"),
+    "dense, compiled": ("dense", "compiled"),
+}
+JAX_SIDES = {"JAX, as published": "as published", "JAX, nothing read": "nothing read"}
+GPU_COLUMNS = {
+    "ms": "{:.3f}",
+    "launches": "{:.0f}",
+    "kernels": "{:.0f}",
+    "copied_bytes": "{:.0f}",
+    "peak_mib": "{:.0f}",
+}
 
 
 def make_batch(module, obs_dim: int, action_dim: int, batch_size: int):
@@ -205,7 +252,7 @@ def print_table(args: Args) -> pd.DataFrame:
     names = ("twin ms", "ours ms", "time ratio", "twin MiB", "ours MiB", "memory ratio")
     timing.print_header("width scale", "sparsity", *names)
     results = []
-    for width_scale, sparsity in product((1.0, 2.0, 4.0, 5.0), (0.0, 0.8, 0.9, 0.95)):
+    for width_scale, sparsity in product(WIDTHS, (0.0, 0.8, 0.9, 0.95)):
         size = {"width_scale": width_scale, "sparsity": sparsity}
         found = compare(replace(args, **size))
         results.append(size | found)
@@ -219,7 +266,10 @@ def print_table(args: Args) -> pd.DataFrame:
             f"{found['ours_mib']:.0f}",
             f"{found['memory']:.2f}",
         )
-    return pd.DataFrame(results)
+    table = pd.DataFrame(results)
+    print("\nThe table of README:\n")
+    print_against_dense(table)
+    return table
 
 
 def print_against_dense(table: pd.DataFrame) -> None:
@@ -259,22 +309,202 @@ def print_row(args: Args) -> None:
     print(f"ratio time={found['time']:.3f} memory={found['memory']:.2f}")
 
 
+def count_launches(args: Args) -> dict[str, int]:
+    """What one update launches, for each kind of network, if all products are dense."""
+    module = timing.import_agent(f"{args.agent}_simba_sparse")
+    timing.set_threads(module, args.threads)
+    sizes = (args.obs_dim, args.action_dim)
+    flags = module.Args(width_scale=args.width_scale, sparsity=args.sparsity, sparse_kernel="dense")
+    counts = {}
+    for network, name in NETWORKS.items():
+        agent = devices.make_agent(module, flags, network, timing.CPU, sizes)
+        update = make_update(module, agent, *sizes, args.batch_size)
+        update()  # makes moments and kept weights
+        drawing = 1  # of noise, which is none of the update's
+        counts[name] = devices.count(update).launches - drawing
+    return counts
+
+
+def print_launches(args: Args) -> None:
+    counts = count_launches(args)
+    print(plots.markdown_table(["network", "launches of one update"], list(counts.items())), end="")
+
+
+# On a GPU
+
+
+def measure_sides(
+    args: Args, sides: tuple[str, ...] = tuple(SIDES), backend: str = "inductor"
+) -> Iterator[dict]:
+    """A row for each side, of one width and sparsity; agents are built once for each network."""
+    module = timing.import_agent(f"{args.agent}_simba_sparse")
+    device = devices.choose(args.device)
+    torch.set_float32_matmul_precision(args.matmul_precision)
+    flags = module.Args(
+        width_scale=args.width_scale,
+        sparsity=args.sparsity,
+        batch_size=args.batch_size,
+        sparse_kernel="dense",  # the only one of a GPU
+    )
+    for network in NETWORKS:
+        modes = {side: mode for side, (kind, mode) in SIDES.items() if kind == network}
+        modes = {side: mode for side, mode in modes.items() if side in sides}
+        if not modes:
+            continue
+        memory = devices.Memory(device)
+        memory.start()
+        agent = devices.make_agent(module, flags, network, device, (args.obs_dim, args.action_dim))
+        for side, mode in modes.items():
+            memory.peak()  # what building needed does not count
+            found = measure_side(args, module, flags, agent, mode, backend)
+            size = {"width_scale": args.width_scale, "sparsity": args.sparsity, "side": side}
+            yield {**size, **found, "peak_mib": memory.peak()}
+        del agent
+
+
+def measure_side(args: Args, module, flags, agent, mode: str, backend: str) -> dict[str, float]:
+    """Time, launches and copies of what a decision learns."""
+    device = devices.choose(args.device)
+    flags = replace(flags, cuda_graph=mode == "graph")
+    sizes = (args.obs_dim, args.action_dim)
+    learner = devices.make_learner(module, flags, agent, device, sizes)
+    compiling = mode == "compiled"
+    with devices.compiled_losses(module, backend) if compiling else nullcontext():
+        ms = devices.milliseconds(learner.learn, device, args.turn_seconds, args.turns)
+        found = {"ms": ms / flags.updates_per_step}
+        if device.type == "cuda":
+            profiled = devices.profile_gpu(learner.learn)
+            found |= {name: profiled[name] for name in ("launches", "kernels")}
+        if not compiling:  # which PyTorch's counter would change
+            found["copied_bytes"] = devices.count(learner.learn).copied_bytes
+    return found
+
+
+def measure_jax(args: Args, timeout: float | None = None) -> list[dict]:
+    """Two rows of the published update, from a process of its own; RuntimeError if it fails."""
+    names = ("width_scale", "sparsity", "obs_dim", "action_dim", "batch_size", "turn_seconds")
+    flags = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in names]
+    program = Path(__file__).with_name("jax_update.py")
+    on_cpu = args.device == "cpu"
+    environment = os.environ | ({"JAX_PLATFORMS": "cpu"} if on_cpu else {})
+    done = subprocess.run(
+        [sys.executable, program, *flags],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=environment,
+    )
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise RuntimeError(said[-1].removeprefix("error: "))
+    found = json.loads(done.stdout.splitlines()[-1])
+    if not on_cpu and "cpu" in found["device"].lower():
+        raise RuntimeError("JAX is installed here without CUDA")
+    size = {"width_scale": args.width_scale, "sparsity": args.sparsity}
+    return [
+        {**size, "side": side, "ms": found[how], "peak_mib": found["peak_mib"]}
+        for side, how in JAX_SIDES.items()
+    ]
+
+
+def sides_of(sparsity: float) -> tuple[str, ...]:
+    """What a table measures there: a masked network costs the same at every sparsity."""
+    if sparsity == 0:
+        return ("ours", "dense", "dense, compiled")
+    if sparsity == min(GPU_SPARSITIES[1:]):
+        return ("ours", "ours, no graph", "masked twin", "masked twin, compiled")
+    return ("ours",)
+
+
+def gpu_rows(args: Args) -> Iterator[dict]:
+    """Rows of one width and sparsity, or with --table of all."""
+    sizes = product(WIDTHS, GPU_SPARSITIES) if args.table else [(args.width_scale, args.sparsity)]
+    for width_scale, sparsity in sizes:
+        one = replace(args, width_scale=width_scale, sparsity=sparsity)
+        yield from measure_sides(one, sides_of(sparsity) if args.table else tuple(SIDES))
+        if args.reference and (not args.table or len(sides_of(sparsity)) > 1):
+            try:
+                yield from measure_jax(one)
+            except RuntimeError as error:
+                timing.fail(f"--reference jax: {error}")
+
+
+def print_gpu_row(row: dict) -> None:
+    size = [f"{row['width_scale']:g}", f"{row['sparsity']:g}", row["side"]]
+    missing = float("nan")
+    numbers = [text.format(row.get(name, missing)) for name, text in GPU_COLUMNS.items()]
+    timing.print_cells(*size, *numbers)
+
+
+def print_gpu_table(args: Args) -> pd.DataFrame:
+    """Measures on the GPU; prints a row of a Markdown table for each side."""
+    device = devices.choose(args.device)
+    print(f"{torch.cuda.get_device_name(device)}, PyTorch {torch.__version__}")
+    timing.print_header("width scale", "sparsity", "side", *GPU_COLUMNS)
+    rows = []
+    for row in gpu_rows(args):
+        print_gpu_row(row)
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def draw_gpu(table: pd.DataFrame) -> Figure:
+    """Time and peak memory of an update against width: a line for each side and sparsity."""
+    figure, axes = plots.make_grid(1, 2, 4.6, 3.6)
+    sides = list(dict.fromkeys(table.side))
+    styles = plots.line_styles(sides)
+    panels = {"ms": "ms per update", "peak_mib": "peak memory, MiB"}
+    for ax, (column, title) in zip(axes[0], panels.items()):
+        ax.set(xscale="log", xlabel="width scale", title=title)
+        if table[column].isna().all():  # memory, in a dry run on a CPU
+            continue
+        for (side, sparsity), rows in table.groupby(["side", "sparsity"], sort=False):
+            style = {"color": plots.sparsity_colour(sparsity), "ls": styles[side], "ms": 4}
+            label = f"{side}, {plots.sparsity_name(sparsity)}"
+            ax.plot(rows.width_scale, rows[column], marker="o", label=label, **style)
+        ax.set_yscale("log")
+        plots.mark_values(ax, sorted(table.width_scale.unique()))
+    handles, _ = axes[0, 0].get_legend_handles_labels()
+    plots.add_legend(figure, handles, "")
+    return figure
+
+
+def print_jax(args: Args) -> None:
+    try:
+        for row in measure_jax(args):
+            print(f"{row['side']:<18}{row['ms']:9.1f} ms per update")
+    except RuntimeError as error:
+        timing.fail(f"--reference jax: {error}")
+
+
+def write_table(args: Args, measure: Callable, draw_it: Callable, name: str) -> None:
+    """Measures; with --output, writes the table and its figure."""
+    if args.output:
+        runs.make_folder(args.output)  # known to be there before all is measured
+    table = measure(args)
+    if args.output:
+        with runs.new_files(args.output) as folder:
+            table.to_csv(folder / f"{name}.csv", index=False, float_format="%.5g")
+            plots.save(draw_it(table), folder, name)
+        print(f"{name}.csv, .png and .svg are in {args.output}")
+
+
 def main(args: Args) -> None:
+    if args.reference and args.agent != "sac":
+        timing.fail(f"--reference {args.reference}: SAC's update only; give --agent sac")
+    devices.choose(args.device)
     if args.profile:
         profile(args)
-    elif not args.table:
-        print_row(args)
+    elif args.launches:
+        print_launches(args)
+    elif args.device == "cuda":
+        write_table(args, print_gpu_table, draw_gpu, "gpu_update_costs")
+    elif args.table:
+        write_table(args, print_table, draw, "update_costs")
     else:
-        if args.output:
-            runs.make_folder(args.output)  # known to be there before all is measured
-        table = print_table(args)
-        print("\nThe table of README:\n")
-        print_against_dense(table)
-        if args.output:
-            with runs.new_files(args.output) as folder:
-                table.to_csv(folder / "update_costs.csv", index=False, float_format="%.5g")
-                plots.save(draw(table), folder, "update_costs")
-            print(f"update_costs.csv, .png and .svg are in {args.output}")
+        print_row(args)
+        if args.reference:
+            print_jax(args)
 
 
 if __name__ == "__main__":
