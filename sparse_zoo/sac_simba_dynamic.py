@@ -205,9 +205,9 @@ class Args:
     """set, rigl: fraction of training after which the topology stays"""
     grow_init: Literal["zero", "normal"] = "zero"
     """set, rigl: value of a weight that grows (normal: He's, as at the start)"""
-    prune_start: Annotated[float, "0 <= x < prune_end"] = 0.2
+    prune_start: Annotated[float, "0 <= x <= 1"] = 0.2
     """magnitude: fraction of training at which pruning starts"""
-    prune_end: Annotated[float, "0 < x <= 1"] = 0.8
+    prune_end: Annotated[float, "prune_start < x <= 1"] = 0.8
     """magnitude: fraction of training at which --sparsity is reached"""
 
     # Logging

@@ -112,8 +112,7 @@ def test_the_topology_rule_of_fork_it_applies_and_runs(tmp_path, main):
     dropped = metric_values(rows, "diagnostics/critic_weights_dropped")
     assert len(set(counts)) == 1 and dropped == sorted(dropped) and dropped[-1] > counts[0] / 2
     # A rule that does not do what it must
-    wrong = copy.read_text().replace("dropped.to(values.device), inactive", "dropped[:1], inactive")
-    copy.write_text(wrong.replace("inactive[drawn.to", "drawn[drawn.to"))
+    copy.write_text(copy.read_text().replace(", inactive[drawn.to", ", 0 * inactive[drawn.to"))
     code, _, error = main(copy, *flags.split(), "--exp-name", "wrong")
     assert code == 2 and "error: --topology random: its rule must return distinct" in error
 

@@ -380,7 +380,7 @@ def test_magnitude_is_dense_until_pruning_starts(tmp_path):
     dynamic.train(dynamic.Args(**flags, runs_dir=str(tmp_path / "magnitude")))
     rows = [read_metrics(only_run(tmp_path / name)) for name in ("dense", "magnitude")]
     before = [[row for row in part if int(row["env_step"]) <= 120] for part in rows]
-    assert len(before[0]) > 60
+    assert len(before[0]) > 40
     for a, b in zip(*before, strict=True):
         assert a["metric"] == b["metric"]
         assert float(a["value"]) == pytest.approx(float(b["value"]), rel=1e-5, abs=1e-6)
@@ -472,7 +472,7 @@ def test_another_first_mask_is_refused(main, tmp_path):
 
 def test_flags_of_the_schedule_are_checked(main):
     program = dynamic.__file__
-    check_error(main(program, "--prune-start", "0.9"), "--prune-start 0.9", "prune_start <")
+    check_error(main(program, "--prune-start", "0.9"), "--prune-end 0.8", "prune_start <")
     check_error(main(program, "--topology-end", "0"), "--topology-end 0")
 
 

@@ -51,6 +51,17 @@ def test_cost_of_diagnostics(agent):
         assert share == pytest.approx(expected, rel=0.1, abs=0.001) and share < 2
 
 
+def test_cost_of_a_change_of_the_topology():
+    flags = "--width-scale 0.125 --sparsity 0.8 --turns 3"
+    out = succeed(run("bench_topology.py", *flags.split()))
+    pattern = r"^(\w+) width .*: change ([\d.]+) ms, update ([\d.]+) ms, .*: ([\d.]+) %$"
+    found = re.findall(pattern, out, re.M)
+    assert [topology for topology, *_ in found] == ["set", "rigl", "magnitude"]
+    for _, *numbers in found:
+        change, update, share = map(float, numbers)
+        assert share == pytest.approx(100 * change / (change + 1000 * update), rel=0.1, abs=0.01)
+
+
 @pytest.mark.slow
 def test_pixel_agents():
     flags = "--width-scale 0.0625 --sparsity 0.8 --turns 1 --threads 1"
