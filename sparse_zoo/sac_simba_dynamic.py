@@ -625,9 +625,10 @@ class Topology(nn.Module):
         """Gives a layer other places, in the order of sort_into_blocks; values are not moved."""
         layers = self.layers[name]
         layer = layers[0]
-        few = places.device.type == "cpu" and len(places) <= 0.25 * math.prod(layer.shape)
+        cheaper = places.device.type == "cpu" and len(places) <= 0.25 * math.prod(layer.shape)
         overwrite(layer.active, places.int())  # which the target's copy shares, as well as index
-        if layer.kernel == "dense" and few and self.auto:  # sparsify's choice
+        possible = layer.bias is not None
+        if layer.kernel == "dense" and self.auto and cheaper and possible:  # sparsify's choice
             for each in layers:
                 del each.index
                 each.kernel = "packed"

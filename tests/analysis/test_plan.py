@@ -149,6 +149,11 @@ def test_core_hours():
         expected = (updates * update_ms + frames * frame_ms) / 3.6e6
         assert hours(**flags) == pytest.approx(expected), flags
     assert np.isnan(plan.core_hours(plan.Run("", "new_agent", sac.Args(), Path()), costs))
+    same = [
+        plan.core_hours(plan.Run("", agent, sac.Args(), Path()), costs)
+        for agent in ("sac_simba_sparse", "sac_simba_dynamic")
+    ]
+    assert same[0] == same[1]
 
 
 def test_the_law_fits_what_was_measured():
