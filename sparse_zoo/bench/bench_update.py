@@ -459,8 +459,11 @@ def draw_gpu(table: pd.DataFrame) -> Figure:
         if table[column].isna().all():  # memory, in a dry run on a CPU
             continue
         for (side, sparsity), rows in table.groupby(["side", "sparsity"], sort=False):
-            style = {"color": plots.sparsity_colour(sparsity), "ls": styles[side], "ms": 4}
-            label = f"{side}, {plots.sparsity_name(sparsity)}"
+            published = side in JAX_SIDES
+            colour = plots.PUBLISHED["color"] if published else plots.sparsity_colour(sparsity)
+            style = {"color": colour, "ls": styles[side], "ms": 4}
+            is_dense = SIDES.get(side, ("",))[0] == "dense"
+            label = side if is_dense else f"{side}, {plots.sparsity_name(sparsity)}"
             ax.plot(rows.width_scale, rows[column], marker="o", label=label, **style)
         ax.set_yscale("log")
         plots.mark_values(ax, sorted(table.width_scale.unique()))

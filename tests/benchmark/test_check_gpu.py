@@ -89,6 +89,21 @@ def test_operations_that_start_work():
     assert (counted.copies, counted.copied_bytes) == (1, 64)
 
 
+def test_the_figure_has_a_line_for_each_side_and_sparsity():
+    cases = [(s, side) for s in bench_update.GPU_SPARSITIES for side in bench_update.sides_of(s)]
+    table = pd.DataFrame(
+        {"width_scale": width, "sparsity": s, "side": side, "ms": 1 + s, "peak_mib": width}
+        for width in (1.0, 4.0)
+        for s, side in cases
+    )
+    axes = bench_update.draw_gpu(table).axes
+    assert [len(ax.lines) for ax in axes] == [len(cases), len(cases)] == [8, 8]
+    assert list(axes[0].lines[-1].get_ydata()) == [1.95, 1.95]
+    assert list(axes[1].lines[0].get_ydata()) == [1.0, 4.0]
+    without_memory = bench_update.draw_gpu(table.assign(peak_mib=float("nan"))).axes
+    assert [len(ax.lines) for ax in without_memory] == [8, 0]
+
+
 def test_launches_of_an_update():
     args = bench_update.Args(width_scale=0.125, sparsity=0.9, batch_size=8, threads=1)
     counts = bench_update.count_launches(args)
