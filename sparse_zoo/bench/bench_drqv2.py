@@ -163,6 +163,8 @@ def main(args: Args) -> None:
         for name, connection in sides.items():
             connection.send(1)
             times[name].append(timing.receive(connection))
+    for connection in sides.values():
+        connection.send(0)  # ends its process
     for name, median in timing.medians(times).items():
         print(f"{name:<14}{median:9.1f} ms")
     if names[-1] != "our sampling":

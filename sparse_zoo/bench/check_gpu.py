@@ -3,10 +3,11 @@
     python sparse_zoo/bench/check_gpu.py --output gpu_check
     python sparse_zoo/bench/check_gpu.py --cpu-dry-run    # every part in a tiny form, on a CPU
 
-It takes less than 8 minutes, needs no network, and of environments only Gymnasium's Pendulum. Each
-part is caught: one that fails says so, and the next begins. No part begins after --seconds, and no
-step of a part that goes on. All numbers are printed at the end, and are in the folder of --output:
-numbers.csv and gpu_update_costs.csv after each part, at the end a figure and failures.txt.
+It is made to end within 8 minutes, needs no network, and of environments only Gymnasium's Pendulum.
+Each part is caught: one that fails says so, and the next begins. No part begins after --seconds,
+and no step of a part that goes on. All numbers are printed at the end, and are in the folder of
+--output: numbers.csv and gpu_update_costs.csv after each part, at the end a figure and
+failures.txt.
 
 SAC and DDPG run whole. DrQ-v2 and DER need packages for their environments; of them, updates from
 the same state are made twice and compared. Stream AC runs on CPUs only.

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import re
+import warnings
 
 import bench_loop
 import bench_memory
@@ -108,6 +110,27 @@ def test_launches_of_an_update():
     args = bench_update.Args(width_scale=0.125, sparsity=0.9, batch_size=8, threads=1)
     counts = bench_update.count_launches(args)
     assert counts["dense"] < counts["ours"] < counts["masked dense twin"] < 300
+
+
+def test_waits_are_found_where_they_are(monkeypatch):
+    """PyTorch's warnings of them, and no others."""
+    modes = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    def waiting():
+        assert modes == ["warn"]
+        warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+        warnings.warn("something else", stacklevel=1)
+
+    (place,) = devices.find_waits(waiting)
+    assert re.fullmatch(r"test_check_gpu\.py:\d+", place)
+    assert modes == ["warn", "default"]
+
+
+def test_a_profile_without_a_gpu_has_no_kernels(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    found = devices.profile_gpu(lambda: torch.ones(3) + 1)
+    assert found == {"launches": 0, "kernels": 0, "gpu_ms": 0}
 
 
 def test_what_differs_is_found():
