@@ -519,8 +519,7 @@ class Agent:
         log_alpha = torch.tensor(math.log(args.initial_temperature))
         self.temperature = nn.ParameterDict({"log_alpha": log_alpha}).to(device)
 
-        on_cuda = device.type == "cuda"
-        adamw = partial(torch.optim.AdamW, lr=args.learning_rate, fused=True, capturable=on_cuda)
+        adamw = partial(torch.optim.AdamW, lr=args.learning_rate, fused=True)
         decay = args.weight_decay
         self.actor_optimizer = adamw(self.actor.parameters(), weight_decay=decay)
         self.critic_optimizer = adamw(self.critic.parameters(), weight_decay=decay)
@@ -913,6 +912,11 @@ class Learner:
             index=(args.updates_per_step, args.batch_size),
             integers=["place", "index"],
         )
+        for part in vars(agent).values():  # here and not before: a checkpoint says what it was
+            if isinstance(part, torch.optim.Optimizer):
+                for group in part.param_groups:
+                    group["capturable"] = device.type == "cuda"
+
         sent = self.row.sent
         choose = partial(choose_action, agent, sent.obs, sent.noise)
         update_all = partial(learn, agent, replay, sent, gamma, args.tau)
@@ -1895,6 +1899,7 @@ class GraphedFunction:
         self.enabled = enabled and device.type == "cuda"
         self.calls = 0
         self.graph = None
+        self.stream = torch.cuda.Stream() if self.enabled else None  # of the first calls
 
     def __call__(self):
         if not self.enabled:
@@ -1905,14 +1910,14 @@ class GraphedFunction:
         if self.graph is None:
             self.capture()
         self.graph.replay()
+        DenseCopy.generation += 1  # of what a replay has changed, PyTorch's versions say nothing
         return self.outputs
 
     def call_on_a_stream_of_its_own(self):
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
             outputs = self.function()
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self.stream)
         return outputs
 
     def capture(self) -> None:

@@ -143,8 +143,8 @@ def measure(args: Args) -> dict[str, float]:
     found = {}
 
     class TimedLearner(module.Learner):
-        def __init__(self, *settings):
-            super().__init__(*settings)
+        def __init__(self, *settings, **named):
+            super().__init__(*settings, **named)
             self.draw_updates = watch.timed("learn", self.draw_updates)
             self.update_all = watch.timed("learn", self.update_all)
 

@@ -67,7 +67,8 @@ def make_learner(
     reward = torch.rand(transitions, generator=random)
     columns = [obs, action, reward, next_obs, torch.zeros(transitions)]
     replay.load_state_dict({"added": transitions, "columns": columns})
-    return module.Learner(agent, norm, replay, flags, 0.99, device)
+    noise_std = getattr(flags, "exploration_noise", 1.0)
+    return module.Learner(agent, norm, replay, flags, 0.99, noise_std, device)
 
 
 def decide(learner, obs: np.ndarray) -> np.ndarray:

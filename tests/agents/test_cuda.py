@@ -216,11 +216,6 @@ def graphs_on_a_cpu(module, agents: list) -> type:
     return Graphed
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="kept weights are not written again behind a graph: diagnostics of the critic are of "
-    "weights one update old (GraphedFunction must raise DenseCopy.generation after a replay)",
-)
 @BY_AGENT
 def test_diagnostics_between_graphs_see_the_newest_weights(agent, monkeypatch):
     """Those of a run with graphs equal those of a run without."""
