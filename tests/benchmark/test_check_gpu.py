@@ -248,7 +248,7 @@ def test_computed_memory_is_that_of_the_tensors():
     layers = [layer for part in (agent.actor, agent.critic) for layer in part.modules()]
     sparse = [layer for layer in layers if isinstance(layer, sac.SparseLinear)]
     assert found["trained"] == count_bytes(trained)
-    assert found["dense weights"] == count_bytes(layer.kept.weight for layer in sparse)
+    assert found["dense weights"] == count_bytes(layer.kept.memory for layer in sparse)
     places = [places for layer in sparse for places in (layer.active, layer.index)]
     assert found["places"] == count_bytes(places)
     assert found["replay"] == count_bytes([learner.replay.table])
