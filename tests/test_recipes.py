@@ -154,7 +154,7 @@ def test_train_a_finished_run_for_longer(trained, main, tmp_path):
         load_checkpoint(one)["critic"]["encoders.0.1.up.values"],
     )
     kept = (two / "metrics_1000.csv").read_text()
-    assert "1000,50,41,final/return_mean," in kept
+    assert "1000,50,40,final/return_mean," in kept
     assert "note" not in out
     shorter = main(SAC, *f"{longer} 500 --runs-dir in_two --total-timesteps 1000".split())
     check_error(shorter, "2000 env steps already", "--total-timesteps 1000")
