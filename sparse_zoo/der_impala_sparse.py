@@ -2130,10 +2130,11 @@ class Run:
             fail(f"--init-from {self.args.init_from}: {reason}")
 
     def leave_no_folder(self) -> None:
-        """Removes the folder of a run that cannot begin."""
-        for name in (".lock", ".owner"):
+        """Removes the folder of a run that cannot begin, unless it has begun before."""
+        for name in (".lock", ".owner", "replay.u8"):
             (self.folder / name).unlink(missing_ok=True)
-        self.folder.rmdir()
+        if not any(self.folder.iterdir()):
+            self.folder.rmdir()
 
     def begin(self, layers: dict[str, list[dict]]) -> None:
         """Prints the layer tables, writes args.json, and opens metrics.csv and the progress bar."""

@@ -99,7 +99,7 @@ BAD_FLAGS = {
         ("--env-id nope:Nope-v0", "--env-id nope:Nope-v0"),
         ("--env-id a:b:c", "--env-id a:b:c"),
         # MUJOCO_GL=disabled
-        ("--capture-video", "--env-id dm_control/cartpole-swingup-v0"),
+        ("--capture-video", "--env-id dm_control/cartpole-swingup-v0 MUJOCO_GL=disabled"),
         (CARTPOLE, f"{CARTPOLE} Discrete(2) Box"),
         NO_FOLDER,
         ("--runs-dir file/below", "file/below --runs-dir"),
