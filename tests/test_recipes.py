@@ -202,15 +202,11 @@ def test_a_run_of_another_agent(trained, main, tmp_path):
     flags = [*CARTPOLE.split(), "--init-from", trained, "--total-timesteps", "200"]
     check_error(main(ddpg_file, *flags), "--init-from", *other)
     assert list((tmp_path / "runs").iterdir()) == []
-    # The replay's file of these is made before the checkpoint is read
-    for agent, task in (
-        ("drqv2_sparse", "dm_control/cartpole-balance-v0"),
-        ("der_impala_sparse", "ALE/Pong-v5"),
-    ):
-        flags = f"--env-id {task} --width-scale 0.125 --threads 1 --total-timesteps 2000"
-        ended = main(AGENTS / f"{agent}.py", *flags.split(), "--init-from", trained)
-        check_error(ended, "--init-from", "another agent, sac_simba_sparse")
-        assert list((tmp_path / "runs").iterdir()) == []
+    # DER, as DrQ-v2, makes the replay's file before it reads the checkpoint
+    flags = "--env-id ALE/Pong-v5 --width-scale 0.125 --threads 1 --total-timesteps 2000"
+    ended = main(AGENTS / "der_impala_sparse.py", *flags.split(), "--init-from", trained)
+    check_error(ended, "--init-from", "another agent, sac_simba_sparse")
+    assert list((tmp_path / "runs").iterdir()) == []
 
 
 def test_an_environment_of_your_own(main, tmp_path, monkeypatch):
