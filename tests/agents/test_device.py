@@ -19,11 +19,11 @@ CASES = {  # each has one checkpoint on the way, with updates before and after
     "ddpg_simba_sparse": PENDULUM,
     "drqv2_sparse": "--env-id dm_control/cartpole-balance-v0 --action-repeat 50"
     " --total-timesteps 1300 --learning-starts 800 --batch-size 2 --width-scale 0.0625"
-    " --eval-interval 1300 --diagnostics-interval 1300"
-    " --checkpoint-interval 1000",
-    "der_impala_sparse": "--env-id ALE/Pong-v5 --action-repeat 32 --total-timesteps 5120"
-    " --learning-starts 4160 --batch-size 2 --width-scale 0.125 --target-interval 5"
-    " --eval-interval 5120 --diagnostics-interval 5120 --checkpoint-interval 3200",
+    " --eval-interval 1300 --diagnostics-interval 1300 --checkpoint-interval 1000",
+    "der_impala_sparse": "--env-id ALE/Pong-v5 --action-repeat 32 --total-timesteps 1920"
+    " --learning-starts 1120 --batch-size 2 --width-scale 0.125 --target-interval 5"
+    " --eval-interval 1920 --diagnostics-interval 1920 --checkpoint-interval 1200"
+    " --max-episode-steps 1280",
 }
 
 

@@ -53,13 +53,12 @@ CASES = {
     "hopper": HOPPER,
     "rigl": f"{HOPPER} --topology rigl --topology-interval 20",
     "ddpg": HOPPER,
-    "drqv2": "--env-id dm_control/cartpole-balance-v0 --action-repeat 50 --total-timesteps 6000"
-    " --learning-starts 1000 --eval-interval 1000 --checkpoint-interval 1000"
-    " --diagnostics-interval 2000 --buffer-size 80 --batch-size 2",
-    # A game ends after some 3,000 env steps
-    "der": "--env-id ALE/Pong-v5 --action-repeat 40 --total-timesteps 19200 --learning-starts 1600"
-    " --eval-interval 3200 --checkpoint-interval 2400 --diagnostics-interval 3200"
-    " --buffer-size 120 --batch-size 2 --target-interval 50",
+    "drqv2": "--env-id dm_control/cartpole-balance-v0 --action-repeat 50 --total-timesteps 3000"
+    " --learning-starts 500 --eval-interval 500 --checkpoint-interval 500"
+    " --diagnostics-interval 1000 --buffer-size 40 --batch-size 2 --max-episode-steps 500",
+    "der": "--env-id ALE/Pong-v5 --action-repeat 40 --total-timesteps 9600 --learning-starts 800"
+    " --eval-interval 1600 --checkpoint-interval 1200 --diagnostics-interval 1600"
+    " --buffer-size 60 --batch-size 2 --target-interval 25 --max-episode-steps 1600",
     "stream": "--env-id Hopper-v5 --total-timesteps 6000 --learning-starts 300"
     " --eval-interval 1000 --checkpoint-interval 1000 --diagnostics-interval 2000",
 }
