@@ -1818,7 +1818,7 @@ class Run:
             try:
                 part.load_state_dict(self.checkpoint.pop(name))
             except Exception as error:
-                reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                reason = f"{type(error).__name__}: {textwrap.shorten(str(error), 200)}"
                 fail(
                     f"{self.folder}: {name} in the checkpoint does not fit ({reason}); "
                     "a changed file needs another --exp-name"
@@ -1834,7 +1834,10 @@ class Run:
                 if not reason and (isinstance(part, nn.Module) or name == "norm"):
                     part.load_state_dict(learned[name])
         except Exception as error:
-            reason = f"{path} does not fit ({type(error).__name__}: {' '.join(str(error).split())})"
+            what = textwrap.shorten(str(error), 200)
+            reason = f"{path} does not fit ({type(error).__name__}: {what})"
+            if not isinstance(error, OSError):
+                reason += "; environment, sizes and sparsity must be those of that run"
         if reason:
             self.leave_no_folder()
             fail(f"--init-from {self.args.init_from}: {reason}")

@@ -189,8 +189,14 @@ def test_start_from_the_networks_of_another_run(trained, main, tmp_path):
             assert torch.equal(ours[network][name], value), name
     assert ours["norm"]["count"] == theirs["norm"]["count"] + 10
     assert ours["replay"]["added"] == 10 and ours["critic_optimizer"]["state"] == {}
-    for wrong in ("--sparsity 0.5", "--init-from nowhere"):
-        check_error(main(script, *flags, *more, *wrong.split()), "--init-from")
+    for wrong, word in (
+        ("--sparsity 0.5", "sparsity must be"),
+        ("--width-scale 0.25", "sizes and"),
+        ("--init-from nowhere", "No such file"),
+    ):
+        ended = main(script, *flags, *more, *wrong.split())
+        check_error(ended, "--init-from", word)
+        assert len(ended[2]) < 600
     only_run(tmp_path / "runs")  # no folder of a run that could not begin
 
 
