@@ -3,6 +3,7 @@
     python sparse_zoo/bench/bench_update.py --width-scale 4 --sparsity 0.9
     python sparse_zoo/bench/bench_update.py --table --output results/update_costs
     python sparse_zoo/bench/bench_update.py --width-scale 4 --sparsity 0.9 --profile
+    python sparse_zoo/bench/bench_update.py --width-scale 1 --sparsity 0.9 --against my_fork.py
     python sparse_zoo/bench/bench_update.py --width-scale 1 --sparsity 0.9 --launches
     python sparse_zoo/bench/bench_update.py --width-scale 4 --device cuda --reference jax
     python sparse_zoo/bench/bench_update.py --table --device cuda --output results/gpu
@@ -11,7 +12,8 @@ An update is all that the agent does with one batch: actor, temperature, critic 
 The twin has the same networks with nn.Linear layers whose weight is multiplied by a 0/1 mask of the
 same density in every forward pass (at sparsity 0: plain nn.Linear), the same optimiser and the same
 update. Each side is a process of its own, so that its peak memory can be read; they take turns, so
-that both see the same machine. Times are medians over the turns.
+that both see the same machine. Times are medians over the turns. With --against, the other side is
+not the twin but plain dense networks, or another version of the agent's file, sparse like ours.
 
 GFLOP are those of matrix products over active weights: per transition and weight, 2 for a product
 and 2 more for each of its two gradients. The actor's weights take part in two products and in the
@@ -29,6 +31,7 @@ asks of the GPU, kernels what runs there, both by torch.profiler. Peak memory is
 replay of 2,000 transitions.
 """
 
+import importlib.util
 import json
 import os
 import resource
@@ -86,6 +89,8 @@ class Args:
     """where to measure"""
     matmul_precision: Literal["high", "highest"] = "high"
     """matrix products on CUDA: TF32, or float32"""
+    against: str = "twin"
+    """on a CPU, the other side: twin (masks), dense (no mask), or the file of another version"""
     reference: Literal["jax"] | None = None
     """also the published update, made again in JAX (needs jax and optax)"""
 
@@ -130,14 +135,27 @@ def make_update(module, agent, obs_dim: int, action_dim: int, batch_size: int) -
     return update
 
 
+def import_file(path: str):
+    """The module of an agent's file that is somewhere else."""
+    spec = importlib.util.spec_from_file_location("other_version", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look for it
+    spec.loader.exec_module(module)
+    return module
+
+
 def build(args: Args, side: str) -> tuple[Callable, dict[str, int]]:
     """A function that does one update of one side; and its weights by network."""
-    module = timing.import_agent(f"{args.agent}_simba_sparse")
+    other = "ours" if side == "ours" else args.against
+    if other in ("ours", "twin", "dense"):
+        module = timing.import_agent(f"{args.agent}_simba_sparse")
+    else:
+        module = import_file(other)
     timing.set_threads(module, args.threads)
-    sparsity = args.sparsity if side == "ours" else 0.0
+    sparsity = 0.0 if other in ("twin", "dense") else args.sparsity
     flags = module.Args(width_scale=args.width_scale, sparsity=sparsity)
     agent = module.Agent(flags, args.obs_dim, args.action_dim, timing.CPU)
-    if side == "twin" and args.sparsity > 0:
+    if other == "twin" and args.sparsity > 0:
         for network in (agent.actor, agent.critic, agent.target_critic):
             timing.mask_network(module, network, args.sparsity)
     update = make_update(module, agent, args.obs_dim, args.action_dim, args.batch_size)
@@ -302,7 +320,8 @@ def print_against_dense(table: pd.DataFrame) -> None:
 def print_row(args: Args) -> None:
     """Measures one width and sparsity."""
     found = compare(args)
-    for side, name in (("twin", "masked dense twin"), ("ours", "ours")):
+    other = {"twin": "masked dense twin", "dense": "dense"}.get(args.against, "other version")
+    for side, name in (("twin", other), ("ours", "ours")):
         milliseconds = f"{name:<18}{found[side + '_ms']:9.1f} ms per update"
         print(f"{milliseconds}{found[side + '_mib']:9.0f} MiB at the peak")
     print(f"ratios of single turns: {found['time_low']:.3f} to {found['time_high']:.3f}")
@@ -495,6 +514,11 @@ def write_table(args: Args, measure: Callable, draw_it: Callable, name: str) -> 
 def main(args: Args) -> None:
     if args.reference and args.agent != "sac":
         timing.fail(f"--reference {args.reference}: SAC's update only; give --agent sac")
+    file = Path(args.against)
+    if args.against not in ("twin", "dense") and not (file.is_file() and file.suffix == ".py"):
+        timing.fail(f"--against {file}: neither twin nor dense, and no Python file")
+    if args.against != "twin" and (args.table or args.device == "cuda"):
+        timing.fail(f"--against {args.against}: one row on a CPU; leave out --table and --device")
     devices.choose(args.device)
     if args.profile:
         profile(args)

@@ -6,7 +6,7 @@ import sys
 import bench_update
 import pandas as pd
 import pytest
-from conftest import ROOT, call, succeed
+from conftest import AGENTS, ROOT, call, check_error, succeed
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -19,6 +19,26 @@ def test_one_row():
     assert float(ratio["time"]) == pytest.approx(ours_ms / twin_ms, rel=0.02)
     assert float(ratio["memory"]) == pytest.approx(ours_mib / twin_mib, rel=0.02)
     assert min(twin_ms, ours_ms) > 0.1 and min(twin_mib, ours_mib) > 100
+
+
+def test_another_version_on_the_other_side(tmp_path):
+    """The same file with networks of twice the width, and with packed weights like ours."""
+    text = (AGENTS / "sac_simba_sparse.py").read_text()
+    version = tmp_path / "wide.py"
+    version.write_text(
+        text.replace("round(128 * args.width_scale)", "round(256 * args.width_scale)")
+    )
+    args = bench_update.Args(width_scale=0.125, sparsity=0.9, threads=1, against=str(version))
+    weights = [sum(bench_update.build(args, side)[1].values()) for side in ("twin", "ours")]
+    wide = bench_update.Args(width_scale=0.25, sparsity=0.9, threads=1)
+    assert weights[0] == sum(bench_update.build(wide, "ours")[1].values()) > 2 * weights[1]
+    dense = bench_update.Args(width_scale=0.125, sparsity=0.9, threads=1, against="dense")
+    assert sum(bench_update.build(dense, "twin")[1].values()) > 8 * weights[1]
+
+
+@pytest.mark.parametrize("flags", ["nowhere.py", "pyproject.toml", "dense --table"])
+def test_bad_against(main, flags):
+    check_error(main(bench_update.__file__, "--against", *flags.split()), "--against")
 
 
 @pytest.mark.parametrize("agent", ["sac", "ddpg"])
