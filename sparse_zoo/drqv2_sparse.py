@@ -1959,7 +1959,7 @@ class Run:
             if self.checkpoint["counters"][0] != end:
                 raise ValueError("it is older")
         except Exception as error:
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            reason = in_short(error)
             fail(f"cannot go on from before the last evaluation of {self.folder} ({reason})")
         metrics = self.folder / "metrics.csv"
         steps, agent_steps, updates = end * self.action_repeat, *self.checkpoint["counters"][:2]
@@ -2007,7 +2007,7 @@ class Run:
             checkpoint = read_checkpoint(path)
             made_with = checkpoint["args"]
         except Exception as error:
-            reason = f"cannot read {path} ({type(error).__name__}: {' '.join(str(error).split())})"
+            reason = f"cannot read {path} ({in_short(error)})"
             if finished and args.eval_only:
                 fail(f"{reason}; the run is finished, but this copy of its networks is damaged")
             if finished:
@@ -2091,15 +2091,15 @@ class Run:
             try:
                 part.load_state_dict(self.checkpoint.pop(name))
             except Exception as error:
-                reason = f"{type(error).__name__}: {textwrap.shorten(str(error), 200)}"
                 fail(
-                    f"{self.folder}: {name} in the checkpoint does not fit ({reason}); "
+                    f"{self.folder}: {name} in the checkpoint does not fit ({in_short(error)}); "
                     "a changed file needs another --exp-name"
                 )
 
     def start_from_networks(self, parts: dict) -> None:
         """Gives the networks, and the statistics of observations, what --init-from has learned."""
         path = Path(self.args.init_from).expanduser() / "checkpoint.pt"
+        learned = None
         try:
             learned = read_checkpoint(path)
             reason = other_agent(self.args, learned["args"])
@@ -2107,9 +2107,8 @@ class Run:
                 if not reason and (isinstance(part, nn.Module) or name == "norm"):
                     part.load_state_dict(learned[name])
         except Exception as error:
-            what = textwrap.shorten(str(error), 200)
-            reason = f"{path} does not fit ({type(error).__name__}: {what})"
-            if not isinstance(error, OSError):
+            reason = f"{path} does not fit ({in_short(error)})"
+            if learned:
                 reason += "; environment, sizes and sparsity must be those of that run"
         if reason:
             self.leave_no_folder()
@@ -2228,6 +2227,11 @@ class Run:
             f"evaluate it:   python {sys.argv[0]} --eval-only --run-dir {self.folder}\n"
             "and more:      docs/recipes.md (a film, the policy in Python, longer training)"
         )
+
+
+def in_short(error: Exception) -> str:
+    """Type and message of an error, on one line of readable length."""
+    return f"{type(error).__name__}: {textwrap.shorten(str(error), 200)}"
 
 
 def is_finite(state) -> bool:

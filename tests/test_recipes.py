@@ -197,6 +197,10 @@ def test_start_from_the_networks_of_another_run(trained, main, tmp_path):
         ended = main(script, *flags, *more, *wrong.split())
         check_error(ended, "--init-from", word)
         assert len(ended[2]) < 600
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "checkpoint.pt").write_bytes(bytes(99))
+    _, _, line = main(script, *flags, *more, "--init-from", "damaged")
+    assert line.endswith("damaged/checkpoint.pt does not fit (ValueError: its checksum is wrong)\n")
     only_run(tmp_path / "runs")  # no folder of a run that could not begin
 
 

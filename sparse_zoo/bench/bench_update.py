@@ -141,6 +141,8 @@ def import_file(path: str):
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # where dataclasses look for it
     spec.loader.exec_module(module)
+    if not hasattr(module, "Agent"):
+        timing.fail(f"--against {path}: this is no agent's file")
     return module
 
 
@@ -517,8 +519,12 @@ def main(args: Args) -> None:
     file = Path(args.against)
     if args.against not in ("twin", "dense") and not (file.is_file() and file.suffix == ".py"):
         timing.fail(f"--against {file}: neither twin nor dense, and no Python file")
-    if args.against != "twin" and (args.table or args.device == "cuda"):
-        timing.fail(f"--against {args.against}: one row on a CPU; leave out --table and --device")
+    no_row = args.table or args.profile or args.launches or args.device == "cuda"
+    if args.against != "twin" and no_row:
+        timing.fail(
+            f"--against {args.against}: one row on a CPU; "
+            "leave out --table, --profile, --launches and --device"
+        )
     devices.choose(args.device)
     if args.profile:
         profile(args)

@@ -36,9 +36,18 @@ def test_another_version_on_the_other_side(tmp_path):
     assert sum(bench_update.build(dense, "twin")[1].values()) > 8 * weights[1]
 
 
-@pytest.mark.parametrize("flags", ["nowhere.py", "pyproject.toml", "dense --table"])
+@pytest.mark.parametrize(
+    "flags", ["nowhere.py", "pyproject.toml", "dense --table", "dense --launches"]
+)
 def test_bad_against(main, flags):
     check_error(main(bench_update.__file__, "--against", *flags.split()), "--against")
+
+
+def test_a_file_that_is_no_agent(capsys):
+    args = bench_update.Args(against=bench_update.__file__, threads=1)
+    with pytest.raises(SystemExit):
+        bench_update.build(args, "twin")
+    assert capsys.readouterr().err.endswith("bench_update.py: this is no agent's file\n")
 
 
 @pytest.mark.parametrize("agent", ["sac", "ddpg"])
