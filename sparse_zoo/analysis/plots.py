@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 from PIL import Image
 
 DENSE = "#404040"
@@ -89,6 +89,16 @@ def label_env_steps(ax: Axes) -> None:
     ax.xaxis.set_major_formatter(EngFormatter(sep=" "))
 
 
+def label_weights(ax: Axes, label: str, scale: str = "log") -> None:
+    """An x axis of numbers of weights."""
+    ax.set_xscale(scale)
+    if scale == "log":
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.set_xlabel(label)
+
+
 def mark_values(ax: Axes, values: list[float]) -> None:
     """Ticks of the x axis at just these values."""
     labels = [f"{value:g}" for value in values]
@@ -140,6 +150,18 @@ def draw_points(
     for place, point, colour, bars in zip(x, points.itertuples(), colours, lengths.T):
         face = "white" if point.seeds == 1 else colour
         ax.errorbar(place, point.middle, bars[:, None], color=colour, mfc=face, **style)
+
+
+def move_apart(sizes: pd.Series, step: float = 1.08) -> list[float]:
+    """Places on a logarithmic axis, where equal sizes (within 10 %) would cover each other.
+
+    The first of equal ones stays, each further one is moved a step to the right.
+    """
+    places = []
+    for number, size in enumerate(sizes):
+        equal = (sizes.iloc[:number] / size).between(0.9, 1.1)
+        places.append(size * step ** equal.sum())
+    return places
 
 
 def draw_band(ax: Axes, x, middle, low, high, **line) -> None:

@@ -1,4 +1,5 @@
-"""Returns against size and sparsity: Figures 1, 2, 3, 8, 10, 14, 15 and 16 of the paper.
+"""Returns against size and sparsity: Figures 1, 2, 3, 8, 10, 14, 15 and 16 of the paper; and one
+of wider networks with equal numbers of active weights (--figure active).
 
     python sparse_zoo/analysis/scaling.py --runs-dir results/cpu/fig2/runs --figure aggregate
     python sparse_zoo/analysis/scaling.py --runs-dir results/cpu/fig8/runs --figure gain
@@ -25,7 +26,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import EngFormatter, NullFormatter
+from matplotlib.ticker import EngFormatter
 from plots import bootstrap_interval, interquartile_mean
 
 SCENARIO = ["algorithm", "env_id"]
@@ -44,18 +45,21 @@ COLUMNS = [  # those of runs.csv
     "env_steps",
     "return",
 ]
-EXACT = (*SIZE, "sparsity", "seed", "weights", "active", "env_steps", "return")
+WITH_AREA = [*COLUMNS, "area"]
+EXACT = (*SIZE, "sparsity", "seed", "weights", "active", "env_steps", "return", "area")
 MOST_SIZES = 6  # that can be told apart in one panel
+MEASURES = {"return": "return", "area under the curve": "area"}  # of --figure active: columns
 CAPTIONS = {"bars": "mean", "width": "std", "depth": "std"}  # the others name no statistic
 
 
 @dataclass
 class Args:
     figure: Literal[
-        "size", "size-linear", "aggregate", "sparsity", "width", "depth", "gain", "bars"
+        "size", "size-linear", "aggregate", "sparsity", "width", "depth", "gain", "bars", "active"
     ] = "aggregate"
     """size: Figure 1; size-linear: Figure 14; aggregate: Figure 2; sparsity: Figure 3; width:
-    Figure 15; depth: Figure 16; gain: Figure 8; bars: Figure 10"""
+    Figure 15; depth: Figure 16; gain: Figure 8; bars: Figure 10; active: returns and areas under
+    the learning curve against active and against all weights"""
     runs_dir: str = "runs"
     """folder that holds one folder per run"""
     earlier: tuple[str, ...] = ()
@@ -69,8 +73,10 @@ class Args:
     """folder of the picture and the tables"""
 
 
-def load(runs_dir: str, earlier: tuple[str, ...] = ()) -> tuple[pd.DataFrame, list[str]]:
-    """COLUMNS of each finished run, and a line for each other.
+def load(
+    runs_dir: str, earlier: tuple[str, ...] = (), columns: list[str] = COLUMNS
+) -> tuple[pd.DataFrame, list[str]]:
+    """Some columns of each finished run, COLUMNS or WITH_AREA, and a line for each other.
 
     Those of the tables `earlier` stand behind those of the folder. Ends the program if runs differ
     in flags that make averages and comparisons meaningless; of earlier runs only the number of env
@@ -85,22 +91,32 @@ def load(runs_dir: str, earlier: tuple[str, ...] = ()) -> tuple[pd.DataFrame, li
         row |= {"env_steps": run.flags["total_timesteps"], "return": run.final_return}
         try:
             row["weights"], row["active"] = run.count_weights()
+            if "area" in columns:
+                row["area"] = find_area(run)
             rows.append(row)
         except runs.UnusableError as reason:
             left_out.append(f"{run.name}: {reason}")
     for path in earlier:
-        table = runs.read_table(path, COLUMNS, "--earlier", EXACT)
+        table = runs.read_table(path, columns, "--earlier", EXACT)
         rows += table.to_dict("records")
     if not rows:
-        return pd.DataFrame(columns=COLUMNS), left_out
+        return pd.DataFrame(columns=columns), left_out
     # A run may be among the earlier ones as well
-    table = pd.DataFrame(rows, columns=COLUMNS).drop_duplicates("run")
+    table = pd.DataFrame(rows, columns=columns).drop_duplicates("run")
     for algorithm, lengths in table.groupby("algorithm").env_steps.unique().items():
         if len(lengths) > 1:
             steps = " and ".join(f"{length:,}" for length in sorted(lengths))
             fail(f"{algorithm} has runs of {steps} env steps; keep such apart")
     table, twice = runs.drop_twice(in_order(table), POINT)
     return table, left_out + twice
+
+
+def find_area(run: runs.Run) -> float:
+    """Area under the curve of evaluation returns, divided by its length: their mean over time."""
+    curve = run.metrics[run.metrics.metric == "eval/return_mean"].sort_values("env_step")
+    if len(curve) < 2:
+        raise runs.UnusableError("fewer than two evaluations")
+    return float(np.trapezoid(curve.value, curve.env_step) / np.ptp(curve.env_step))
 
 
 def in_order(table: pd.DataFrame) -> pd.DataFrame:
@@ -167,18 +183,26 @@ def find_uneven(points: pd.DataFrame) -> list[str]:
         where = getattr(row, "env_id", "some task")
         name = f"{row.algorithm}, {where}, width {row.width_scale:g}, depth {row.depth_scale:g}"
         lines.append(f"{name}, sparsity {row.sparsity:g}: {row.seeds_min} of {most} seeds")
-    return lines
+    return list(dict.fromkeys(lines))  # a point with two measures is named once
 
 
-def families(points: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Dense networks, and the sparse ones behind the dense one that has as many active weights."""
+def families(points: pd.DataFrame) -> tuple[pd.DataFrame, list[pd.DataFrame]]:
+    """Dense networks; and lines of sparse ones behind the dense one of as many active weights.
+
+    As many is within 10 %. Sparse networks without such a dense one are the last line.
+    """
     dense = points[points.sparsity == 0]
     sparse = points[points.sparsity > 0]
-    if len(dense) and len(sparse):
-        ratio = dense.active / sparse.active.median()
-        anchor = dense[(ratio > 0.9) & (ratio < 1.1)]
-        sparse = pd.concat([anchor.iloc[:1], sparse])
-    return dense, sparse
+    lines = []
+    for row in range(len(dense)):
+        anchor = dense.iloc[row : row + 1]
+        alike = (sparse.active / anchor.active.item()).between(0.9, 1.1)
+        if alike.any():
+            lines.append(pd.concat([anchor, sparse[alike]]))
+            sparse = sparse[~alike]
+    if len(sparse):
+        lines.append(sparse)
+    return dense, lines
 
 
 def along(points: pd.DataFrame, axis: str) -> pd.DataFrame:
@@ -252,6 +276,7 @@ def mean_gain(*pairs: np.ndarray, axis: int = -1) -> np.ndarray:
 
 # Figures
 
+ALL_WEIGHTS = "weights, pruned ones included"
 LABELS = {
     "dense": "dense",
     "sparse": "sparse, as many active weights as the dense network it starts from",
@@ -290,10 +315,10 @@ def with_bars(points: pd.DataFrame, statistic: str) -> pd.DataFrame:
 def draw_families(ax: Axes, x: str, points: pd.DataFrame, statistic: str) -> None:
     """Dense and sparse networks against a column, each point in the colour of its sparsity."""
     dense, sparse = families(with_bars(points, statistic))
-    for line, style in ((sparse, {"marker": "*", "ms": 9}), (dense, {"ls": "--"})):
-        colour = plots.NEUTRAL if line is sparse else plots.DENSE
+    for line in sparse:
         colours = line.sparsity.map(plots.sparsity_colour)
-        plots.draw_points(ax, line[x], line, colour, colours, **style)
+        plots.draw_points(ax, line[x], line, plots.NEUTRAL, colours, marker="*", ms=9)
+    plots.draw_points(ax, dense[x], dense, plots.DENSE, ls="--")
 
 
 def make_handles(published: bool) -> list[Line2D]:
@@ -352,11 +377,33 @@ def draw_size(table: pd.DataFrame, points: pd.DataFrame, scale: str, statistic: 
         default = panel[(panel.width_scale == 1) & (panel.depth_scale == 1)]
         if len(default):
             marked |= mark_published(ax, table, algorithm, env_id, default.weights.iloc[0])
-        ax.set_xscale(scale)
-        ax.xaxis.set_major_formatter(EngFormatter(sep=""))
-        ax.xaxis.set_minor_formatter(NullFormatter())
-        ax.set_xlabel("weights, pruned ones included")
+        plots.label_weights(ax, ALL_WEIGHTS, scale)
     return finish(figure, make_handles(marked), points, name_statistic(statistic, points))
+
+
+def measure_twice(table: pd.DataFrame) -> pd.DataFrame:
+    """Points of the return, then of the area under the learning curve."""
+    points = [
+        summarise(table.assign(**{"return": table[column]}), POINT).assign(measure=name)
+        for name, column in MEASURES.items()
+    ]
+    return pd.concat(points, ignore_index=True)
+
+
+def draw_active(points: pd.DataFrame, statistic: str) -> Figure:
+    """Two rows for each algorithm and task, against active weights and against all weights."""
+    panels = list(points.groupby([*SCENARIO, "measure"], sort=False))
+    panels.sort(key=lambda panel: panel[0][:2])
+    figure, axes = plots.make_grid(len(panels), 2, width=4)
+    for row, ((algorithm, env_id, measure), own) in zip(axes, panels):
+        own = own.assign(apart=plots.move_apart(own.active))
+        for ax, x in zip(row, ("apart", "weights")):
+            draw_families(ax, x, own, statistic)
+            ax.set_title(f"{plots.task_name(env_id)}, {algorithm}")
+        plots.label_weights(row[0], "active weights (equal ones moved apart)")
+        plots.label_weights(row[1], ALL_WEIGHTS)
+        row[0].set_ylabel(measure)
+    return finish(figure, make_handles(False), points, name_statistic(statistic, points))
 
 
 def draw_scaling(ax: Axes, points: pd.DataFrame, axis: str, statistic: str) -> None:
@@ -544,15 +591,20 @@ def draw(figure: str, table: pd.DataFrame, points: pd.DataFrame, scores, statist
             return draw_gain(points, scores)
         case "bars":
             return draw_bars(table, points, statistic)
+        case "active":
+            return draw_active(points, statistic)
 
 
 def main(args: Args) -> None:
-    table, left_out = load(args.runs_dir, args.earlier)
+    columns = WITH_AREA if args.figure == "active" else COLUMNS
+    table, left_out = load(args.runs_dir, args.earlier, columns)
     gaps = []
     if args.figure == "aggregate":
         table, gaps = without_gaps(table)
     if args.figure == "gain":
         points, gaps = gains(table)
+    elif args.figure == "active":
+        points = measure_twice(table)
     else:
         points = summarise(table, NETWORK if args.figure == "aggregate" else POINT)
     runs.print_left_out(left_out + gaps)

@@ -143,6 +143,9 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
 
 def draw_lines(ax: Axes, summary: pd.DataFrame, column: str) -> None:
     """A column against size, a line for each topology."""
+    order = summary.topology.map(list(COLOURS).index)
+    summary = summary.loc[order.sort_values(kind="stable").index]
+    summary = summary.assign(place=plots.move_apart(summary.active_weights))
     for topology, colour in COLOURS.items():
         line = summary[summary.topology == topology].sort_values("active_weights")
         if column == "return":
@@ -152,8 +155,8 @@ def draw_lines(ax: Axes, summary: pd.DataFrame, column: str) -> None:
         else:
             points = line.assign(middle=line[column], low=line[column], high=line[column])
         if len(line):
-            plots.draw_points(ax, line.active_weights, points, colour)
-    ax.set(xscale="log", xlabel="active weights at the end")
+            plots.draw_points(ax, line.place, points, colour)
+    plots.label_weights(ax, "active weights (equal ones moved apart)")
 
 
 def draw(summary: pd.DataFrame) -> Figure:

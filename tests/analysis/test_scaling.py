@@ -9,7 +9,7 @@ import conftest
 import numpy as np
 import pandas as pd
 import pytest
-from analysis import scaling
+from analysis import plots, scaling
 from conftest import check_error, succeed
 from matplotlib.container import BarContainer, ErrorbarContainer
 from matplotlib.figure import Figure
@@ -19,9 +19,14 @@ SAC, DDPG, DRQ = "sac_simba_sparse", "ddpg_simba_sparse", "drqv2_sparse"
 
 
 def write_run(
-    folder: Path, value: float, finished: bool = True, exp_name: str = SAC, **flags
+    folder: Path,
+    value: float,
+    finished: bool = True,
+    exp_name: str = SAC,
+    curve: tuple = ((0, 0.0),),
+    **flags,
 ) -> None:
-    """A run whose network has 1000 width^2 depth weights."""
+    """A run whose network has 1000 width^2 depth weights; curve: of evaluations."""
     flags = {
         "env_id": "dm_control/dog-run-v0",
         "width_scale": 1.0,
@@ -34,7 +39,8 @@ def write_run(
     active = round(total * (1 - flags["sparsity"]))
     layers = {"actor": [], "critic": [{"active": active, "total": total}]}
     kind = "final" if finished else "eval"
-    rows = [(0, "eval/return_mean", 0.0), (1_000_000, f"{kind}/return_mean", value)]
+    rows = [(step, "eval/return_mean", earlier) for step, earlier in curve]
+    rows.append((1_000_000, f"{kind}/return_mean", value))
     run = folder / f"run{len(list(folder.glob('*')))}"
     conftest.write_run(run, flags, rows, layers=layers)
 
@@ -127,13 +133,13 @@ def test_scaling_over_all_tasks(tmp_path, draw):
     assert row["std"] == pytest.approx(values.std(ddof=1)) and row.low < row.iqm < row.high
     assert len(table) == 6
 
-    dense, sparse = scaling.families(scaling.along(table, "width_scale"))
+    dense, (sparse,) = scaling.families(scaling.along(table, "width_scale"))
     assert dense.width_scale.tolist() == [1, 2, 4]
     assert list(zip(sparse.width_scale, sparse.sparsity)) == [
         (2, 0),
         (4, 0.75),
     ]  # from the network of equal active size
-    dense, sparse = scaling.families(scaling.along(table, "depth_scale"))
+    dense, (sparse,) = scaling.families(scaling.along(table, "depth_scale"))
     assert dense.depth_scale.tolist() == [1, 2] and set(dense.width_scale) == {2}
     assert list(zip(sparse.depth_scale, sparse.sparsity)) == [(1, 0), (2, 0.5)]
 
@@ -155,6 +161,53 @@ def test_missing_runs_are_named_and_never_averaged_away(tmp_path, draw):
     assert "fewer seeds: SAC, some task, width 3, depth 1, sparsity 0: 1 of 2 seeds" in out
     assert "left out: run8: a second run of this network, task and seed" in out
     assert table.iqm.tolist() == [10, 30] and table.seeds_max.tolist() == [2, 1]
+
+
+def test_returns_and_areas_against_active_weights(tmp_path, main, draw):
+    """Two families of equal active weights: behind the dense networks of width 1 and of 2."""
+    runs = tmp_path / "runs"
+    networks = ((1, 0), (2, 0), (4, 0), (2, 0.75), (4, 0.9375), (4, 0.75))
+    for seed in (1, 2):
+        for number, (width, sparsity) in enumerate(networks):
+            value = 100.0 * number + 10 * seed
+            curve = ((0, 0.0), (500_000, 40.0), (1_000_000, 60.0))
+            write_run(runs, value, seed=seed, width_scale=width, sparsity=sparsity, curve=curve)
+    out, table = draw("active")
+    assert "left out" not in out
+    returns, areas = (table[table.measure == name] for name in scaling.MEASURES)
+    in_order = sorted(range(6), key=lambda number: networks[number])
+    assert returns["mean"].tolist() == [100.0 * number + 15 for number in in_order]
+    # From 0 to 40 over one half of training, from 40 to 60 over the other
+    assert areas["mean"].tolist() == [35.0] * 6
+
+    dense, lines = scaling.families(returns)
+    assert dense.width_scale.tolist() == [1, 2, 4]
+    found = [list(zip(line.width_scale, line.sparsity)) for line in lines]
+    assert found == [[(1, 0), (2, 0.75), (4, 0.9375)], [(2, 0), (4, 0.75)]]
+    dense, lines = scaling.families(returns[returns.width_scale != 2])
+    assert [line.width_scale.tolist() for line in lines] == [[1, 4], [4]]  # the last without dense
+
+    text, again = draw("active", "--runs-dir", "none", "--earlier", "out/runs.csv")
+    assert "left out" not in text and again.equals(table)
+    succeed(main("sparsity", "--runs-dir", "none", "--earlier", "out/runs.csv"))
+    check_error(main("active", "--runs-dir", "none", "--earlier", "out/runs.csv"), "area")
+
+    write_run(runs, 1.0, seed=3, curve=curve)
+    out, _ = draw("active")
+    uneven = [line for line in out.splitlines() if line.startswith("fewer seeds")]
+    assert len(uneven) == 5 and uneven[0].endswith("width 2, depth 1, sparsity 0: 2 of 3 seeds")
+
+
+def test_a_run_without_learning_curve_has_no_area(tmp_path, main):
+    write_run(tmp_path / "runs", 1.0)
+    ended = main("active")
+    assert "left out: run0: fewer than two evaluations" in ended[1]
+    check_error(ended, "nothing to draw")
+
+
+def test_equal_sizes_are_moved_apart():
+    sizes = pd.Series([100.0, 1000.0, 105.0, 98.0])
+    assert plots.move_apart(sizes, 2) == [100, 1000, 210, 392]
 
 
 @pytest.mark.parametrize("figure", ["aggregate", "depth"])

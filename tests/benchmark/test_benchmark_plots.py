@@ -45,6 +45,11 @@ EXTRA = {
     ],
     "extra-uniform": [f"plasticity FROM {PLASTICITY}"],
     "extra-sparse-init": ["streaming FROM --bin 20000"],
+    "extra-dynamic": ["topologies FROM"],
+    "extra-constant-active": [
+        "scaling --figure active FROM",
+        "plasticity --figure against-sparsity FROM",
+    ],
 }
 
 

@@ -109,6 +109,11 @@ EXTRAS = {
         "1:0.9 5:0.9 0.3125:0 1.578:0",
         "--topology set|--topology rigl|--topology magnitude",
     ),
+    "extra-constant-active": (
+        2 * 8 * 8,
+        "0.5:0 1:0 2:0 1:0.75 2:0.9375 4:0.9844 2:0.75 4:0.9375",
+        "",
+    ),
 }
 
 
@@ -133,8 +138,12 @@ def test_extra_runs_are_no_part_of_all():
 
 
 def test_pairs_have_as_many_active_weights():
-    anchors = {width: weights(width, 1) for width in (1, 2, 5, 3.531, 2.234, 1.578, 0.3125)}
+    anchors = {width: weights(width, 1) for width in (0.5, 1, 2, 4, 5, 3.531, 2.234, 1.578, 0.3125)}
     assert anchors[0.3125] == pytest.approx(0.1 * anchors[1], rel=0.015)
+    for dense, *wider in ((0.5, 1, 2, 4), (1, 2, 4)):
+        for width in wider:
+            active = (dense / width) ** 2 * anchors[width]
+            assert 0.94 * anchors[dense] < active < anchors[dense]
     for width, sparsity in ((1, 0.96), (2, 0.84), (3.531, 0.5), (2.234, 0.8), (1.578, 0.9)):
         assert anchors[width] == pytest.approx((1 - sparsity) * anchors[5], rel=0.015)
 
