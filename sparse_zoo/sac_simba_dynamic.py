@@ -48,8 +48,8 @@ Differences from the code of RigL and of its RL experiments (google-research/rig
  9. A place that was dropped cannot grow in the same change; there, it can, and keeps its value.
  10. A change comes after an update, on its batch; there, it takes the place of one.
 
-In this file: flags, networks, replay, losses, agent, topology, update; then `train`, the whole of
-training; then an appendix that this file shares with the others: sparse layers, diagnostics, runs.
+In this file: flags, networks, replay, losses, agent, topology, update, learner; then `train`, the
+whole of training; then an appendix shared with the other files: sparse layers, diagnostics, runs.
 """
 
 import signal

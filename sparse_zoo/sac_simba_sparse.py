@@ -37,8 +37,8 @@ Differences from the official (JAX) code:
     environment steps: a transition is learned from one decision later. --no-overlap updates after
     the step, as there; results before this flag were made so.
 
-In this file: flags, networks, replay, losses, agent, update; then `train`, the whole of training;
-then an appendix that this file shares with the others: sparse layers, diagnostics, runs.
+In this file: flags, networks, replay, losses, agent, update, learner; then `train`, the whole of
+training; then an appendix that this file shares with the others: sparse layers, diagnostics, runs.
 """
 
 import signal
