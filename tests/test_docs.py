@@ -5,8 +5,10 @@ import json
 import re
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
+from analysis import learning_curves, plasticity, scaling, streaming, topologies
 from conftest import (
     AGENTS,
     ROOT,
@@ -151,3 +153,21 @@ def test_the_first_command_of_readme_keeps_its_promise():
     rows = re.findall(r"^\| (\d+) \| ([\d.]+) \| ([\d.]+) \|$", page, re.M)
     assert [int(seed) for seed, *_ in rows] == list(range(1, 11))
     assert min(float(value) for _, value, _ in rows) >= 1.1 * int(promise)
+
+
+RAW = ("returns.csv.gz", "runs.csv", "runs.csv.gz", "*_runs.csv", "*_runs.csv.gz")
+
+
+@pytest.mark.parametrize("name", RAW)
+def test_published_runs_can_be_given_to_the_script_of_their_figure_again(name):
+    """--earlier takes tables with these columns."""
+    found = sorted((ROOT / "docs" / "results").glob(f"*/{name}"))
+    assert found
+    for path in found:
+        if path.name == "returns.csv.gz":
+            script = streaming if path.parent.name.startswith("streaming") else learning_curves
+        elif path.name.endswith(".gz"):
+            script = plasticity
+        else:
+            script = scaling if path.name == "runs.csv" else topologies
+        assert set(script.COLUMNS) <= set(pd.read_csv(path, nrows=1)), path
