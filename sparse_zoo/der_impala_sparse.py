@@ -502,7 +502,7 @@ def open_replay(args: Args, path: Path, resumed: bool) -> PrioritizedReplay:
     slack = min(slack, frames - capacity)
     replay = PrioritizedReplay(path, args, capacity, slack, "r+" if resumed else "w+")
     size = replay.frames.nbytes / 1e9
-    print(f"replay: up to {size:.1f} GB in {path}, deleted at the end of training")
+    print(f"replay: {size:.1f} GB in {path}, deleted at the end of training")
     return replay
 
 

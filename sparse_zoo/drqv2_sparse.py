@@ -682,7 +682,7 @@ def train(args: Args) -> None:
     mode = "r+" if run.checkpoint else "w+"
     replay = make_replay(args, env, run.folder / "replay.u8", mode)
     gigabytes = replay.frames.nbytes / 1e9
-    print(f"replay: up to {gigabytes:.1f} GB in {replay.path}, deleted at the end of training")
+    print(f"replay: {gigabytes:.1f} GB in {replay.path}, deleted at the end of training")
     parts["replay"] = replay
     run.restore(parts)
     layers = {name: layer_table(parts[name]) for name in ("encoder", "actor", "critic")}

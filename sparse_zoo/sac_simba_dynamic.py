@@ -204,7 +204,7 @@ class Args:
     topology_end: Annotated[float, "0 < x <= 1"] = 0.75
     """set, rigl: fraction of training after which the topology stays"""
     grow_init: Literal["zero", "normal"] = "zero"
-    """set, rigl: value of a weight that grows (normal: He's, as at the start)"""
+    """set, rigl: value of a weight that grows (normal: with He's standard deviation)"""
     prune_start: Annotated[float, "0 <= x <= 1"] = 0.2
     """magnitude: fraction of training at which pruning starts"""
     prune_end: Annotated[float, "prune_start < x <= 1"] = 0.8

@@ -112,7 +112,7 @@ class Args:
     """with --eval-only: the run in this folder, with the flags of its training"""
     init_from: str | None = None
     """folder of a run whose networks a new run starts with (the same shapes and sparsity);
-    optimisers and replay start afresh"""
+    all else starts afresh"""
     capture_video: bool = False
     """film the first episode of the last evaluation (or of --eval-only) as mp4"""
 
