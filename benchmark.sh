@@ -61,7 +61,7 @@ set_scale() {
       dynamic_tasks=cartpole-swingup dynamic_sizes="0.25:0.07812 0.5:0.1562" topology_flags="--topology-interval 250"
       dynamic_flags="--total-timesteps 24000 --batch-size 128 --learning-starts 2000 --learning-rate 1e-3"
       dynamic_flags+=" --eval-interval 2000 --eval-episodes 5 --final-eval-episodes 20 --diagnostics-interval 2000"
-      wider_unit=0.25 wider_flags=${simba_flags/100000/50000}
+      wider_unit=0.25 wider_flags=${simba_flags/100000/50000} # half as long
       bias_flags="--width-scale 0.5 --reach 31.6 --grid 300 --inits 5" curve_bin=20000 samples=256
       ;;
     smoke) # does every step of every target work? The numbers mean nothing

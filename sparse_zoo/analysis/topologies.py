@@ -143,8 +143,7 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
 
 def draw_lines(ax: Axes, summary: pd.DataFrame, column: str) -> None:
     """A column against size, a line for each topology."""
-    order = summary.topology.map(list(COLOURS).index)
-    summary = summary.loc[order.sort_values(kind="stable").index]
+    summary = summary.sort_values("topology", key=lambda names: names.map(list(COLOURS).index))
     summary = summary.assign(place=plots.move_apart(summary.active_weights))
     for topology, colour in COLOURS.items():
         line = summary[summary.topology == topology].sort_values("active_weights")
