@@ -864,11 +864,14 @@ def gather_stacks(frames, newest, oldest, out):
 
     frames (ring, SIZE, SIZE), out (batch, SIZE, SIZE, STACK)
     """
-    black = np.zeros_like(frames[0])
     for b in numba.prange(len(out)):
         for s in range(STACK):
             number = newest[b] - STACK + 1 + s
-            out[b, :, :, s] = frames[number % len(frames)] if number >= oldest[b] else black
+            black = number < oldest[b]
+            frame = frames[number % len(frames)]
+            for y in range(SIZE):
+                for x in range(SIZE):
+                    out[b, y, x, s] = 0 if black else frame[y, x]
 
 
 # Appendix: the same in every file that has it
