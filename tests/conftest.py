@@ -97,7 +97,8 @@ def become(program: Path, arguments: list[str], environment: dict, folder: Path,
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(output / name, os.O_CREAT | os.O_WRONLY), number)
     sys.argv = [str(program), *arguments]
-    sys.path.insert(0, str(program.parent))
+    ours = [path for path in sys.path if Path(path).resolve().is_relative_to(ROOT)]
+    sys.path = [str(program.parent), *(path for path in sys.path if path not in ours)]
     runpy.run_path(str(program), run_name="__main__")
 
 

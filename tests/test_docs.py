@@ -22,6 +22,7 @@ from conftest import (
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BY_NAME = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+# --help to pytest-xdist, TensorBoard, Slurm, W&B, uv, pip
 OTHER_PROGRAMS = {
     "--help",
     "--scale",
@@ -36,7 +37,7 @@ OTHER_PROGRAMS = {
     "--dry-run",
     "--find-links",
     "--index-url",
-}  # --help to pytest-xdist, TensorBoard, Slurm, W&B, uv, pip
+}
 
 
 def flags_of(script: Path) -> set[str]:

@@ -26,11 +26,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 aten = torch.ops.aten
 MOVES = {aten.copy_.default, aten._to_copy.default}
 copies = Counter()  # tensors that went "to the device" and "to the CPU", numbers included
-INDEXING = {
-    aten.index.Tensor,
-    aten.index_put.default,
-    aten.index_put_.default,
-}  # indices may be the CPU's
+# Their indices may be the CPU's
+INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
 
 
 class Backend(backend_registration._DummyBackendModule):
@@ -40,9 +37,8 @@ class Backend(backend_registration._DummyBackendModule):
 
 
 backend_registration._setup_privateuseone_for_python_backend("sim", backend_module=Backend())
-torch.__future__.set_swap_module_params_on_conversion(
-    True
-)  # else Module.to leaves the old memory in place
+# Else Module.to leaves the old memory in place
+torch.__future__.set_swap_module_params_on_conversion(True)
 
 
 class SimTensor(torch.Tensor):
@@ -146,9 +142,8 @@ def run(file: str, flags: list[str], device: str, stop_at_checkpoint: int | None
 
 if __name__ == "__main__":
     _, file, folder, *flags = sys.argv
-    sys.path[0] = str(
-        Path(file).resolve().parent
-    )  # as `python FILE` does; numba's cache may import the file
+    # As `python FILE` does; numba's cache may import the file
+    sys.path[0] = str(Path(file).resolve().parent)
     run(file, [*flags, "--sparse-kernel", "dense", "--runs-dir", f"{folder}/cpu"], "cpu")
     with SimDevice():
         for stop_at_checkpoint in (2, None):

@@ -3,16 +3,14 @@
 import csv
 import fnmatch
 import json
-import os
 import re
 import shutil
-import sys
 import tomllib
 from pathlib import Path
 
 import imageio
 import pytest
-from conftest import AGENTS, ROOT, call, load_checkpoint, only_run, succeed
+from conftest import AGENTS, ROOT, Process, call, load_checkpoint, only_run, succeed
 
 BY_AGENT = pytest.mark.parametrize("agent", sorted(AGENTS.glob("*.py")), ids=lambda path: path.stem)
 TINY = "--eval-episodes 1 --final-eval-episodes 1 --width-scale 0.125 --sparsity 0.8"
@@ -57,9 +55,8 @@ def documented_metrics(agent: str) -> list[str]:
 @BY_AGENT
 def test_runs_alone_in_an_empty_folder(agent, tmp_path):
     shutil.copy(agent, tmp_path)
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    command = [sys.executable, agent.name, *TINY.split(), *OWN[agent.stem].split()]
-    succeed(call(*command, cwd=tmp_path, env=environment))
+    flags = [*TINY.split(), *OWN[agent.stem].split()]
+    succeed(Process(tmp_path / agent.name, *flags, folder=tmp_path).finish())
     assert {path.name for path in tmp_path.iterdir()} - {"__pycache__"} == {agent.name, "runs"}
     run_dir = only_run(tmp_path / "runs")
     with open(run_dir / "metrics.csv", newline="") as file:
@@ -86,6 +83,15 @@ def test_runs_alone_in_an_empty_folder(agent, tmp_path):
     assert json.loads((run_dir / "args.json").read_text())["args"]["sparsity"] == 0.8
     assert load_checkpoint(run_dir)["args"]["total_timesteps"] == total
     assert imageio.imread(run_dir / "learning_curve.png").std() > 1
+
+
+def test_a_process_finds_no_other_file_of_ours(tmp_path):
+    """Else the test above would show nothing."""
+    for module in ("sac_simba_sparse", "runs", "timing"):
+        program = tmp_path / "program.py"
+        program.write_text(f"import {module}\n")
+        code, _, error = Process(program, folder=tmp_path).finish()
+        assert code == 1 and f"No module named '{module}'" in error
 
 
 @BY_AGENT

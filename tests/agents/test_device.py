@@ -27,7 +27,11 @@ CASES = {  # each has one checkpoint on the way, with updates before and after
 }
 
 
-@pytest.mark.parametrize("agent", CASES)
+@pytest.mark.parametrize(
+    "agent",
+    # DDPG's learner is SAC's
+    [pytest.param(name, marks=pytest.mark.slow) if "ddpg" in name else name for name in CASES],
+)
 def test_a_run_on_a_device_equals_that_on_the_cpu(agent, tmp_path):
     """Training, evaluation, diagnostics, checkpoints, and going on from one, bit for bit."""
     file = AGENTS / f"{agent}.py"
@@ -76,38 +80,43 @@ with simulated_device.SimDevice():
     succeed(call(sys.executable, "-c", program, cwd=HERE))
 
 
-@pytest.mark.parametrize("agent", ["sac_simba_sparse", "ddpg_simba_sparse"])
-def test_a_decision_sends_one_row_and_reads_one_action(agent):
+def test_a_decision_sends_one_row_and_reads_one_action():
     """With two updates in it; a second row where the updates come after the step."""
     program = f"""
 import sys
 
 sys.path.insert(0, {str(AGENTS)!r})
+import ddpg_simba_sparse
 import numpy as np
+import sac_simba_sparse
 import torch
 import simulated_device
-import {agent} as module
 
 def transition():
     return np.ones(3), np.ones(2), 1.0, np.ones(3), False
 
-args = module.Args(width_scale=0.125, sparsity=0.5, batch_size=8)
-with simulated_device.SimDevice():
+def check(module, overlap):
+    args = module.Args(width_scale=0.125, sparsity=0.5, batch_size=8)
     device = torch.device("sim")
     parts = module.Agent(args, 3, 2, device)
     norm = module.ObservationNorm(3, device)
     replay = module.ReplayBuffer(100, 3, 2, device)
     learner = module.Learner(parts, norm, replay, args, 0.9, 1.0, device)
-    for overlap in (True, False):
-        for decision in range(3):
-            simulated_device.copies.clear()
-            norm.update(np.ones(3))
-            if replay.added:
-                learner.act(np.ones(3), then_learn=overlap)
-            replay.add(*transition())
-            if not overlap:
-                learner.learn()
-        rows = 1 if overlap else 2
-        assert simulated_device.copies == {{"to the device": rows, "to the CPU": 1}}, overlap
+    for decision in range(3):
+        simulated_device.copies.clear()
+        norm.update(np.ones(3))
+        if replay.added:
+            learner.act(np.ones(3), then_learn=overlap)
+        replay.add(*transition())
+        if not overlap:
+            learner.learn()
+    rows = 1 if overlap else 2
+    expected = {{"to the device": rows, "to the CPU": 1}}
+    assert simulated_device.copies == expected, (module, overlap)
+
+with simulated_device.SimDevice():
+    for module in (sac_simba_sparse, ddpg_simba_sparse):
+        for overlap in (True, False):
+            check(module, overlap)
 """
     succeed(call(sys.executable, "-c", program, cwd=HERE))

@@ -199,9 +199,8 @@ def test_norms_over_active_weights_equal_those_of_the_masked_dense_network(kerne
         gradients = [g * masks.get(p, 1) for p, g in zip(parameters, gradients)]
         grad_norm = sum(g.square().sum() for g in gradients).sqrt()
         assert measured[f"{name}_grad_norm"] == pytest.approx(float(grad_norm), rel=1e-5)
-        assert measured[f"{name}_grad_norm"] < 0.95 * float(
-            dense_norm
-        )  # pruned weights had gradients too
+        # Pruned weights had gradients too
+        assert measured[f"{name}_grad_norm"] < 0.95 * float(dense_norm)
         param_norm = sum(p.detach().square().sum() for p in parameters).sqrt()
         assert measured[f"{name}_param_norm"] == pytest.approx(float(param_norm), rel=1e-6)
     features = masked.critic.encoders[0](torch.cat([batch.obs, batch.action], -1))

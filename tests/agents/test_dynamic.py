@@ -358,7 +358,7 @@ def assert_equal(ours, theirs) -> None:
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
-@pytest.mark.parametrize("kernel", ["auto", "dense"])
+@pytest.mark.parametrize("kernel", ["auto", pytest.param("dense", marks=pytest.mark.slow)])
 def test_static_is_sac_simba_sparse_bit_for_bit(tmp_path, kernel):
     flags = SHORT | {"sparse_kernel": kernel, "reset_interval": 100}
     sac.train(sac.Args(**flags, runs_dir=str(tmp_path / "sparse")))

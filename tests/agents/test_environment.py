@@ -53,9 +53,8 @@ class Countdown(gym.Env):
 @pytest.mark.parametrize("terminates", [True, False])
 def test_action_repeat_sums_rewards_and_stops_at_the_end(terminates):
     inner = Countdown(terminates)
-    env = gym.wrappers.RepeatAction(
-        inner, 2
-    )  # the one in make_env: our counting of env steps relies on this
+    # The one in make_env: our counting of env steps relies on this
+    env = gym.wrappers.RepeatAction(inner, 2)
     steps = [env.step(np.zeros(1))[:4] for _ in range(3)]
     assert [(float(obs[0]), *rest) for obs, *rest in steps] == [
         (2.0, 11.0, False, False),

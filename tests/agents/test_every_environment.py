@@ -26,11 +26,13 @@ HOW = {
 }
 
 gym.register_envs(shimmy)
-SUITE = sorted(  # what else Shimmy registers is not the suite: locomotion, manipulation
+# What else Shimmy registers is not the suite: locomotion, manipulation. And lqr has no bounds on
+# its actions: dm_control says 1e10, and the physics breaks down
+SUITE = sorted(
     name
     for name, spec in gym.registry.items()
     if "dm_control_suite_env" in str(spec.entry_point) and "/lqr-" not in name
-)  # lqr has no bounds on its actions: dm_control says 1e10, and the physics breaks down
+)
 MUJOCO = [
     f"{name}-v5"
     for name in [

@@ -109,9 +109,8 @@ def test_drqv2(intervals, run, tmp_path):
     flags += " --n-step 2 --batch-size 2 --width-scale 0.0625 --std-decay 20"
     args, saved, metrics = run(drq, f"{TINY} {flags} {intervals}")
     lengths = [5, 3, 5, 3, 5, 3]
-    updates = [
-        t for t in range(10, 25) if t % 2 == 0
-    ]  # after every second decision, once a decision was the actor's
+    # After every second decision, once a decision was the actor's
+    updates = [t for t in range(10, 25) if t % 2 == 0]
     assert saved["counters"][:3] == (24, len(updates), 6)
     assert metric_values(metrics, "episode/length") == lengths
 
@@ -129,18 +128,15 @@ def test_drqv2(intervals, run, tmp_path):
                 else drq.act(parts, stack, std * torch.randn(1))
             )
             frame, reward, terminated, _, _ = env.step(action)
-            replay.add(
-                action, reward, float(terminated), frame
-            )  # not where the limit cuts an episode off
+            # An episode that the limit cuts off is not terminated
+            replay.add(action, reward, float(terminated), frame)
             stack, t = np.concatenate([stack[..., 3:], frame], -1), t + 1
             if t in updates:
                 batch = replay.sample(2, CPU)
                 noise = (drq.exploration_std(args, t - 1) * torch.randn(2, 2, 1)).clamp(-0.3, 0.3)
                 drq.update(parts, batch, *noise, args.tau)
-    assert saved["replay"]["counters"] == (
-        30,
-        27,
-    )  # frames, and the last that two steps of its episode follow
+    # Frames, and the last that two steps of its episode follow
+    assert saved["replay"]["counters"] == (30, 27)
     assert_all_equal(saved["replay"]["columns"], replay.state_dict()["columns"])
     for name in ("encoder", "actor", "critic", "target_critic"):
         assert_equal(saved[name], getattr(parts, name).state_dict())
@@ -189,9 +185,8 @@ def test_der(intervals, run, tmp_path):
         if over:
             lengths.append(t - start)
             returns.append(sum(rewards[start:t]))
-    assert (
-        len(lengths) >= 1 and len(deaths) > len(lengths) + 1 and max(rewards) > 1
-    )  # all of it has happened
+    # All of it has happened
+    assert len(lengths) >= 1 and len(deaths) > len(lengths) + 1 and max(rewards) > 1
     assert (
         saved["counters"][1:3] == (updates, games)
         and metric_values(metrics, "episode/length") == lengths

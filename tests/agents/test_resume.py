@@ -65,6 +65,12 @@ CASES = {
 CHECKPOINTS = 6  # about, in each case
 
 
+def by_case(*names: str, slow: str = "") -> pytest.MarkDecorator:
+    """A test of these cases, and with `-m slow` of those: the files share most of the code."""
+    params = [*names, *(pytest.param(name, marks=pytest.mark.slow) for name in slow.split())]
+    return pytest.mark.parametrize("reference", params, indirect=True)
+
+
 def agent_of(case: str) -> Path:
     return AGENTS / f"{FILES[case]}.py"
 
@@ -110,7 +116,7 @@ def reference(request, tmp_path_factory) -> tuple[str, Path, float]:
     return request.param, runs, (time.monotonic() - began) / CHECKPOINTS
 
 
-cartpole = pytest.mark.parametrize("reference", ["cartpole"], indirect=True)
+cartpole = by_case("cartpole")
 
 
 def stamps(runs: Path) -> set[int]:
@@ -132,7 +138,7 @@ def kill_past_a_checkpoint(case: str, runs: Path, delay: float) -> None:
     process.kill()
 
 
-@pytest.mark.parametrize("reference", CASES, indirect=True)
+@by_case("cartpole", "hopper", "rigl", "drqv2", "der", "stream", slow="ddpg")
 def test_killed_and_resumed_equals_uninterrupted(reference, tmp_path):
     case, reference_runs, seconds = reference
     delays = [random.SystemRandom().uniform(0, seconds) for _ in range(2)]
@@ -195,7 +201,7 @@ def fill(disk: Path, process: Process) -> None:
                 file.write(bytes(4096))
 
 
-@pytest.mark.parametrize("reference", ["cartpole", "ddpg", "drqv2", "der", "stream"], indirect=True)
+@by_case("cartpole", "der", slow="ddpg drqv2 stream")
 def test_a_full_disk_and_then_room(reference, tmp_path):
     case, reference_runs, _ = reference
     if subprocess.run(f"mount -t tmpfs -o size=300m tmpfs {tmp_path}", shell=True).returncode:
@@ -244,7 +250,7 @@ def kill_at(moment: str, case: str, runs: Path, seconds: float) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("reference", ["cartpole", "ddpg", "drqv2", "der", "stream"], indirect=True)
+@by_case("cartpole", "ddpg", "drqv2", "der", "stream")
 def test_twenty_kills(reference, tmp_path):
     """At each kind of moment; every run that is finished in between equals the reference."""
     case, reference_runs, seconds = reference
@@ -265,7 +271,7 @@ def test_twenty_kills(reference, tmp_path):
     print(f"{case}: {kills}, {finished + 1} runs equal")
 
 
-@pytest.mark.parametrize("reference", ["hopper"], indirect=True)
+@by_case("hopper")
 def test_reset_leaves_the_trained_agent_at_the_end(reference):
     _, runs, _ = reference
     state = load_checkpoint(only_run(runs))
@@ -304,7 +310,7 @@ def test_finished_run_is_not_run_again_after_its_checkpoints_were_deleted(copy, 
     assert contents(runs) == before
 
 
-@pytest.mark.parametrize("reference", ["cartpole", "ddpg", "stream"], indirect=True)
+@by_case("cartpole", "stream", slow="ddpg")
 def test_kill_in_the_last_evaluation_costs_no_training(reference, copy, main):
     case, runs = copy
     run_dir = only_run(runs)

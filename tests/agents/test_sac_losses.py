@@ -256,9 +256,8 @@ def test_initial_biases_and_norms():
 
 def test_he_normal_has_its_variance_and_its_cut():
     weight = sac.init_linear(500, 2000, he_normal=True).weight.detach()
-    std = math.sqrt(
-        2 / 500
-    )  # the variance is that of the cut distribution: 0.5 % is several standard errors here
+    # The variance is that of the cut distribution: 0.5 % is several standard errors here
+    std = math.sqrt(2 / 500)
     assert float(weight.std()) == pytest.approx(std, rel=5e-3)
     assert abs(float(weight.mean())) < 5e-3 * std
     # A normal cut at 2 sigma has 0.8796 of its std, so that sigma = std / 0.8796 and the largest
@@ -319,9 +318,7 @@ def test_observation_norm_equals_numpy_on_a_stream():
     assert norm.statistics.mean == pytest.approx(mean, rel=1e-11)
     assert norm.statistics.var == pytest.approx(var, rel=1e-9)
     assert mean == pytest.approx(stream.mean(0), abs=1e-5)
-    assert var == pytest.approx(
-        stream.var(0), rel=0.01
-    )  # the narrow dimension still sees the prior
+    assert var == pytest.approx(stream.var(0), rel=0.01)  # the narrow dimension sees the prior
     out = norm(torch.as_tensor(stream[:5], dtype=torch.float32))
     assert out.dtype == torch.float32
     # float32 places an observation of 3 to 1e-7, which is 1e-5 of the narrow dimension's std.

@@ -150,9 +150,8 @@ def test_every_layer_keeps_an_exact_number_of_weights(distribution, sparsity):
     active, total = count_weights(table)
     assert total == count_parameters(dense) and active == count_parameters(pruned)
     if distribution == "erdos_renyi":
-        assert (
-            abs(active - (1 - sparsity) * total) <= len(shapes) + len(weights) / 2
-        )  # roundings, as below
+        roundings = len(shapes) + len(weights) / 2  # as below
+        assert abs(active - (1 - sparsity) * total) <= roundings
 
 
 def test_a_layer_keeps_at_least_one_weight():
@@ -176,11 +175,8 @@ def test_the_mask_depends_on_its_seed_alone_and_survivors_keep_their_values():
         return {name: layer.active for name, layer in sparse_layers(network).items()}
 
     first, other_init, other_mask = pruned(1, 7), pruned(2, 7), pruned(1, 8)
-    assert list(first) == [
-        "encoder.0",
-        "encoder.1.up",
-        "encoder.1.down",
-    ]  # the two heads are overfull
+    # The two heads are overfull
+    assert list(first) == ["encoder.0", "encoder.1.up", "encoder.1.down"]
     for name in first:
         assert torch.equal(first[name], other_init[name])
         assert len(first[name]) == len(other_mask[name]) and set(first[name].tolist()) != set(

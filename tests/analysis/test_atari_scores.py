@@ -126,9 +126,8 @@ def test_the_reference_scores_are_those_of_the_26_games():
 
 def test_runs_that_cannot_be_used_are_named(tmp_path, run):
     write_run(tmp_path / "runs", "Pong", 1, 0, 1, 5.0)
-    write_run(
-        tmp_path / "more", "Pong", 1, 0, 1, 7.0, eval_interval=7
-    )  # the same network, game and seed
+    # The same network, game and seed
+    write_run(tmp_path / "more", "Pong", 1, 0, 1, 7.0, eval_interval=7)
     (tmp_path / "more" / "Pong-1-0-1").rename(tmp_path / "runs" / "z")
     out = succeed(run())
     assert "left out: z: a second run of this network, task and seed" in out

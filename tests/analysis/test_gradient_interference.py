@@ -82,12 +82,10 @@ def test_equals_one_explicit_gradient_at_a_time(name, sparsity, network):
     unit = gradients / gradients.norm(dim=1, keepdim=True)
     expected = (unit @ unit.t()).numpy()  # NaN where DDPG clips an action
     np.testing.assert_allclose(double, expected, rtol=0, atol=1e-10)
-    np.testing.assert_allclose(
-        single, expected, rtol=0, atol=1e-4
-    )  # a small TD error is a difference of large numbers
-    assert (
-        np.nanstd(expected[~np.eye(K, dtype=bool)]) > 0.1
-    )  # neither all aligned nor all independent
+    # A small TD error is a difference of large numbers
+    np.testing.assert_allclose(single, expected, rtol=0, atol=1e-4)
+    # Neither all aligned nor all independent
+    assert np.nanstd(expected[~np.eye(K, dtype=bool)]) > 0.1
 
 
 def test_inner_products_by_hand():
@@ -240,9 +238,8 @@ def test_takes_distinct_transitions_oldest_first(monkeypatch, tmp_path):
     ]
     assert len(seen) == 2 and seen[0] is seen[1]
     assert seen[0].reward.tolist() == pytest.approx(expected)
-    assert seen[0].obs.mean().abs() < 0.5 and seen[0].obs.std() == pytest.approx(
-        1, abs=0.2
-    )  # normalised
+    obs = seen[0].obs  # normalised
+    assert obs.mean().abs() < 0.5 and obs.std() == pytest.approx(1, abs=0.2)
 
 
 def test_bad_input_ends_with_one_line_and_code_2(run, tmp_path):

@@ -135,10 +135,8 @@ def test_scaling_over_all_tasks(tmp_path, draw):
 
     dense, (sparse,) = scaling.families(scaling.along(table, "width_scale"))
     assert dense.width_scale.tolist() == [1, 2, 4]
-    assert list(zip(sparse.width_scale, sparse.sparsity)) == [
-        (2, 0),
-        (4, 0.75),
-    ]  # from the network of equal active size
+    # From the network of equal active size
+    assert list(zip(sparse.width_scale, sparse.sparsity)) == [(2, 0), (4, 0.75)]
     dense, (sparse,) = scaling.families(scaling.along(table, "depth_scale"))
     assert dense.depth_scale.tolist() == [1, 2] and set(dense.width_scale) == {2}
     assert list(zip(sparse.depth_scale, sparse.sparsity)) == [(1, 0), (2, 0.5)]

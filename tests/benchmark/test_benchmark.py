@@ -178,9 +178,8 @@ def test_small_networks_can_be_as_sparse(scale):
 
 def test_flags_of_the_command_line():
     lines = commands("fig9", "smoke", "--seeds", "3", "--jobs", "1")
-    assert len(lines) == 2 and all(
-        "--seed 1 " in line for line in lines
-    )  # Figure 9 shows one run each
+    # Figure 9 shows one run each
+    assert len(lines) == 2 and all("--seed 1 " in line for line in lines)
     assert len(commands("fig7", "smoke", "--seeds", "3")) == 9
     where = {"RUNS": "/tmp/there", "THREADS": "7"}
     out = succeed(benchmark("fig9", "--runner", "dry-run", FLAGS="--device cuda", **where))
