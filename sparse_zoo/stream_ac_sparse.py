@@ -111,8 +111,8 @@ class Args:
     run_dir: str | None = None
     """with --eval-only: the run in this folder, with the flags of its training"""
     init_from: str | None = None
-    """folder of a run whose networks a new run starts with (the same shapes and sparsity);
-    all else starts afresh"""
+    """folder of a run whose networks a new run starts with (the same shapes, sparsity
+    and --mask-seed); all but the statistics of observations starts afresh"""
     capture_video: bool = False
     """film the first episode of the last evaluation (or of --eval-only) as mp4"""
 
@@ -485,7 +485,7 @@ def evaluate(
         length = 0
         done = False
         while not done:
-            if video and episode == 0:
+            if video and episode == 0 and len(frames) < LONGEST_FILM:
                 frames.append(env.render())
             action, _ = act(agent, norm.state(obs, length, update=False))
             obs, reward, terminated, truncated, _ = env.step(action)
@@ -598,6 +598,7 @@ def train(args: Args) -> None:
     }
 
     def evaluation(episodes: int, purpose: int, video: Path | None = None) -> dict[str, float]:
+        eval_env.set_wrapper_attr("env_step", run.env_step)  # which errors name
         seed_key = (args.seed, purpose, run.agent_step)
         return evaluate(agent, norm, eval_env, episodes, seed_key, video)
 
@@ -606,6 +607,8 @@ def train(args: Args) -> None:
 
     run = Run(args)
     run.restore(parts)
+    if args.init_from and run.agent_step == 0:  # whose rewards may be of another scale
+        norm.reward, norm.reward_trace = Statistics(), 0.0
     if args.eval_only:
         run.print_result(evaluation(args.final_eval_episodes, FINAL, run.video()))
         return
@@ -889,18 +892,20 @@ class Gate(gym.Wrapper):
     """Stands around an environment from elsewhere: nothing wrong gets past it.
 
     What goes in: actions inside the box, in its dtype. What comes out: observations of the declared
-    shape and rewards, all of them finite, as Gymnasium 1.x has them. Anything else ends the program
-    with one line: exit code 3 if a value is not finite, else 2.
+    shape and type, and rewards, all of them finite as float32, as Gymnasium 1.x has them. Anything
+    else ends the program with one line: exit code 3 if a value is not finite, else 2.
     """
 
+    LARGEST = np.float64(np.finfo(np.float32).max)  # what replay and networks can hold
     LONGEST = 100_000  # steps of an episode: an evaluation would never end
 
-    def __init__(self, env: gym.Env, args, frames_per_step: int = 1):
+    def __init__(self, env: gym.Env, args, frames_per_step: int = 1, longest: int | None = None):
         super().__init__(env)
         self.args = args
         self.frames_per_step = frames_per_step
-        self.env_step = 0  # of the whole run; train() sets it when a run goes on
+        self.env_step = 0  # of the whole run; train() sets it
         self.episode_steps = 0
+        self.longest = max(longest or self.LONGEST, args.max_episode_steps or 0)
         self.bounds = env.action_space if isinstance(env.action_space, gym.spaces.Box) else None
         space = env.observation_space
         self.declared = space.spaces if isinstance(space, gym.spaces.Dict) else {None: space}
@@ -911,7 +916,10 @@ class Gate(gym.Wrapper):
         obs, info = self.call(self.env.reset, 2, seed=seed, options=options)
         self.check_obs(obs)
         self.episode_steps = 0
-        return obs, info
+        return obs, self.copy_info(info)
+
+    def render(self):
+        return self.guard(self.env.render)
 
     def step(self, action):
         if self.bounds is not None:
@@ -928,28 +936,32 @@ class Gate(gym.Wrapper):
         self.check_obs(obs)
         try:
             reward = float(reward.item() if isinstance(reward, np.ndarray) else reward)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             self.refuse(f"a reward that is not one number: {reward!r}")
-        if not math.isfinite(reward):
+        if not abs(reward) <= self.LARGEST:
             self.refuse(f"the reward {reward}", exit_code=3)
         for flag in (terminated, truncated):
             if not isinstance(flag, bool) and not isinstance(flag, np.bool_):
                 self.refuse(f"{flag!r} where terminated or truncated must be True or False")
         self.episode_steps += 1
-        if self.episode_steps > self.LONGEST and not (terminated or truncated):
+        if self.episode_steps > self.longest and not (terminated or truncated):
             fail(
-                f"--env-id {self.args.env_id}: an episode has lasted {self.LONGEST:,} steps; "
+                f"--env-id {self.args.env_id}: an episode has lasted {self.longest:,} steps; "
                 "--max-episode-steps cuts it off"
             )
-        return obs, reward, bool(terminated), bool(truncated), info
+        return obs, reward, bool(terminated), bool(truncated), self.copy_info(info)
 
-    def call(self, method: Callable, count: int, *values, **named) -> tuple:
-        """What a method of the environment returns: a tuple of `count` values."""
+    def guard(self, method: Callable, *values, **named):
+        """What a method of the environment returns."""
         try:
-            result = method(*values, **named)
+            return method(*values, **named)
         except Exception as error:
             where = f"{method.__name__} at env step {self.env_step}: "
             fail_in_environment(self.args, where, error)
+
+    def call(self, method: Callable, count: int, *values, **named) -> tuple:
+        """What a method of the environment returns: a tuple of `count` values."""
+        result = self.guard(method, *values, **named)
         if not isinstance(result, tuple) or len(result) != count:
             many = f"{len(result)} values" if isinstance(result, tuple) else type(result).__name__
             self.refuse(f"{many} from {method.__name__}; {GYMNASIUM}")
@@ -971,8 +983,20 @@ class Gate(gym.Wrapper):
                     f"declared is shape {shape}"
                 )
             # A byte of 0 is a value that is not finite: four times as fast as .all()
-            if part.dtype.kind == "f" and 0 in np.isfinite(part).tobytes():
-                self.refuse("an observation that is not finite", exit_code=3)
+            if part.dtype.kind == "f" and 0 in (np.abs(part) <= self.LARGEST).tobytes():
+                self.refuse("an observation that is not finite as float32", exit_code=3)
+            dtype = self.declared[name].dtype
+            if part.dtype != dtype and dtype.kind in "iu":
+                with np.errstate(invalid="ignore"):
+                    changed = part.astype(dtype) != part
+                if changed.any():
+                    self.refuse(f"an observation that does not fit its declared type, {dtype}")
+
+    def copy_info(self, info) -> dict:
+        """Without "episode", where RecordEpisodeStatistics writes; the same dict may come again."""
+        if not isinstance(info, dict):
+            self.refuse(f"{type(info).__name__} as info, which must be a dict")
+        return {name: value for name, value in info.items() if name != "episode"}
 
     def refuse(self, what: str, exit_code: int = 2) -> NoReturn:
         fail(
@@ -1006,11 +1030,13 @@ def open_env(args, render_mode: str | None = None) -> gym.Env:
         )
         if filming:  # what cannot be filmed fails now, not after training
             env.reset(seed=0)
-            env.render()
+            frame = env.render()
     except (gym.error.Error, ModuleNotFoundError) as error:
         fail(f"--env-id {args.env_id}: {error}")
     except Exception as error:
         fail_in_environment(args, "", error)
+    if filming and not (isinstance(frame, np.ndarray) and frame.ndim == 3):
+        fail(f"--capture-video: --env-id {args.env_id} renders no picture (height, width, 3)")
     check_action_space(args, env.action_space)
     space = env.observation_space
     for part in space.values() if isinstance(space, gym.spaces.Dict) else [space]:
@@ -1036,10 +1062,11 @@ def episode_limit(env: gym.Env) -> float:
 def check_action_space(args, space: gym.Space) -> None:
     """Ends the program unless actions are a bounded vector of real numbers."""
     vector = isinstance(space, gym.spaces.Box) and len(space.shape) == 1 and space.is_bounded()
-    if not vector or not np.issubdtype(space.dtype, np.floating):
+    real = vector and np.issubdtype(space.dtype, np.floating)
+    if not real or (space.low >= space.high).any():
         fail(
             f"--env-id {args.env_id} has actions {space}; "
-            "this agent needs a bounded Box of one dimension, of real numbers"
+            "this agent needs a bounded Box of one dimension, of real numbers, each low below high"
         )
 
 
@@ -1176,7 +1203,8 @@ def check_mask(layer: nn.Module, saved: torch.Tensor) -> None:
     """Raises NetworkError if a checkpoint was made with another mask."""
     if not torch.equal(saved.cpu(), layer.active.cpu()):
         raise NetworkError(
-            "the saved mask is not the one drawn here: another version of PyTorch or of this file?"
+            "the saved mask is not the one drawn here: another --mask-seed (default: --seed), or "
+            "another version of PyTorch or of this file?"
         )
 
 
@@ -1414,8 +1442,10 @@ def one_line_errors(function: Callable) -> Callable:
         try:
             return function(args)
         except (OSError, MemoryError, RuntimeError) as error:
-            # torch.save hides the disk's error behind its own
+            # torch.save hides the disk's error, and Ctrl-C, behind its own
             hidden = error.__context__
+            if isinstance(hidden, SystemExit):
+                raise hidden from None
             if isinstance(error, OSError) or isinstance(hidden, OSError):
                 cause = error if isinstance(error, OSError) else hidden
                 where = f" ({cause.filename})" if cause.filename else ""
@@ -1423,8 +1453,9 @@ def one_line_errors(function: Callable) -> Callable:
                     f"{cause.strerror or cause}{where}; what was saved before is kept, "
                     "and the same command goes on from there"
                 )
-            if isinstance(error, MemoryError) or "alloca" in str(error) or "memory" in str(error):
-                reason = str(error).splitlines()[0]
+            text = str(error)
+            if isinstance(error, MemoryError) or "alloca" in text or "out of memory" in text:
+                reason = text.partition("\n")[0] or type(error).__name__
                 fail(
                     f"out of memory ({reason}); lower --width-scale, --batch-size or --buffer-size"
                 )
@@ -1442,7 +1473,8 @@ def stop_unless_finite(agent_step: int, *values: torch.Tensor) -> None:
 def parse_flags(flags: type):
     """The flags of the command line. --help prints them in the groups that they have in the file.
 
-    Yes or no is --resume or --no-resume; --resume=True and --resume true are understood too.
+    Yes or no is --resume or --no-resume; --resume=True and --resume true are understood too. The
+    names of the flags that were given are in .given of the result.
     """
     words = sys.argv[1:]
     if {"-h", "--help"} & {*words}:
@@ -1452,10 +1484,12 @@ def parse_flags(flags: type):
             os._exit(0)
         sys.exit(0)
     switches = {name for name, hint in get_type_hints(flags).items() if hint is bool}
-    plain = []
+    plain, given = [], set()
     while words:
         flag, equals, value = words.pop(0).partition("=")
-        if flag[2:].replace("-", "_") in switches:
+        name = flag[2:].replace("-", "_")
+        given.add(name.removeprefix("no_"))
+        if name in switches:
             if not equals and words and words[0].lower() in ("true", "false"):
                 equals, value = "=", words.pop(0)
             if equals and value.lower() not in ("true", "false"):
@@ -1463,7 +1497,9 @@ def parse_flags(flags: type):
             plain.append(f"--no-{flag[2:]}" if value.lower() == "false" else flag)
         else:
             plain.append(f"{flag}{equals}{value}")
-    return tyro.cli(flags, args=plain)
+    args = tyro.cli(flags, args=plain)
+    args.given = given
+    return args
 
 
 def describe_flags(flags: type) -> str:
@@ -1587,9 +1623,10 @@ def take_flags(args) -> None:
         fail(f"--run-dir {args.run_dir}: cannot read {path} ({type(error).__name__})")
     if reason := other_agent(args, made_with):
         fail(f"--run-dir {args.run_dir}: {reason}")
+    given = getattr(args, "given", ())  # a caller in Python gives what is not the default
     for name in made_with.keys() & ({"total_timesteps"} | result_flags(args).keys()):
         value = getattr(args, name)
-        if value == getattr(type(args), name):  # the default: it was not given
+        if name not in given and value == getattr(type(args), name):
             setattr(args, name, made_with[name])
         elif value != made_with[name] and name != "final_eval_episodes":
             flag = f"--{name.replace('_', '-')}"
@@ -1599,8 +1636,8 @@ def take_flags(args) -> None:
 
 def other_agent(args, made_with: dict) -> str:
     """A line if the flags of a run are those of another agent, else nothing."""
-    theirs = made_with.keys() - vars(args)
-    ours = vars(args).keys() - made_with
+    theirs = made_with.keys() - asdict(args)
+    ours = asdict(args).keys() - made_with
     if not theirs or not ours:  # another version of this agent has more flags, or fewer
         return ""
     flag = f"--{min(theirs).replace('_', '-')}"
@@ -1688,15 +1725,8 @@ class Run:
         except Exception as error:
             reason = in_short(error)
             fail(f"cannot go on from before the last evaluation of {self.folder} ({reason})")
-        metrics = self.folder / "metrics.csv"
-        steps, agent_steps, updates = end * self.action_repeat, *self.checkpoint["counters"][:2]
-        last = f"\n{steps},{agent_steps},{updates},episode/length,"
-        if last not in metrics.read_text():
-            print(
-                f"note: at env step {steps} the shorter run stopped within an episode. A new one "
-                "begins there, so results are not those of a run that was longer from the start"
-            )
-        shutil.copy(metrics, self.folder / f"metrics_{steps}.csv")
+        copy = self.folder / f"metrics_{end * self.action_repeat}.csv"
+        shutil.copy(self.folder / "metrics.csv", copy)
         os.replace(path, self.folder / "checkpoint.pt")
 
     @property
@@ -1723,11 +1753,18 @@ class Run:
         except OSError as error:
             fail(f"cannot use {self.folder} ({error.strerror}); choose another --runs-dir")
         metrics = self.folder / "metrics.csv"
-        finished = metrics.exists() and b",final/return_mean," in metrics.read_bytes()
+        written = metrics.read_bytes() if metrics.exists() else b""
+        finished = b",final/return_mean," in written
         if not path.exists():
             if args.eval_only:
                 fail(
                     f"nothing to evaluate: no checkpoint in {self.folder}; {describe_nearest(args)}"
+                )
+            reached = int(written.splitlines()[-1].partition(b",")[0]) if finished else 0
+            if finished and reached < args.total_timesteps:
+                fail(
+                    f"{self.folder} is finished at env step {reached} and has no checkpoint to go "
+                    "on from; --no-resume runs it again"
                 )
             return {"finished": True} if finished else None
         try:
@@ -1811,6 +1848,15 @@ class Run:
                 f"{path} is not what was written before the checkpoint; "
                 "bring it back, or start with --no-resume"
             )
+        shorter = self.checkpoint["args"]["total_timesteps"]
+        goes_on = shorter <= self.env_step < self.args.total_timesteps and not self.args.eval_only
+        now = f"\n{self.env_step},{self.agent_step},{self.update_step}"
+        if goes_on and f"{now},episode/length,".encode() not in written:
+            print(
+                f"note: at env step {self.env_step} the shorter run stopped within an episode. A "
+                "new one begins there, so results are not those of a run that was longer from the "
+                "start"
+            )
 
     def load(self, parts: dict) -> None:
         """Gives the parts what the checkpoint holds of them."""
@@ -1836,7 +1882,7 @@ class Run:
         except Exception as error:
             reason = f"{path} does not fit ({in_short(error)})"
             if learned:
-                reason += "; environment, sizes and sparsity must be those of that run"
+                reason += "; environment, sizes, sparsity and masks must be those of that run"
         if reason:
             self.leave_no_folder()
             fail(f"--init-from {self.args.init_from}: {reason}")
@@ -1931,7 +1977,8 @@ class Run:
         return self.folder / "videos" / f"{name}.mp4"
 
     def print_result(self, result: dict[str, float]) -> None:
-        print("  ".join(f"{name} {value:.1f}" for name, value in result.items()))
+        values = "  ".join(f"{name} {value:.1f}" for name, value in result.items())
+        print(f"{values}  ({self.args.final_eval_episodes} episodes)")
 
     def finish(self, parts: dict, result: dict[str, float]) -> None:
         """Logs the last evaluation, saves the finished run and says where its results are."""
@@ -2112,6 +2159,9 @@ def draw_learning_curve(folder: Path, title: str) -> None:
     figure.savefig(folder / "learning_curve.png", dpi=150)
 
 
+LONGEST_FILM = 5000  # frames, which are kept in memory
+
+
 def write_video(path: Path, frames: list[np.ndarray], fps: float = 30) -> None:
     """An mp4 of frames (height, width, 3) uint8, one a decision.
 
@@ -2119,12 +2169,13 @@ def write_video(path: Path, frames: list[np.ndarray], fps: float = 30) -> None:
     """
     import imageio
 
-    height, width, _ = frames[0].shape
-    even = ((0, height % 2), (0, width % 2), (0, 0))  # most players need even sides
     try:
+        height, width, _ = frames[0].shape
+        even = ((0, height % 2), (0, width % 2), (0, 0))  # most players need even sides
         path.parent.mkdir(exist_ok=True)
-        film = [np.pad(frame, even) for frame in frames]
-        imageio.mimwrite(path, film, fps=fps, macro_block_size=None)
+        with imageio.get_writer(path, fps=fps, macro_block_size=None) as film:
+            for frame in frames:
+                film.append_data(np.pad(frame, even))
     except Exception as error:
         print(f"warning: no film in {path}: {type(error).__name__}: {error}", file=sys.stderr)
 

@@ -137,8 +137,19 @@ def test_flags_that_lead_to_no_run_name_the_nearest_one(trained, main):
     check_error(main(SAC, *flags, "--sparsity", "0.5"), *where, "--sparsity 0.8 (not 0.5);")
     by_folder = ["--eval-only", "--run-dir", trained]
     check_error(main(SAC, *by_folder, "--tau", "0.1"), "--tau 0.005, not 0.1")
+    check_error(main(SAC, *by_folder, "--sparsity", "0"), "--sparsity 0.8, not 0.0")  # the default
     check_error(main(SAC, "--run-dir", trained), "--run-dir goes with --eval-only")
     check_error(main(SAC, "--eval-only", "--run-dir", "nowhere"), "--run-dir nowhere", "args.json")
+
+
+def test_evaluate_with_as_many_episodes_as_are_given(trained, monkeypatch):
+    """The default, too."""
+    words = f"--eval-only --run-dir {trained} --final-eval-episodes".split()
+    for number in (20, 3):
+        monkeypatch.setattr(sys, "argv", ["agent.py", *words, str(number)])
+        args = sac.parse_flags(sac.Args)
+        sac.take_flags(args)
+        assert (args.final_eval_episodes, args.sparsity) == (number, 0.8)
 
 
 def test_train_a_finished_run_for_longer(trained, main, tmp_path):
@@ -162,6 +173,8 @@ def test_train_a_finished_run_for_longer(trained, main, tmp_path):
     inside = f"{longer} 500 --runs-dir in_one --total-timesteps"
     succeed(main(SAC, *inside.split(), "2200"))
     assert "note: at env step 2200" in succeed(main(SAC, *inside.split(), "2400"))
+    (one / "checkpoint.previous.pt").replace(one / "checkpoint.pt")  # killed in the last evaluation
+    assert "note: at env step 2400" in succeed(main(SAC, *inside.split(), "2600"))
 
 
 @pytest.mark.parametrize("section", ["Plot several seeds", "Compare runs"])
@@ -190,8 +203,9 @@ def test_start_from_the_networks_of_another_run(trained, main, tmp_path):
     assert ours["norm"]["count"] == theirs["norm"]["count"] + 10
     assert ours["replay"]["added"] == 10 and ours["critic_optimizer"]["state"] == {}
     for wrong, word in (
-        ("--sparsity 0.5", "sparsity must be"),
-        ("--width-scale 0.25", "sizes and"),
+        ("--sparsity 0.5", "sparsity and masks must be"),
+        ("--width-scale 0.25", "sizes, sparsity and masks"),
+        ("--seed 2", "another --mask-seed"),
         ("--init-from nowhere", "No such file"),
     ):
         ended = main(script, *flags, *more, *wrong.split())
@@ -202,6 +216,19 @@ def test_start_from_the_networks_of_another_run(trained, main, tmp_path):
     _, _, line = main(script, *flags, *more, "--init-from", "damaged")
     assert line.endswith("damaged/checkpoint.pt does not fit (ValueError: its checksum is wrong)\n")
     only_run(tmp_path / "runs")  # no folder of a run that could not begin
+
+
+def test_the_scale_of_rewards_is_not_that_of_another_run(main, tmp_path):
+    flags = "--env-id InvertedPendulum-v5 --total-timesteps 300 --learning-starts 100 --threads 1"
+    flags += " --eval-episodes 1 --final-eval-episodes 1 --width-scale 0.0625 --runs-dir"
+    succeed(main(stream.__file__, *flags.split(), "first"))
+    donor = only_run(tmp_path / "first")
+    succeed(main(stream.__file__, *flags.split(), "second", "--init-from", donor))
+    (obs, rewards), (donor_obs, donor_rewards) = (
+        load_checkpoint(run)["norm"]["statistics"] for run in (only_run(tmp_path / "second"), donor)
+    )
+    assert obs["count"] > donor_obs["count"] + 300
+    assert rewards["count"] == donor_rewards["count"] == 300
 
 
 def test_a_run_of_another_agent(trained, main, tmp_path):

@@ -440,6 +440,14 @@ def test_after_pruning_the_layer_table_is_printed_anew(tmp_path, capsys):
     assert policy(env.reset(seed=0)[0]).shape == (1,)
 
 
+def test_a_run_whose_pruning_has_not_ended_says_so(tmp_path, capsys):
+    flags = SHORT | {"topology": "magnitude", "topology_interval": 1000}
+    dynamic.train(dynamic.Args(**flags, runs_dir=str(tmp_path)))
+    assert "warning: pruning has not ended" in capsys.readouterr().out
+    layers = json.loads((only_run(tmp_path) / "args.json").read_text())["layers"]
+    assert all(row["active"] == row["total"] for rows in layers.values() for row in rows)
+
+
 def command(flags: dict) -> list[str]:
     return [
         word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", value)
@@ -456,7 +464,8 @@ def test_a_run_can_start_from_networks_whose_topology_has_changed(main, tmp_path
     ours, theirs = load_checkpoint(only_run(tmp_path / "second")), load_checkpoint(first)
     assert_equal(ours["critic"], theirs["critic"])
     assert_equal(ours["topology"], theirs["topology"])
-    check_error(main(program, *command(more | {"mask_seed": 9})), "--init-from", "first mask")
+    for other in ({"mask_seed": 9}, {"topology": "magnitude"}, {"topology": "static"}):
+        check_error(main(program, *command(more | other)), "--init-from", "first mask")
 
 
 def test_another_first_mask_is_refused(main, tmp_path):

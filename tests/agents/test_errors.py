@@ -122,6 +122,9 @@ BAD_FLAGS = {
         ("--env-id Hopper-v5", "--env-id Hopper-v5 Atari ALE/Pong-v5"),
         ("--env-id ALE/Nope-v5", "--env-id ALE/Nope-v5"),
         ("--env-id ALE/Backgammon-v5", "--env-id ALE/Backgammon-v5 NOOP"),
+        ('--env-kwargs {"difficult":1}', "'difficult' --env-kwargs"),
+        ('--env-kwargs {"mode":99}', "Invalid --env-kwargs"),
+        ('--env-kwargs {"continuous":true}', "Discrete actions Box"),
         NO_FOLDER,
         ("--width-scale 0.0625 --sparsity 0.9999", "sparsity 0.9999 out of reach"),
         UNTRAINED,
@@ -131,6 +134,7 @@ BAD_FLAGS = {
         (CARTPOLE, f"{CARTPOLE} width"),
         ("--env-id Reacher-v5 --camera 0", "--env-id Reacher-v5 camera 0 has 0 cameras"),
         ("--env-id nope:Nope-v0", "--env-id nope:Nope-v0"),
+        ('--env-id Walker2d-v5 --env-kwargs {"noise":1}', "Walker2d-v5: 'noise' --env-kwargs"),
     ],
 }
 USUAL = {  # flags that the bad ones stand behind

@@ -61,20 +61,55 @@ class Weird(gym.Env):
         if self.steps == 30:
             if self.fault == "raises":
                 raise RuntimeError("the robot fell\\nand cannot get up")
-            obs[1] = {"nan": np.nan, "inf": np.inf}.get(self.fault, obs[1])
+            obs[1] = {"nan": np.nan, "inf": np.inf, "huge": 1e39}.get(self.fault, obs[1])
             obs = obs[:2] if self.fault == "shape" else obs
             rewards = {"nan reward": np.nan, "inf reward": -np.inf, "two rewards": np.zeros(2)}
+            rewards |= {"huge reward": 1e39, "endless reward": 10**400}
             reward = rewards.get(self.fault, reward)
             over = None if self.fault == "no flag" else over
-        return obs, reward, False, over, {}
+        return obs, reward, False, over, None if self.fault == "no info" else {}
 
 
 class Integers(Weird):
     action_space = gym.spaces.Box(0, 10, (2,), np.int64)
 
 
-gym.register("Weird-v0", entry_point=Weird)
-gym.register("Integers-v0", entry_point=Integers)
+class Locked(Weird):
+    action_space = gym.spaces.Box(np.array([-1, 0.5]), np.array([1, 0.5]), dtype=np.float64)
+
+
+class Bytes(Weird):
+    observation_space = gym.spaces.Box(0, 255, (3,), np.uint8)
+
+    def observe(self):
+        return self.np_random.integers(0, 256, 3) + 0.5 * (self.steps == 30)
+
+
+class SameInfo(Weird):
+    info = {"episode": "mine"}
+
+    def reset(self, **how):
+        return super().reset(**how)[0], self.info
+
+    def step(self, action):
+        return *super().step(action)[:4], self.info
+
+
+class Drawn(Weird):
+    metadata = {"render_modes": ["rgb_array"]}
+
+    def __init__(self, render_mode=None):
+        super().__init__()
+        self.render_mode = render_mode
+
+    def render(self):
+        if self.fault == "broken pencil" and self.steps > 10:
+            raise RuntimeError("the pencil broke")
+        return None if self.fault == "no picture" else np.zeros((9, 9, 3), np.uint8)
+
+
+for kind in (Weird, Integers, Locked, Bytes, SameInfo, Drawn):
+    gym.register(f"{kind.__name__}-v0", entry_point=kind)
 '''
 FLAGS = (
     "--threads 1 --width-scale 0.0625 --total-timesteps 80 --learning-starts 50 --eval-episodes 1"
@@ -106,14 +141,18 @@ def run(tmp_path, main, monkeypatch):
 FAULTS = {
     "nan": (3, "observation not finite (env step 30)"),
     "inf": (3, "observation not finite (env step 30)"),
+    "huge": (3, "observation not finite as float32 (env step 30)"),
     "nan reward": (3, "the reward nan (env step 30)"),
     "inf reward": (3, "the reward -inf (env step 30)"),
+    "huge reward": (3, "the reward 1e+39 (env step 30)"),
+    "endless reward": (2, "a reward that is not one number (env step 30)"),
     "two rewards": (2, "a reward that is not one number (env step 30)"),
     "shape": (2, "shape (2,) declared shape (3,) (env step 30)"),
     "no flag": (2, "None terminated truncated True or False"),
     "raises": (2, "step at env step 30: RuntimeError: the robot fell traceback.txt"),
     "four values": (2, "4 values from step; Gymnasium 1.x"),
     "old reset": (2, "ndarray from reset; Gymnasium 1.x"),
+    "no info": (2, "NoneType as info dict (env step 1)"),
 }
 
 
@@ -140,6 +179,30 @@ def test_integer_actions_are_refused(run):
     check_error(ended, "int64", "real numbers")
 
 
+def test_actions_that_cannot_be_chosen_are_refused(run):
+    check_error(run("sac_simba_sparse", "--env-id", "weird:Locked-v0"), "each low below high")
+
+
+def test_observations_that_change_with_their_declared_type_are_refused(run):
+    ended = run("sac_simba_sparse", "--env-id", "weird:Bytes-v0")
+    check_error(ended, "does not fit its declared type, uint8 (env step 30)")
+
+
+def test_an_info_that_is_always_the_same_and_has_an_episode(run, tmp_path):
+    succeed(run("sac_simba_sparse", "--env-id", "weird:SameInfo-v0"))
+    rows = read_metrics(only_run(tmp_path / "runs"))
+    assert metric_values(rows, "episode/length") == [20] * 4
+
+
+def test_what_cannot_be_filmed_fails_before_training_or_costs_none(run, tmp_path):
+    film = ("--env-id", "weird:Drawn-v0", "--capture-video")
+    check_error(run("sac_simba_sparse", *film, fault="no picture"), "--capture-video", "picture")
+    assert not (tmp_path / "runs").exists()
+    ended = run("sac_simba_sparse", *film, fault="broken pencil")
+    check_error(ended, "render at env step", "the pencil broke")
+    assert "going on from env step 80" in succeed(run("sac_simba_sparse", *film[:2]))
+
+
 def test_max_episode_steps(run, tmp_path):
     succeed(run("sac_simba_sparse", "--max-episode-steps", "7"))
     rows = read_metrics(only_run(tmp_path / "runs"))
@@ -154,6 +217,47 @@ def test_an_episode_without_end(monkeypatch, capsys):
         for _ in range(30):  # decisions of 2 steps
             env.step(np.zeros(1))
     check_error((2, *capsys.readouterr()), "lasted 50 steps", "--max-episode-steps")
+
+
+@pytest.mark.parametrize(
+    "error,reason",
+    [
+        (MemoryError(), "MemoryError"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "DefaultCPUAllocator"),
+        (torch.OutOfMemoryError("CUDA out of memory.\nOf the allocated memory"), "CUDA"),
+    ],
+)
+def test_memory_that_runs_out(error, reason, capsys):
+    def train(args):
+        raise error
+
+    with pytest.raises(SystemExit, match="2"):
+        sac.one_line_errors(train)(None)
+    check_error((2, *capsys.readouterr()), f"out of memory ({reason}", "lower --width-scale")
+
+
+def test_other_errors_about_memory_keep_their_traceback():
+    def train(args):
+        torch.zeros(1).expand(2).add_(1)
+
+    with pytest.raises(RuntimeError, match="single memory location"):
+        sac.one_line_errors(train)(None)
+
+
+def test_ctrl_c_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+    write = sac.DigestedFile.write
+    for writes in range(12):
+        left = iter(range(writes))
+
+        def interrupted(file, data, left=left):
+            if next(left, None) is None:
+                sys.exit(1)
+            return write(file, data)
+
+        monkeypatch.setattr(sac.DigestedFile, "write", interrupted)
+        with pytest.raises(SystemExit, match="1"):
+            sac.one_line_errors(lambda args: sac.save_checkpoint(tmp_path, args, {}))(sac.Args())
+        assert list(tmp_path.iterdir()) == []
 
 
 def damage(metrics: Path, checkpoint: Path, how: str) -> None:

@@ -7,10 +7,11 @@ from pathlib import Path
 import der_impala_sparse as der
 import drqv2_sparse as drq
 import gymnasium as gym
+import imageio
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, call, metric_values, only_run, read_metrics, succeed
+from conftest import CPU, call, check_error, metric_values, only_run, read_metrics, succeed
 
 
 @pytest.mark.usefixtures("corridor")
@@ -29,6 +30,66 @@ def test_an_evaluated_policy_sees_the_last_three_frames(monkeypatch):
         shown = [picture] * 3 if step == 0 else [*shown[1:], picture]
         assert np.array_equal(stack, np.concatenate(shown, -1))
     assert [step for step, *_ in seen] == [0, 1, 2, 3, 4, 0, 1, 2]
+
+
+@pytest.mark.usefixtures("corridor")
+def test_a_film_has_an_end(monkeypatch, tmp_path):
+    env = drq.make_env(drq.Args(env_id="Corridor-v0", action_repeat=1))
+    monkeypatch.setattr(drq, "act", lambda agent, stack: np.zeros(1, np.float32))
+    monkeypatch.setattr(drq, "LONGEST_FILM", 3)
+    drq.evaluate(None, env, 1, (7, 1), tmp_path / "film.mp4")
+    assert len(imageio.mimread(tmp_path / "film.mp4")) == 3
+
+
+ENDLESS = """
+import gymnasium as gym
+import numpy as np
+
+
+class Endless(gym.Env):
+    observation_space = gym.spaces.Box(-1, 1, (1,))
+    action_space = gym.spaces.Box(-1, 1, (1,))
+
+    def __init__(self, render_mode, width, height):
+        self.render_mode = render_mode
+
+    def reset(self, seed=None, options=None):
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        return np.zeros(1, np.float32), 0.0, False, False, {}
+
+    def render(self):
+        return np.zeros((84, 84, 3), np.uint8)
+
+
+gym.register("Endless-v0", Endless)
+"""
+
+
+def test_an_environment_of_your_own_whose_episodes_do_not_end(tmp_path, monkeypatch, capsys):
+    """The replay's file has room for episodes of 1000 env steps, or of --max-episode-steps."""
+    (tmp_path / "endless.py").write_text(ENDLESS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+
+    def play(**flags) -> bool:
+        env = drq.make_env(drq.Args(env_id="endless:Endless-v0", action_repeat=101, **flags))
+        env.reset()
+        return [env.step(np.zeros(1))[3] for _ in range(10)][-1]
+
+    assert play(max_episode_steps=1001)
+    with pytest.raises(SystemExit, match="2"):
+        play()
+    check_error((2, *capsys.readouterr()), "lasted 1,000 steps", "--max-episode-steps")
+
+
+@pytest.mark.usefixtures("corridor")
+def test_returns_of_more_steps_than_every_episode(main):
+    flags = "--env-id Corridor-v0 --action-repeat 1 --total-timesteps 900 --learning-starts 9"
+    flags += " --n-step 6 --width-scale 0.0625 --feature-dim 4 --eval-episodes 1 --threads 1"
+    ended = main(drq.__file__, *flags.split(), "--device", "cpu")
+    assert ended[0] == 2 and "--n-step 6 is longer than each of 100 episodes" in ended[2]
 
 
 @pytest.mark.usefixtures("corridor")

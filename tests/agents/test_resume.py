@@ -307,6 +307,8 @@ def test_finished_run_is_not_run_again_after_its_checkpoints_were_deleted(copy, 
     out = succeed(main(*command(case, runs)))
     assert "finished" in out and str(only_run(runs)) in out
     check_error(main(*command(case, runs, "--eval-only")), "nothing to evaluate")
+    longer = main(*command(case, runs, "--total-timesteps", "7000"))
+    check_error(longer, "finished at env step 6000", "no checkpoint", "--no-resume")
     assert contents(runs) == before
 
 
@@ -344,6 +346,7 @@ def test_eval_only_repeats_the_final_evaluation_and_changes_no_file(reference, m
         printed = float(re.search(rf"{name}\W+(-?[\d.]+)", out)[1])
         assert printed == pytest.approx(final, abs=0.051)
     assert metric_values(rows, "final/return_mean")[0] > 0
+    assert out.endswith("(2 episodes)\n")
 
 
 @cartpole
