@@ -865,7 +865,7 @@ class Gate(gym.Wrapper):
         obs, info = self.call(self.env.reset, 2, seed=seed, options=options)
         self.check_obs(obs)
         self.episode_steps = 0
-        return obs, self.copy_info(info)
+        return obs, self.check_info(info)
 
     def render(self):
         return self.guard(self.env.render)
@@ -898,7 +898,7 @@ class Gate(gym.Wrapper):
                 f"--env-id {self.args.env_id}: an episode has lasted {self.longest:,} steps; "
                 "--max-episode-steps cuts it off"
             )
-        return obs, reward, bool(terminated), bool(truncated), self.copy_info(info)
+        return obs, reward, bool(terminated), bool(truncated), self.check_info(info)
 
     def guard(self, method: Callable, *values, **named):
         """What a method of the environment returns."""
@@ -941,11 +941,13 @@ class Gate(gym.Wrapper):
                 if changed.any():
                     self.refuse(f"an observation that does not fit its declared type, {dtype}")
 
-    def copy_info(self, info) -> dict:
-        """Without "episode", where RecordEpisodeStatistics writes; the same dict may come again."""
+    def check_info(self, info) -> dict:
+        """The info without "episode", where RecordEpisodeStatistics will write."""
         if not isinstance(info, dict):
             self.refuse(f"{type(info).__name__} as info, which must be a dict")
-        return {name: value for name, value in info.items() if name != "episode"}
+        if "episode" in info:  # the environment's own, or the same dict as at the last end
+            info = {name: value for name, value in info.items() if name != "episode"}
+        return info
 
     def refuse(self, what: str, exit_code: int = 2) -> NoReturn:
         fail(
