@@ -46,7 +46,7 @@ set_scale() {
       simba_flags="" visual_flags="" streaming_flags="" atari_flags=""
       dynamic_tasks=$two_hardest dynamic_flags="" topology_flags=""
       dynamic_sizes="1:0.3125 5:1.578" # width at sparsity 0.9 : width of a dense network of as many weights
-      wider_unit=0.5 wider_flags=""
+      wider_unit=0.5 wider_flags="" wider_runs=""
       bias_flags="--width-scale 5 --grid 300 --inits 10" curve_bin=20000 samples=256
       ;;
     cpu) # easier tasks, networks an eighth as wide, fewer steps and seeds: docs/benchmark.md has the list
@@ -61,7 +61,8 @@ set_scale() {
       dynamic_tasks=cartpole-swingup dynamic_sizes="0.25:0.07812 0.5:0.1562" topology_flags="--topology-interval 250"
       dynamic_flags="--total-timesteps 24000 --batch-size 128 --learning-starts 2000 --learning-rate 1e-3"
       dynamic_flags+=" --eval-interval 2000 --eval-episodes 5 --final-eval-episodes 20 --diagnostics-interval 2000"
-      wider_unit=0.25 wider_flags=${simba_flags/100000/50000} # half as long
+      wider_unit=0.25 wider_flags=${simba_flags/100000/50000} # half as long as the same runs of Figures 1 and 2, so:
+      wider_runs=_50000                                       # a folder of its own
       bias_flags="--width-scale 0.5 --reach 31.6 --grid 300 --inits 5" curve_bin=20000 samples=256
       ;;
     smoke) # does every step of every target work? The numbers mean nothing
@@ -77,7 +78,7 @@ set_scale() {
       atari_flags="--total-timesteps 3000 --learning-starts 2000 --action-repeat 20 --batch-size 4 $tiny"
       atari_flags+=" --eval-interval 3000 --diagnostics-interval 1000"
       dynamic_tasks=humanoid-run dynamic_sizes="0.125:0.0391 0.25:0.0703" topology_flags="--topology-interval 10"
-      dynamic_flags=$simba_flags wider_unit=0.125 wider_flags=$simba_flags
+      dynamic_flags=$simba_flags wider_unit=0.125 wider_flags=$simba_flags wider_runs=""
       bias_flags="--width-scale 0.5 --reach 31.6 --grid 30 --inits 2" curve_bin=500 samples=20
       ;;
     *) fail "--scale $1: must be paper, cpu or smoke" ;;
@@ -185,7 +186,7 @@ extra-dynamic() { # at sparsity 0.9: topologies that stay (paper: some are runs 
   done
 }
 extra-constant-active() { # wider with as many active weights as small dense networks (paper: the widths of Figure 2)
-  local unit=$wider_unit simba_flags=$wider_flags
+  local unit=$wider_unit simba_flags=$wider_flags runs=$runs$wider_runs
   for w in 1 2 4; do simba sac "$two_hardest" $w 1 0; done
   for w in 2 4 8; do simba sac "$two_hardest" $w 1 "1 - 1 / $w^2"; done # of the smallest dense network
   for w in 4 8; do simba sac "$two_hardest" $w 1 "1 - 4 / $w^2"; done   # of the middle one

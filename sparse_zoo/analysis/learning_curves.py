@@ -46,7 +46,8 @@ class Args:
 def load(runs_dir: str, earlier: tuple[str, ...] = ()) -> pd.DataFrame:
     """A row for each return: run, FLAGS, env_step, metric (eval/, final/, episode/), value."""
     finite = ("width_scale", "sparsity", "seed", "env_step")
-    tables = [runs.read_table(path, COLUMNS, "--earlier", finite) for path in earlier]
+    earlier_tables = [runs.read_table(path, COLUMNS, "--earlier", finite) for path in earlier]
+    tables = []
     found, left_out = runs.load_runs(runs_dir, needed=(), unfinished=True)
     for run in found:
         returns = run.metrics[run.metrics.metric.str.contains("/return")]
@@ -56,10 +57,9 @@ def load(runs_dir: str, earlier: tuple[str, ...] = ()) -> pd.DataFrame:
             flags = {name: run.flags.get(name) for name in FLAGS}
             tables.append(returns.assign(run=run.name, **flags)[COLUMNS])
     runs.print_left_out(left_out)
-    if not tables:
+    if not tables + earlier_tables:
         runs.fail(f"no run in {runs_dir}")
-    # A run may be among the earlier ones as well
-    return pd.concat(tables).drop_duplicates(ignore_index=True)
+    return runs.merge(tables + earlier_tables, ["run"])
 
 
 def atari_scores(env_id: str) -> dict[str, float]:
@@ -84,10 +84,11 @@ def draw_network(ax: Axes, network: pd.DataFrame, label: str, style: dict) -> No
     """The runs of one network; their mean and band if they differ in their seeds only."""
     curves = network.pivot(index="env_step", columns="run", values="value")
     count = curves.shape[1]
+    flags = network.run.str.replace(r"__s(eed)?\d+$", "", regex=True)  # their hash is in the name
     if count == 1:
         label += f", one seed ({network.seed.iloc[0]})"
         style |= {"marker": "o", "mfc": "white", "ms": 3.5}
-    elif count > network.seed.nunique():
+    elif count > network.seed.nunique() or flags.nunique() > 1:
         label += f", {count} runs"
     else:
         label += f", {count} seeds"

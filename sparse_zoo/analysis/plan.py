@@ -71,7 +71,9 @@ def parse_command(command: str) -> Run:
         words = shlex.split(command)
         script = [word.endswith(".py") for word in words].index(True)
         agent = Path(words[script]).stem
-        flags = words[script + 1 :]
+        flags = []
+        for word in words[script + 1 :]:  # --flag=value is two words
+            flags += word.split("=", 1) if word.startswith("--") else [word]
         place = len(flags) - 1 - flags[::-1].index("--seed")  # the last one counts
         others = (*flags[:place], *flags[place + 2 :])  # seeds share what is slow
         args = replace(parse_flags(agent, others), seed=int(flags[place + 1]))
@@ -83,11 +85,15 @@ def parse_command(command: str) -> Run:
 
 
 def find_state(run: Run) -> str:
-    """finished, absent, damaged, or how far a run is."""
+    """finished, absent, damaged, longer than the command asks for, or how far a run is."""
     if not (run.folder / "metrics.csv").exists():
         return "absent"
+    total = run.flags.total_timesteps
     try:
-        return runs.describe_state(runs.read_metrics(run.folder), run.flags.total_timesteps)
+        metrics = runs.read_metrics(run.folder)
+        if metrics.env_step.max() - total >= getattr(run.flags, "action_repeat", 1):
+            return f"longer: at env step {metrics.env_step.max():,} of {total:,}"
+        return runs.describe_state(metrics, total)
     except runs.UnusableError as reason:
         return f"damaged: {reason}"
 

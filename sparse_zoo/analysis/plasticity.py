@@ -106,8 +106,6 @@ def settings(run: runs.Run) -> dict:
     del flags["sparsity"]
     flags["actor_sparsity"], flags["critic_sparsity"] = runs.network_sparsities(run.flags)
     flags["reset_interval"] = flags.get("reset_interval") or 0
-    if flags.get("mask_seed") == flags["seed"]:  # what None means
-        flags["mask_seed"] = None
     return flags | {"algorithm": run.algorithm}
 
 
@@ -117,6 +115,11 @@ def describe(table: pd.DataFrame) -> pd.DataFrame:
     Runs of one column of panels with equal words and reset interval have equal flags: size names,
     besides width and depth, every flag that differs within the column.
     """
+    if "mask_seed" in table:  # None means that of the seed, unless runs of other seeds share it
+        shared = set(table.mask_seed[table.mask_seed != table.seed])
+        own = (table.mask_seed == table.seed) & ~table.mask_seed.isin(shared)
+        seeds = [None if mine else seed for mine, seed in zip(own, table.mask_seed)]
+        table["mask_seed"] = pd.Series(seeds, table.index, dtype=object)
     names = [*ORDER, "env_id", "exp_name", "seed"]
     others = [name for name in table if name not in {*names, "algorithm"}]
     table = table.sort_values(names)
@@ -158,12 +161,10 @@ def load_runs(
         table = describe(pd.DataFrame(list(flags.values()), index=list(flags), dtype=object))
         table = table[["seed", "width_scale", *CONFIGURATION]]
         own = [values[name].assign(run=name, **row) for name, row in table.iterrows()]
-        parts = own + parts
+        parts = [pd.concat(own), *parts]
     if not parts:
         return pd.DataFrame(columns=COLUMNS), left_out
-    data = pd.concat(parts)
-    # A run may be in the folder as well
-    data = data.drop_duplicates(["run", "env_step", "metric"], ignore_index=True)
+    data = runs.merge(parts, ["run"])
     if earlier:
         data = data.sort_values([name for name in ORDER if name in data], kind="stable")
     data, twice = runs.drop_twice(data, CONFIGURATION)
@@ -366,7 +367,8 @@ def draw(
             ax.set_ylabel(name_axis(metric) + what)
         if ax not in axes[-1] and len(panels) == 1 and not abreast:
             ax.set_xlabel("")
-    legend = make_legend(curves, ends if "end" in panels else ends.iloc[:0], kinds, sizes)
+    ends = ends if "end" in panels else ends.iloc[:0]
+    legend = make_legend(curves, ends, kinds, sizes)
     figure.set_figheight(figure.get_figheight() + 0.2 * len(legend))
     interval = plots.describe_interval(*curves.seeds, *ends.seeds)
     plots.add_legend(figure, legend, f"mean over seeds; {interval}")

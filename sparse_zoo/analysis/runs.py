@@ -349,6 +349,24 @@ def drop_twice(table: pd.DataFrame, keys: list[str]) -> tuple[pd.DataFrame, list
     return table[~table.run.isin(twice)].reset_index(drop=True), lines
 
 
+def merge(tables: list[pd.DataFrame], keys: list[str]) -> pd.DataFrame:
+    """The tables one behind the other; a run, by keys, has the rows of the first table with it."""
+    parts = [table.assign(part=part) for part, table in enumerate(tables) if len(table)]
+    if not parts:
+        return tables[0]
+    table = pd.concat(parts, ignore_index=True)
+    first = table.groupby(keys, dropna=False).part.transform("min")
+    return table[table.part == first].drop(columns="part").reset_index(drop=True)
+
+
+def fail_if_lengths_differ(env_steps: pd.Series, kinds: pd.Series) -> None:
+    """Ends the program if runs of one kind have several lengths."""
+    for kind, lengths in env_steps.groupby(kinds).unique().items():
+        if len(lengths) > 1:
+            steps = " and ".join(f"{int(length):,}" for length in sorted(lengths))
+            fail(f"{kind} has runs of {steps} env steps; keep such apart")
+
+
 def fail_if_mixed(runs: list[Run], free: list[str]) -> None:
     """Ends the program if runs of one agent differ in flags that change results and are not free.
 

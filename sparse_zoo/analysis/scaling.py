@@ -103,10 +103,7 @@ def load(
         return pd.DataFrame(columns=columns), left_out
     # A run may be among the earlier ones as well
     table = pd.DataFrame(rows, columns=columns).drop_duplicates("run")
-    for algorithm, lengths in table.groupby("algorithm").env_steps.unique().items():
-        if len(lengths) > 1:
-            steps = " and ".join(f"{length:,}" for length in sorted(lengths))
-            fail(f"{algorithm} has runs of {steps} env steps; keep such apart")
+    runs.fail_if_lengths_differ(table.env_steps, table.algorithm)
     table, twice = runs.drop_twice(in_order(table), POINT)
     return table, left_out + twice
 
@@ -336,9 +333,9 @@ def make_handles(published: bool) -> list[Line2D]:
 def name_statistic(statistic: str, points: pd.DataFrame) -> str:
     """What points and bars are, for the legend."""
     seeds = [*points.seeds_min, *points.seeds_max]
-    if statistic == "std":
+    if statistic == "std" and max(seeds) > 1:
         return f"mean, standard deviation; {plots.count_seeds(*seeds)}"
-    name = "mean" if statistic == "mean" else "interquartile mean"
+    name = "interquartile mean" if statistic == "iqm" else "mean"
     return f"{name}; {plots.describe_interval(*seeds)}"
 
 
@@ -446,10 +443,12 @@ def draw_aggregate(points: pd.DataFrame, statistic: str) -> Figure:
     most = points.tasks.max()
     tasks = f"{fewest} to {most} tasks" if fewest < most else f"{most} task{'s'[: most - 1]}"
     seeds = plots.count_seeds(*points.seeds_min, *points.seeds_max)
-    interval = "95 % stratified bootstrap interval"
+    bars = ", 95 % stratified bootstrap interval"
+    if points.seeds_max.max() == 1:
+        seeds, bars = "one seed", ""
     what = {
-        "iqm": f"interquartile mean, {interval}",
-        "mean": f"mean, {interval}",
+        "iqm": f"interquartile mean{bars}",
+        "mean": f"mean{bars}",
         "std": "mean, standard deviation",
     }[statistic]
     what += f"; {tasks}, {seeds} each"

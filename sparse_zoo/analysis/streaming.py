@@ -59,12 +59,12 @@ def load(runs_dir: str, earlier: tuple[str, ...] = ()) -> pd.DataFrame:
     runs.print_left_out(left_out + twice)
     finite = tuple(name for name in COLUMNS if name not in ("env_id", "init"))
     tables = [runs.read_table(path, COLUMNS, "--earlier", finite) for path in earlier]
-    episodes = pd.concat([own[COLUMNS], *tables], ignore_index=True)
+    episodes = runs.merge([own[COLUMNS], *tables], RUN)
     if episodes.empty:
         fail(f"no finished run of stream_ac_sparse with an episode that ended, in {runs_dir}")
     runs.fail_if_mixed(found, FREE)
-    # A run may be among the earlier ones as well
-    return episodes.drop_duplicates([*RUN, "env_step"], ignore_index=True).infer_objects()
+    runs.fail_if_lengths_differ(episodes.total_timesteps, episodes.env_id)
+    return episodes.infer_objects()
 
 
 def average_bins(episodes: pd.DataFrame, size: int) -> pd.DataFrame:
@@ -173,7 +173,8 @@ def figure_12(final: pd.DataFrame) -> Figure:
         ax.set_xscale("log", base=2)
         plots.mark_values(ax, sorted(final.width_scale.unique()))
         ax.set(title=task, xlabel="width scale", ylabel="training return, last tenth")
-        ax.legend(fontsize=8, title="mean; a dash for each seed", title_fontsize=8)
+        title = "mean, lowest to highest; a dash for each seed"
+        ax.legend(fontsize=8, title=title, title_fontsize=8)
     return figure
 
 

@@ -35,7 +35,7 @@ COLOURS = {
 NAMES = {"set": "SET", "rigl": "RigL", "magnitude": "magnitude pruning"}
 NETWORK = ["env_id", "width_scale", "depth_scale", "sparsity", "topology"]
 MEASURED = ["return", "active_weights", "tflop", "steps_per_second", "ever_active", "first_overlap"]
-COLUMNS = ["run", *NETWORK, "seed", *MEASURED]
+COLUMNS = ["run", *NETWORK, "seed", "env_steps", *MEASURED]
 # Flags that may differ between runs of one figure; what is drawn has names of its own
 FREE = [*NETWORK, "actor_sparsity", "critic_sparsity", "mask_seed", "eval_interval"]
 FREE += ["eval_episodes", "diagnostics_interval"]
@@ -93,6 +93,7 @@ def describe(run: runs.Run) -> dict:
         **{name: flags[name] for name in ("env_id", "width_scale", "depth_scale", "seed")},
         "sparsity": runs.network_sparsities(flags)[1],
         "topology": name_topology(flags),
+        "env_steps": flags["total_timesteps"],
         "return": run.final_return,
         "active_weights": active,
         "tflop": operations / 1e12,
@@ -117,11 +118,12 @@ def load(runs_dir: str, earlier: tuple[str, ...] = ()) -> pd.DataFrame:
             left_out.append(f"{run.name}: {reason}")
     runs.fail_if_mixed(used, FREE)
     tables = [runs.read_table(path, COLUMNS, "--earlier") for path in earlier]
-    tables = [table for table in (pd.DataFrame(rows, columns=COLUMNS), *tables) if len(table)]
-    if not tables:
+    table = runs.merge([pd.DataFrame(rows, columns=COLUMNS), *tables], ["run"])
+    if table.empty:
         runs.print_left_out(left_out)
         fail(f"no finished run of {' or '.join(AGENTS)} in {runs_dir}")
-    table, twice = runs.drop_twice(pd.concat(tables, ignore_index=True), NETWORK)
+    runs.fail_if_lengths_differ(table.env_steps, table.env_id)
+    table, twice = runs.drop_twice(table, NETWORK)
     runs.print_left_out(left_out + twice)
     return table
 

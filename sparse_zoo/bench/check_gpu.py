@@ -501,6 +501,8 @@ def main(args: Args) -> None:
         try:
             part(check)
         except (Exception, SystemExit) as error:
+            if isinstance(error, SystemExit) and error.code not in (2, 3):  # Ctrl-C
+                raise
             failures.append(f"{name}: {''.join(traceback.format_exception(error))}")
             check.note("FAILED", " ".join(f"{type(error).__name__}: {error}".split()))
         check.note("took", time.monotonic() - start, "s")

@@ -49,9 +49,15 @@ def test_every_run_is_kept_as_it_is(tmp_path, main):
     earlier = ("--earlier", "out/returns.csv.gz")
     succeed(main(SCRIPT, "--runs-dir", "more", *earlier, "--output", "both"))
     both = pd.read_csv(tmp_path / "both" / "returns.csv.gz")
-    pd.testing.assert_frame_equal(both[:3], table)
+    pd.testing.assert_frame_equal(both[both.run != "c"].reset_index(drop=True), table)
     assert len(both) == 4
-    assert list(both.loc[3, ["seed", "sparsity", "env_step", "value"]]) == [3, 0.9, 0, 25.0]
+    new = both[both.run == "c"][["seed", "sparsity", "env_step", "value"]]
+    assert new.to_numpy().tolist() == [[3, 0.9, 0, 25.0]]
+    # Of a run that has other numbers there, those of the folder are drawn
+    write_run(tmp_path / "again", "a", 1, 0.0, {0: 31.5, 20_000: 2.0})
+    succeed(main(SCRIPT, "--runs-dir", "again", *earlier, "--output", "both"))
+    both = pd.read_csv(tmp_path / "both" / "returns.csv.gz")
+    assert both[both.run == "a"].value.tolist() == [31.5, 2.0]
 
 
 def test_published_curve_of_a_task():
@@ -76,7 +82,8 @@ def test_networks_of_two_widths_are_two_lines():
     }
     columns |= {"exp_name": "sac_simba_sparse", "env_id": "dm_control/walker-walk-v0"}
     table = pd.DataFrame(rows, columns=["width_scale", "sparsity", "seed"]).assign(**columns)
-    table["run"] = [f"run{index}" for index in table.index]
+    table["run"] = [f"w{run.width_scale}__s{run.seed}" for run in table.itertuples()]
+    table.loc[0, "run"] = "dense"
     table = pd.concat([table.assign(env_step=step, value=step / 100) for step in (0, 10_000)])
     axes = learning_curves.draw(table).axes[0]
     lines = [line for line in axes.lines if len(line.get_xdata()) == 2]
@@ -98,6 +105,15 @@ def test_runs_that_differ_in_other_flags_are_two_lines(tmp_path):
     axes = learning_curves.draw(learning_curves.load(tmp_path)).axes[0]
     lines = [list(line.get_ydata()) for line in axes.lines if len(line.get_xdata()) == 2]
     assert lines == [[10, 20], [20, 40]]
+    assert axes.get_legend().get_texts()[0].get_text() == "dense, 2 runs"
+
+
+def test_seeds_whose_other_flags_differ_have_no_mean(tmp_path):
+    """The hash of the flags is in the names of the runs."""
+    for seed, digest in ((1, "aa"), (2, "bb")):
+        curve = {0: 10.0 * seed, 10_000: 20.0 * seed}
+        write_run(tmp_path, f"cheetah__{digest}__seed{seed}", seed, 0.0, curve)
+    axes = learning_curves.draw(learning_curves.load(tmp_path)).axes[0]
     assert axes.get_legend().get_texts()[0].get_text() == "dense, 2 runs"
 
 

@@ -52,6 +52,9 @@ def test_state(tmp_path):
     assert plan.find_state(run) == "finished"
     (run.folder / "checkpoint.tmp").touch()  # killed while it wrote the last checkpoint
     assert plan.find_state(run) == "finished"
+    # The same command went on for longer
+    write_metrics(run.folder, (1_000_002, "final/return_mean", 0.1))
+    assert plan.find_state(run) == "longer: at env step 1,000,002 of 1,000,000"
     (run.folder / "metrics.csv").write_bytes(b"\xff\n")
     assert plan.find_state(run).startswith("damaged: metrics.csv is damaged")
 

@@ -156,6 +156,16 @@ def test_runs_are_grouped_by_what_changes_results(tmp_path):
     assert line.x == 0.9 and line["line"].endswith(", actor sparsity 0")
 
 
+def test_one_mask_of_several_seeds_is_one_network(tmp_path):
+    for seed in (1, 2, 3):
+        write_run(tmp_path, f"run{seed}", {RANK: [1.0]}, seed=seed, sparsity=0.9, mask_seed=1)
+    data, left_out = plasticity.load_runs(tmp_path)
+    assert left_out == []
+    assert [set(group.run) for _, group in data.groupby(plasticity.CONFIGURATION)] == [
+        {"run1", "run2", "run3"}
+    ]
+
+
 def test_runs_left_out_are_named(tmp_path):
     """What no script can use is in test_runs.py."""
     write_run(tmp_path, "a_whole", {RANK: [1.0]})

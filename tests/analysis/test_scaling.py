@@ -391,6 +391,17 @@ def test_points_and_bars_are_the_statistic_that_is_asked_for(skewed, figure):
         assert re.match(words + r"[;,] (?!standard)", text), text
 
 
+@pytest.mark.parametrize("figure", FIGURES)
+def test_one_seed_has_no_interval(skewed, figure):
+    table = skewed[0][skewed[0].seed == skewed[0].seed.min()]
+    points = scaling.summarise(table, scaling.POINT).assign(tasks=1)
+    if figure == "bars":
+        table, points = (rows[rows.depth_scale == 1] for rows in (table, points))
+    (legend,) = scaling.draw(figure, table, points, None, "iqm").legends
+    text = legend.get_title().get_text()
+    assert "one seed" in text and "bootstrap" not in text
+
+
 def test_the_interval_of_the_mean(skewed):
     drawn = np.random.default_rng(1).choice(RETURNS, (100_000, 5)).mean(1)
     row = skewed[1].iloc[0]

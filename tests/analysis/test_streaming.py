@@ -84,6 +84,20 @@ def test_runs_that_cannot_be_averaged(tmp_path, main, out):
     check_error(main("--figures", "12"), "--gamma 0.9 and 0.99")
 
 
+def test_of_a_run_that_is_also_an_earlier_one_the_folders_episodes_count(tmp_path, main, out):
+    write_run(tmp_path / "runs", {200: 1.0, 950: 2.0})
+    succeed(main())
+    first = pd.read_csv(out / "returns.csv.gz")
+    (tmp_path / "runs").rename(tmp_path / "other")
+    write_run(tmp_path / "runs", {300: 7.0, 950: 9.0})
+    succeed(main("--earlier", "out/returns.csv.gz"))
+    both = pd.read_csv(out / "returns.csv.gz")
+    assert list(both.env_step) == [300, 950] and list(both["return"]) == [7, 9]
+    # Another seed that is longer cannot be averaged with it
+    first.assign(seed=2, total_timesteps=2000).to_csv(tmp_path / "longer.csv.gz", index=False)
+    check_error(main("--earlier", "longer.csv.gz"), "Ant-v4", "runs of 1,000 and 2,000 env steps")
+
+
 def test_runs_that_cannot_be_used_are_named(tmp_path, main, out):
     write_run(tmp_path / "runs", {950: 5.0}, name="a")
     # The same network, task and seed

@@ -77,6 +77,9 @@ def test_figure_and_numbers(tmp_path, main):
     picture = imread(tmp_path / "out" / "topologies.png")
     assert picture.std() > 0.01
 
+    # A run that is among the earlier ones as well counts once
+    both = succeed(main("--earlier", "out/topologies_runs.csv"))
+    assert "35 [15, 65]" in both and "second run" not in both
     again = succeed(main("--runs-dir", "none", "--earlier", "out/topologies_runs.csv"))
     assert "35 [15, 65]" in again
     assert len(pd.read_csv(tmp_path / "out" / "topologies.csv")) == 5

@@ -227,6 +227,7 @@ def test_nonsense(arguments, words):
         ({"FLAGS": "--eval-interval 0"}, "--eval-interval 0"),
         ({"FLAGS": "; touch {}/p"}, "; touch"),
         ({"FLAGS": "--env-id \x01"}, "FLAGS"),
+        ({"FLAGS": "--seed=5"}, "--seed FLAGS"),
         ({"RUNS": "a b"}, "RUNS spaces"),
         ({"RUNS": "a\nb"}, "RUNS spaces"),
         ({"RUNS": os.fsdecode(b"/x/\xff")}, "RUNS UTF-8"),

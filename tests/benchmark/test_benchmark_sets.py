@@ -4,6 +4,7 @@ import csv
 import re
 
 import pytest
+from analysis import plan
 from conftest import ANALYSIS, call, succeed
 from test_benchmark import commands, weights
 
@@ -127,6 +128,19 @@ def test_what_is_run_beside_the_paper(target):
     for flag in filter(None, others.split("|")):
         having = [line for line in lines if f"{flag} " in line]
         assert 0 < len(having) < count
+
+
+@pytest.mark.parametrize("scale", ["cpu", "smoke"])
+def test_runs_of_several_targets_have_one_length(scale):
+    """The length is not in the name of a run's folder."""
+    targets = ["fig1", "fig2", "fig3", *(target for target in EXTRAS if "stream" not in target)]
+    lines = {
+        re.sub(r"--seed \d+", "--seed 1", line)
+        for target in targets
+        for line in commands(target, scale)
+    }
+    runs = [plan.parse_command(line) for line in lines]
+    assert len({run.folder for run in runs}) == len(lines) > 20
 
 
 def test_extra_runs_are_no_part_of_all():

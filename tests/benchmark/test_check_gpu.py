@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import sys
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -67,6 +68,20 @@ def test_a_part_that_fails_stops_no_other(tmp_path, monkeypatch, capsys):
     numbers = pd.read_csv(tmp_path / "numbers.csv")
     assert list(numbers.value[numbers.what == "answer"]) == ["42"]
     assert "no kernel image" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("code", [1, "interrupted"])
+def test_ctrl_c_in_a_part_ends_the_check(tmp_path, monkeypatch, code):
+    def interrupted(check):
+        sys.exit(code)
+
+    def later(check):
+        raise AssertionError
+
+    monkeypatch.setattr(check_gpu, "PARTS", {"interrupted": interrupted, "later": later})
+    with pytest.raises(SystemExit) as end:
+        check_gpu.main(check_gpu.Args(output=str(tmp_path), cpu_dry_run=True))
+    assert end.value.code == code
 
 
 def test_no_part_begins_after_its_time(tmp_path, monkeypatch, capsys):
