@@ -97,8 +97,9 @@ def become(program: Path, arguments: list[str], environment: dict, folder: Path,
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(output / name, os.O_CREAT | os.O_WRONLY), number)
     sys.argv = [str(program), *arguments]
-    ours = [path for path in sys.path if Path(path).resolve().is_relative_to(ROOT)]
-    sys.path = [str(program.parent), *(path for path in sys.path if path not in ours)]
+    installed = (Path(sys.prefix), Path(sys.base_prefix))  # no folders of this project, or of tests
+    kept = [path for path in sys.path if any(map(Path(path).is_relative_to, installed))]
+    sys.path = [str(program.parent), *kept]
     runpy.run_path(str(program), run_name="__main__")
 
 

@@ -6,7 +6,6 @@ import math
 from functools import partial
 from types import SimpleNamespace
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import scipy.stats
@@ -569,21 +568,6 @@ def test_evaluation_is_repeatable_and_leaves_the_agent_alone():
 # Whole runs
 
 
-class Broken(Corridor):
-    """The same with a reward in its third episode whose square is infinite."""
-
-    def step(self, action):
-        obs, reward, *rest = super().step(action)
-        return obs, 1e300 if self.episode == 2 else reward, *rest
-
-
-@pytest.fixture
-def broken():
-    gym.register("Broken-v0", Broken, max_episode_steps=5)
-    yield
-    del gym.registry["Broken-v0"]
-
-
 @KERNELS
 @pytest.mark.parametrize(
     "flags", ["", "--bootstrap-on-truncation --learning-starts 7 --sparsity 0.5"]
@@ -650,9 +634,11 @@ def test_a_run_learns_once_from_every_transition(kernel, flags, run, corridor):
     assert checkpoint["norm"]["statistics"][0]["count"] == 17 + 5  # resets too
 
 
-def test_a_run_that_diverges_stops_and_keeps_its_checkpoint(run, broken):
-    flags = "--env-id Broken-v0 --total-timesteps 17 --threads 1 --width-scale 0.125"
-    flags += " --checkpoint-interval 5"
+@pytest.mark.usefixtures("corridor")
+def test_a_run_that_diverges_stops_and_keeps_its_checkpoint(run):
+    flags = "--env-id Corridor-v0 --total-timesteps 17 --threads 1 --width-scale 0.125"
+    flags += " --checkpoint-interval 5 --learning-starts 7"
+    flags += " --learning-rate 1e30 --actor-kappa 1e-30 --critic-kappa 1e-30"
     (code, _, error), checkpoint, _ = run(f"{flags} --eval-episodes 1")
     assert code == 3 and "not finite at agent_step=" in error
     assert checkpoint["counters"][0] == 5
