@@ -2440,17 +2440,16 @@ class Run:
             fail(f"cannot use {self.folder} ({error.strerror}); choose another --runs-dir")
         metrics = self.folder / "metrics.csv"
         written = metrics.read_bytes() if metrics.exists() else b""
-        finished = b",final/return_mean," in written
+        finished = re.findall(rb"^(\d+),.*,final/return_mean,", written, re.M)  # at which env step
         if not path.exists():
             if args.eval_only:
                 fail(
                     f"nothing to evaluate: no checkpoint in {self.folder}; {describe_nearest(args)}"
                 )
-            reached = int(written.splitlines()[-1].partition(b",")[0]) if finished else 0
-            if finished and reached < args.total_timesteps:
+            if finished and int(finished[-1]) < args.total_timesteps:
                 fail(
-                    f"{self.folder} is finished at env step {reached} and has no checkpoint to go "
-                    "on from; --no-resume runs it again"
+                    f"{self.folder} is finished at env step {int(finished[-1])} and has no "
+                    "checkpoint to go on from; --no-resume runs it again"
                 )
             return {"finished": True} if finished else None
         try:
