@@ -812,9 +812,9 @@ def open_camera_env(args: Args) -> gym.Env:
         fail(f"{named}: {error}{hint}")
     except Exception as error:
         fail(
-            f"{named}: no pictures ({type(error).__name__}: {error}). "
-            f"MUJOCO_GL={os.environ['MUJOCO_GL']} needs a renderer: "
-            "egl (Debian: apt install libegl1 libgl1-mesa-dri) or osmesa (libosmesa6)"
+            f"{named}: no pictures ({type(error).__name__}: {error}). If the renderer is "
+            f"missing (here MUJOCO_GL={os.environ['MUJOCO_GL']}), on Debian: "
+            "apt install libegl1 libgl1-mesa-dri for egl, libosmesa6 for osmesa"
         )
     check_action_space(args, env.action_space)
     if np.shape(frame) != (SIZE, SIZE, 3):

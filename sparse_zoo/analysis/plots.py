@@ -242,6 +242,26 @@ def bootstrap_interval(
     return tuple(result.confidence_interval)
 
 
+def probability_of_improvement(*tasks: np.ndarray, axis: int = -1) -> np.ndarray:
+    """How often one network is better than another, if a seed of each is drawn at random.
+
+    Averaged over tasks; equal values count half (Agarwal et al. 2021, section 4.3).
+
+    tasks: values of the one and of the other on the first task, then on the second, ...;
+    (..., seeds) each
+    """
+    shares = [
+        (np.sign(ours[..., :, None] - theirs[..., None, :]) / 2 + 0.5).mean((-2, -1))
+        for ours, theirs in zip(tasks[::2], tasks[1::2], strict=True)
+    ]
+    return np.mean(shares, axis=0)
+
+
+def mean_of_tasks(*tasks: np.ndarray, axis: int = -1) -> np.ndarray:
+    """Mean over tasks of the means over seeds; `axis` of each task's array runs over seeds."""
+    return np.mean([values.mean(axis) for values in tasks], axis=0)
+
+
 def mean_interval(values: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
     """Bootstrap interval of the mean of values (seeds,)."""
     return bootstrap_interval([values], np.mean, confidence, resamples=10_000)

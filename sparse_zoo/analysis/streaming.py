@@ -7,6 +7,11 @@ episodes that end in a stretch of --bin env steps; a run's final return is the m
 episodes of its last tenth. Runs that are not finished are named and left out. Seeds are averaged;
 bands reach from the lowest to the highest seed. The table gives Student's 95 % interval of the mean
 over seeds, which is wide for few seeds, as it should be.
+
+comparisons.md and .csv compare final returns: each network with the dense one of its width, and
+with itself at the smallest width. Intervals there are 95 % bootstrap intervals, seeds resampled
+within each task. Over all tasks the returns are scores: multiples of the mean return of the dense
+network of the smallest width.
 """
 
 from dataclasses import dataclass
@@ -28,6 +33,11 @@ COLUMNS = [*RUN, "total_timesteps", "env_step", "return", "length"]
 # Flags that may differ between the runs of one figure, beside those that change no result
 FREE = [*KEYS, "eval_interval", "eval_episodes", "final_eval_episodes", "diagnostics_interval"]
 INITS = {"lecun": "-", "sparse_init": "--"}
+ALL = "all tasks"
+COMPARED = [*KEYS, "against", "seeds", "seeds_against", "pairs"]
+COMPARED += ["iqm", "iqm_low", "iqm_high", "iqm_against", "iqm_against_low", "iqm_against_high"]
+COMPARED += ["probability", "probability_low", "probability_high"]
+COMPARED += ["difference", "difference_low", "difference_high"]
 
 
 @dataclass
@@ -109,6 +119,90 @@ def name_network(init: str, sparsity: float) -> str:
     return " + ".join(parts) or "dense"
 
 
+def add_scores(final: pd.DataFrame) -> pd.DataFrame:
+    """Adds `score`: the return as a multiple of the dense network's mean at the smallest width.
+
+    NaN on tasks where there is no such network, or its mean is not above zero.
+    """
+    smallest = select(final, final.width_scale.min(), "lecun", 0)
+    mean = smallest.groupby("env_id")["return"].mean()
+    return final.assign(score=final["return"] / final.env_id.map(mean[mean > 0]))
+
+
+def select(final: pd.DataFrame, width: float, init: str, sparsity: float) -> pd.DataFrame:
+    """The rows of one network, on all tasks."""
+    same = (final.width_scale == width) & (final.init == init) & (final.sparsity == sparsity)
+    return final[same]
+
+
+def compare(final: pd.DataFrame) -> pd.DataFrame:
+    """COMPARED: each network against the dense one of its width, and its own smallest width.
+
+    A row for each task that both have been run on; and one for all tasks, in scores.
+    """
+    final = add_scores(final)
+    smallest = final.width_scale.min()
+    rows = []
+    for (width, init, sparsity), network in final.groupby(KEYS[1:]):
+        others = {}
+        if name_network(init, sparsity) != "dense":
+            others["dense"] = select(final, width, "lecun", 0)
+        if width > smallest:
+            others[f"width scale {smallest:g}"] = select(final, smallest, init, sparsity)
+        for against, other in others.items():
+            tasks = sorted(set(network.env_id) & set(other.env_id))
+            found = {task: compare_pair(network, other, [task], "return") for task in tasks}
+            every = len(tasks) == final.env_id.nunique() > 1
+            if every and network.score.notna().all() and other.score.notna().all():
+                found[ALL] = compare_pair(network, other, tasks, "score")
+            rows += [[task, width, init, sparsity, against, *row] for task, row in found.items()]
+    return pd.DataFrame(rows, columns=COMPARED)
+
+
+def compare_pair(
+    network: pd.DataFrame, other: pd.DataFrame, tasks: list[str], value: str
+) -> list[float]:
+    """What follows `against` in COMPARED: of a column of two networks, on some tasks."""
+    ours = [network[value][network.env_id == task].to_numpy() for task in tasks]
+    theirs = [other[value][other.env_id == task].to_numpy() for task in tasks]
+    both = [values for pair in zip(ours, theirs) for values in pair]
+    pairs = network[network.env_id.isin(tasks)].merge(other, on=["env_id", "seed"])
+    pairs["difference"] = pairs[f"{value}_x"] - pairs[f"{value}_y"]
+    differences = [of_task.to_numpy() for _, of_task in pairs.groupby("env_id").difference]
+    row = [sum(map(len, ours)), sum(map(len, theirs)), len(pairs)]
+    for values, statistic in (
+        (ours, plots.interquartile_mean),
+        (theirs, plots.interquartile_mean),
+        (both, plots.probability_of_improvement),
+        (differences, plots.mean_of_tasks),
+    ):
+        if values:
+            row += [float(statistic(*values)), *plots.bootstrap_interval(values, statistic)]
+        else:  # no seed in common
+            row += [np.nan, np.nan, np.nan]
+    return row
+
+
+def comparisons_table(comparisons: pd.DataFrame) -> str:
+    """The comparisons as a Markdown table."""
+    header = ["task", "width scale", "network", "against", "seeds", "IQM", "IQM of the other"]
+    header += ["probability of improvement", "mean difference of the same seeds"]
+    rows = []
+    for row in comparisons.to_dict("records"):
+        exact = "z.2f" if row["env_id"] == ALL else "z.0f"
+        cells = [row["env_id"], f"{row['width_scale']:g}"]
+        cells += [name_network(row["init"], row["sparsity"]), row["against"]]
+        cells += [f"{row['seeds']} and {row['seeds_against']}"]
+        for name in ("iqm", "iqm_against", "probability", "difference"):
+            form = "z.2f" if name == "probability" else exact
+            ends = [row[name + end] for end in ("", "_low", "_high")]
+            middle, low, high = (format(end, form) for end in ends)
+            interval = "" if np.isnan(ends[1]) else f" [{low}, {high}]"
+            cells.append("" if np.isnan(ends[0]) else middle + interval)
+        rows.append(cells)
+    return plots.markdown_table(header, rows)
+
+
 def draw_curves(ax: Axes, data: pd.DataFrame) -> None:
     """Mean over seeds and a band from lowest to highest, for each network of one task and width."""
     for (init, sparsity), network in data.groupby(["init", "sparsity"]):
@@ -185,11 +279,14 @@ def main(args: Args) -> None:
     for line in name_missing(episodes, final):
         print(line)
     summary = summarise(final)
+    comparisons = compare(final)
     compact = episodes.assign(**{"return": episodes["return"].round(2)}).astype({"length": int})
     drawn = []
     with runs.new_files(args.output) as output:
         compact.to_csv(output / "returns.csv.gz", index=False, compression=runs.GZIP)
         summary.to_csv(output / "final_returns.csv", index=False, float_format="%.5g")
+        comparisons.to_csv(output / "comparisons.csv", index=False, float_format="%.5g")
+        (output / "comparisons.md").write_text(comparisons_table(comparisons))
         for number in args.figures:
             init = "sparse_init" if number == 13 else "lecun"
             table = final if number == 12 else data
@@ -201,7 +298,10 @@ def main(args: Args) -> None:
             plots.save(draw(table), output, f"figure_{number}")
             drawn.append(f"figure_{number}")
     print(summary.to_string(index=False, float_format="{:.4g}".format))
-    print(f"{', '.join([*drawn, 'final_returns.csv'])} and returns.csv.gz are in {args.output}")
+    if len(comparisons):
+        print(comparisons_table(comparisons), end="")
+    written = [*drawn, "final_returns.csv", "comparisons.csv", "comparisons.md"]
+    print(f"{', '.join(written)} and returns.csv.gz are in {args.output}")
     if not drawn:
         fail("no figure was drawn; the lines above say what each lacks")
 

@@ -134,6 +134,7 @@ BAD_FLAGS = {
         (CARTPOLE, f"{CARTPOLE} width"),
         ("--env-id Reacher-v5 --camera 0", "--env-id Reacher-v5 camera 0 has 0 cameras"),
         ("--env-id nope:Nope-v0", "--env-id nope:Nope-v0"),
+        ("--env-id Hopper-v5", "--env-id Hopper-v5 pictures MUJOCO_GL=disabled libegl1"),
         ('--env-id Walker2d-v5 --env-kwargs {"noise":1}', "Walker2d-v5: 'noise' --env-kwargs"),
     ],
 }

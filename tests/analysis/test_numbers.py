@@ -66,6 +66,85 @@ def test_the_x_axis_is_the_sparsity_of_the_metrics_own_network(tmp_path):
     assert lines == ["critic sparsity 0.7", "actor sparsity 0.2", "actor sparsity 0.2"]
 
 
+def test_probability_of_improvement_counts_pairs():
+    # 3 beats 1 and 2; 2 beats 1 and ties with 2: 3.5 of 4. The second task: 1 of 2
+    tasks = [np.array(values) for values in ([3.0, 2.0], [1.0, 2.0], [5.0], [4.0, 6.0])]
+    assert plots.probability_of_improvement(*tasks[:2]) == 0.875
+    assert plots.probability_of_improvement(*tasks) == pytest.approx((0.875 + 0.5) / 2)
+    # With a first axis of resamples, as the bootstrap has it
+    stacked = [np.stack([values, values[::-1]]) for values in tasks]
+    assert plots.probability_of_improvement(*stacked).tolist() == [0.6875, 0.6875]
+    assert plots.mean_of_tasks(*tasks) == pytest.approx((2.5 + 1.5 + 5 + 5) / 4)
+
+
+def make_final(task: str, width: float, sparsity: float, returns: dict) -> pd.DataFrame:
+    """Final returns of one network, by seed."""
+    rows = {"seed": list(returns), "return": list(returns.values())}
+    names = {"env_id": task, "width_scale": width, "init": "lecun", "sparsity": sparsity}
+    return pd.DataFrame(rows).assign(**names)
+
+
+def test_networks_are_compared_with_dense_ones_of_their_width_and_with_narrower_ones():
+    networks = [
+        make_final("Ant-v4", 1.0, 0.0, {1: 100.0, 2: 300.0, 3: 200.0}),
+        make_final("Ant-v4", 4.0, 0.0, {1: 10.0, 2: 20.0, 3: 250.0}),
+        make_final("Ant-v4", 4.0, 0.9, {2: 220.0, 3: 240.0, 4: 500.0}),
+        make_final("Walker2d-v4", 1.0, 0.0, {1: 10.0, 2: 30.0}),
+        make_final("Walker2d-v4", 4.0, 0.0, {1: 40.0}),
+        make_final("Walker2d-v4", 4.0, 0.9, {1: 60.0, 2: 80.0}),
+    ]
+    found = streaming.compare(pd.concat(networks))
+    names = zip(found.env_id, found.width_scale, found.sparsity, found.against)
+    assert list(names) == [
+        ("Ant-v4", 4, 0, "width scale 1"),
+        ("Walker2d-v4", 4, 0, "width scale 1"),
+        ("all tasks", 4, 0, "width scale 1"),
+        ("Ant-v4", 4, 0.9, "dense"),
+        ("Walker2d-v4", 4, 0.9, "dense"),
+        ("all tasks", 4, 0.9, "dense"),
+    ]
+    ant, walker, both = found[found.against == "dense"].to_dict("records")
+    assert (ant["seeds"], ant["seeds_against"], ant["pairs"]) == (3, 3, 2)
+    assert ant["iqm"] == pytest.approx(960 / 3) and ant["iqm_against"] == pytest.approx(280 / 3)
+    # All pairs are better but two: 220 and 240 against 250
+    assert ant["probability"] == pytest.approx(7 / 9)
+    # Seeds 2 and 3: 220 - 20 and 240 - 250
+    assert [ant[name] for name in ("difference", "difference_low", "difference_high")] == [
+        pytest.approx(95),
+        -10,
+        200,
+    ]
+    assert (
+        walker["pairs"] == 1 and walker["difference"] == 20 and np.isnan(walker["difference_low"])
+    )
+    # Scores: divided by the dense means at width 1, 200 and 20
+    assert both["difference"] == pytest.approx((95 / 200 + 20 / 20) / 2)
+    assert both["probability"] == pytest.approx((7 / 9 + 1) / 2)
+    scores = [1.1, 1.2, 2.5, 3.0, 4.0]  # the middle three of five
+    assert both["iqm"] == pytest.approx(sum(scores[1:4]) / 3)
+    table = streaming.comparisons_table(found)
+    assert "| Ant-v4      | 4           | sparsity 0.9 | dense         | 3 and 3 | 320 [" in table
+
+
+def test_comparisons_without_what_they_need():
+    ant = make_final("Ant-v4", 1.0, 0.0, {1: 1.0})
+    assert streaming.compare(ant).empty
+    # No seed in common; a dense mean below zero, so no scores
+    networks = [
+        ant,
+        make_final("Ant-v4", 1.0, 0.9, {2: 3.0}),
+        make_final("Walker2d-v4", 1.0, 0.0, {1: -1.0}),
+        make_final("Walker2d-v4", 1.0, 0.9, {1: 2.0}),
+    ]
+    found = streaming.compare(pd.concat(networks))
+    assert found.env_id.tolist() == ["Ant-v4", "Walker2d-v4"]
+    assert found.pairs.tolist() == [0, 1]
+    assert np.isnan(found.difference[0]) and found.difference[1] == 3
+    row = streaming.comparisons_table(found).splitlines()[2]
+    cells = [cell.strip() for cell in row.split("|")]
+    assert cells[5:10] == ["1 and 1", "3", "1", "1.00", ""]
+
+
 @pytest.mark.parametrize("name,std", [("sac", 1.0), ("ddpg", 0.3)])
 def test_the_noise_of_gradient_interference_is_that_of_training(name, std, monkeypatch, tmp_path):
     module = MODULES[name]

@@ -63,6 +63,9 @@ def test_figures_and_numbers(tmp_path, main, out):
     table = pd.read_csv(out / "final_returns.csv").set_index(["width_scale", "init", "sparsity"])
     assert table.loc[(0.25, "lecun", 0.84), ["mean", "seeds"]].tolist() == [16, 2]
     assert table.loc[(1.0, "sparse_init", 0.0), "mean"] == 7
+    (comparison,) = pd.read_csv(out / "comparisons.csv").to_dict("records")
+    assert comparison["init"] == "sparse_init" and comparison["difference"] == 2
+    assert (out / "comparisons.md").read_text() in text
 
     succeed(main())
     assert len(list(out.glob("*.png"))) == len(list(out.glob("*.svg"))) == 3
