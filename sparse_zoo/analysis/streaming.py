@@ -8,10 +8,10 @@ episodes of its last tenth. Runs that are not finished are named and left out. S
 bands reach from the lowest to the highest seed. The table gives Student's 95 % interval of the mean
 over seeds, which is wide for few seeds, as it should be.
 
-comparisons.md and .csv compare final returns: each network with the dense one of its width, and
-with itself at the smallest width. Intervals there are 95 % bootstrap intervals, seeds resampled
-within each task. Over all tasks the returns are scores: multiples of the mean return of the dense
-network of the smallest width.
+comparisons.md and .csv compare each network with the dense one of its width, and with itself at the
+smallest width: by final returns, and by the means of whole curves, which tell how fast it learned.
+Intervals there are 95 % bootstrap intervals, seeds resampled within each task. Over all tasks the
+returns are scores: multiples of the mean return of the dense network of the smallest width.
 """
 
 from dataclasses import dataclass
@@ -34,6 +34,7 @@ COLUMNS = [*RUN, "total_timesteps", "env_step", "return", "length"]
 FREE = [*KEYS, "eval_interval", "eval_episodes", "final_eval_episodes", "diagnostics_interval"]
 INITS = {"lecun": "-", "sparse_init": "--"}
 ALL = "all tasks"
+LAST, WHOLE = "last tenth", "all of training"
 COMPARED = [*KEYS, "against", "seeds", "seeds_against", "pairs"]
 COMPARED += ["iqm", "iqm_low", "iqm_high", "iqm_against", "iqm_against_low", "iqm_against_high"]
 COMPARED += ["probability", "probability_low", "probability_high"]
@@ -88,6 +89,11 @@ def final_returns(episodes: pd.DataFrame) -> pd.DataFrame:
     """Mean return over the episodes of the last tenth of each run, one row per KEYS and seed."""
     last = episodes[episodes.env_step > 0.9 * episodes.total_timesteps]
     return last.groupby(RUN)["return"].mean().reset_index()
+
+
+def mean_returns(bins: pd.DataFrame) -> pd.DataFrame:
+    """Mean over the points of each run's curve, one row per KEYS and seed."""
+    return bins.groupby(RUN)["return"].mean().reset_index()
 
 
 def name_missing(episodes: pd.DataFrame, final: pd.DataFrame) -> list[str]:
@@ -185,12 +191,13 @@ def compare_pair(
 
 def comparisons_table(comparisons: pd.DataFrame) -> str:
     """The comparisons as a Markdown table."""
-    header = ["task", "width scale", "network", "against", "seeds", "IQM", "IQM of the other"]
+    header = ["returns of", "task", "width scale", "network", "against"]
+    header += ["seeds", "IQM", "IQM of the other"]
     header += ["probability of improvement", "mean difference of the same seeds"]
     rows = []
     for row in comparisons.to_dict("records"):
         exact = "z.2f" if row["env_id"] == ALL else "z.0f"
-        cells = [row["env_id"], f"{row['width_scale']:g}"]
+        cells = [row["returns_of"], row["env_id"], f"{row['width_scale']:g}"]
         cells += [name_network(row["init"], row["sparsity"]), row["against"]]
         cells += [f"{row['seeds']} and {row['seeds_against']}"]
         for name in ("iqm", "iqm_against", "probability", "difference"):
@@ -279,7 +286,9 @@ def main(args: Args) -> None:
     for line in name_missing(episodes, final):
         print(line)
     summary = summarise(final)
-    comparisons = compare(final)
+    tables = {LAST: final, WHOLE: mean_returns(data)}
+    compared = [compare(table).assign(returns_of=name) for name, table in tables.items()]
+    comparisons = pd.concat(compared)
     compact = episodes.assign(**{"return": episodes["return"].round(2)}).astype({"length": int})
     drawn = []
     with runs.new_files(args.output) as output:

@@ -122,8 +122,11 @@ def test_networks_are_compared_with_dense_ones_of_their_width_and_with_narrower_
     assert both["probability"] == pytest.approx((7 / 9 + 1) / 2)
     scores = [1.1, 1.2, 2.5, 3.0, 4.0]  # the middle three of five
     assert both["iqm"] == pytest.approx(sum(scores[1:4]) / 3)
-    table = streaming.comparisons_table(found)
-    assert "| Ant-v4      | 4           | sparsity 0.9 | dense         | 3 and 3 | 320 [" in table
+    table = streaming.comparisons_table(found.assign(returns_of="last tenth"))
+    assert (
+        "| last tenth | Ant-v4      | 4           | sparsity 0.9 | dense         | 3 and 3 | 320 ["
+        in table
+    )
 
 
 def test_comparisons_without_what_they_need():
@@ -140,9 +143,9 @@ def test_comparisons_without_what_they_need():
     assert found.env_id.tolist() == ["Ant-v4", "Walker2d-v4"]
     assert found.pairs.tolist() == [0, 1]
     assert np.isnan(found.difference[0]) and found.difference[1] == 3
-    row = streaming.comparisons_table(found).splitlines()[2]
+    row = streaming.comparisons_table(found.assign(returns_of="last tenth")).splitlines()[2]
     cells = [cell.strip() for cell in row.split("|")]
-    assert cells[5:10] == ["1 and 1", "3", "1", "1.00", ""]
+    assert cells[6:11] == ["1 and 1", "3", "1", "1.00", ""]
 
 
 @pytest.mark.parametrize("name,std", [("sac", 1.0), ("ddpg", 0.3)])

@@ -63,8 +63,15 @@ def test_figures_and_numbers(tmp_path, main, out):
     table = pd.read_csv(out / "final_returns.csv").set_index(["width_scale", "init", "sparsity"])
     assert table.loc[(0.25, "lecun", 0.84), ["mean", "seeds"]].tolist() == [16, 2]
     assert table.loc[(1.0, "sparse_init", 0.0), "mean"] == 7
-    (comparison,) = pd.read_csv(out / "comparisons.csv").to_dict("records")
-    assert comparison["init"] == "sparse_init" and comparison["difference"] == 2
+    last, whole = pd.read_csv(out / "comparisons.csv").to_dict("records")
+    assert (last["returns_of"], last["init"], last["difference"]) == (
+        "last tenth",
+        "sparse_init",
+        2,
+    )
+    # The means of the two points of a curve: 1 and 7 against 1 and 5. Seed 3 has one point, 1
+    assert (whole["returns_of"], whole["difference"]) == ("all of training", 1)
+    assert (whole["iqm"], whole["seeds_against"]) == (4, 3)
     assert (out / "comparisons.md").read_text() in text
 
     succeed(main())
