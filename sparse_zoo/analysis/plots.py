@@ -164,6 +164,15 @@ def move_apart(sizes: pd.Series, step: float = 1.08) -> list[float]:
     return places
 
 
+def label_apart(ax: Axes, sizes: pd.Series, places: list[float], name: str) -> None:
+    """A logarithmic x axis for move_apart: a tick where the first of equal sizes stayed."""
+    label_weights(ax, f"{name} (equal ones side by side)")
+    stayed = sorted({size for size, place in zip(sizes, places) if size == place})
+    name_number = EngFormatter(sep="")
+    ax.set_xticks(stayed, [name_number(float(f"{size:.3g}")) for size in stayed])
+    ax.minorticks_off()
+
+
 def draw_band(ax: Axes, x, middle, low, high, **line) -> None:
     """A curve and the band about it."""
     ax.plot(x, middle, **line)

@@ -318,6 +318,21 @@ def draw_families(ax: Axes, x: str, points: pd.DataFrame, statistic: str) -> Non
     plots.draw_points(ax, dense[x], dense, plots.DENSE, ls="--")
 
 
+def write_above(ax: Axes, x: str, points: pd.DataFrame, text: str, statistic: str) -> None:
+    """A few letters above each point: `text`, formatted with the point's row."""
+    for row in with_bars(points, statistic).itertuples():
+        ax.annotate(
+            text.format(row),
+            (getattr(row, x), row.high if np.isfinite(row.high) else row.middle),
+            xytext=(0, 4),
+            textcoords="offset points",
+            fontsize=7,
+            color=plots.sparsity_colour(row.sparsity),
+            ha="center",
+        )
+    ax.margins(0.1, 0.15)
+
+
 def make_handles(published: bool) -> list[Line2D]:
     """The legend of draw_families."""
     sparse = {"color": plots.NEUTRAL, "marker": "*", "ms": 9, "mfc": plots.sparsity_colour(0.75)}
@@ -396,8 +411,9 @@ def draw_active(points: pd.DataFrame, statistic: str) -> Figure:
         own = own.assign(apart=plots.move_apart(own.active))
         for ax, x in zip(row, ("apart", "weights")):
             draw_families(ax, x, own, statistic)
+            write_above(ax, x, own, "width {0.width_scale:g}", statistic)
             ax.set_title(f"{plots.task_name(env_id)}, {algorithm}")
-        plots.label_weights(row[0], "active weights (equal ones moved apart)")
+        plots.label_apart(row[0], own.active, own.apart, "active weights")
         plots.label_weights(row[1], ALL_WEIGHTS)
         row[0].set_ylabel(measure)
     return finish(figure, make_handles(False), points, name_statistic(statistic, points))
@@ -410,19 +426,8 @@ def draw_scaling(ax: Axes, points: pd.DataFrame, axis: str, statistic: str) -> N
         ax.text(0.5, 0.5, "no finished runs of several depths", ha="center", transform=ax.transAxes)
         return
     draw_families(ax, axis, line, statistic)
-    for row in with_bars(line[line.sparsity > 0], statistic).itertuples():
-        top = row.high if np.isfinite(row.high) else row.middle
-        ax.annotate(
-            f"S={row.sparsity:.2g}",
-            (getattr(row, axis), top),
-            xytext=(0, 4),
-            textcoords="offset points",
-            fontsize=7,
-            color=plots.sparsity_colour(row.sparsity),
-            ha="center",
-        )
+    write_above(ax, axis, line[line.sparsity > 0], "S={0.sparsity:.2g}", statistic)
     plots.mark_values(ax, sorted(line[axis].unique()))
-    ax.margins(y=0.15)
 
 
 def draw_aggregate(points: pd.DataFrame, statistic: str) -> Figure:

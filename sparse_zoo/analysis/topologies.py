@@ -157,7 +157,7 @@ def draw_lines(ax: Axes, summary: pd.DataFrame, column: str) -> None:
             points = line.assign(middle=line[column], low=line[column], high=line[column])
         if len(line):
             plots.draw_points(ax, line.place, points, colour)
-    plots.label_weights(ax, "active weights (equal ones moved apart)")
+    plots.label_apart(ax, summary.active_weights, summary.place, "active weights")
 
 
 def draw(summary: pd.DataFrame) -> Figure:

@@ -208,6 +208,14 @@ def test_equal_sizes_are_moved_apart():
     assert plots.move_apart(sizes, 2) == [100, 1000, 210, 392]
 
 
+def test_only_sizes_that_stayed_have_a_tick():
+    sizes = pd.Series([276_845.0, 27_533.0, 273_588.0])
+    ax = Figure().subplots()
+    plots.label_apart(ax, sizes, plots.move_apart(sizes), "weights")
+    assert ax.get_xticks().tolist() == [27_533, 276_845]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["27.5k", "277k"]
+
+
 @pytest.mark.parametrize("figure", ["aggregate", "depth"])
 def test_widths_alone_are_no_line_of_depths(tmp_path, figure, draw):
     for width in (0.5, 1, 2):
