@@ -25,6 +25,7 @@ import plots
 from runs import fail
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from scipy import stats
 
 KEYS = ["env_id", "width_scale", "init", "sparsity"]
@@ -210,25 +211,19 @@ def comparisons_table(comparisons: pd.DataFrame) -> str:
     return plots.markdown_table(header, rows)
 
 
+def line_style(init: str, sparsity: float) -> dict:
+    return {"color": plots.sparsity_colour(sparsity), "ls": INITS.get(init, ":"), "lw": 1.3}
+
+
 def draw_curves(ax: Axes, data: pd.DataFrame) -> None:
     """Mean over seeds and a band from lowest to highest, for each network of one task and width."""
     for (init, sparsity), network in data.groupby(["init", "sparsity"]):
         curves = network.pivot(index="env_step", columns="seed", values="return")
-        count = plots.count_seeds(curves.shape[1])
-        plots.draw_range(
-            ax,
-            curves,
-            color=plots.sparsity_colour(sparsity),
-            ls=INITS.get(init, ":"),
-            lw=1.3,
-            label=f"{name_network(init, sparsity)} ({count})",
-        )
+        plots.draw_range(ax, curves, **line_style(init, sparsity))
     ax.set_ylabel("training return")
     plots.label_env_steps(ax)
     if data.empty:
         ax.text(0.5, 0.5, "no finished run", ha="center", transform=ax.transAxes)
-    else:
-        ax.legend(fontsize=7, title="mean, lowest to highest", title_fontsize=7)
 
 
 def draw_panels(data: pd.DataFrame) -> Figure:
@@ -242,6 +237,12 @@ def draw_panels(data: pd.DataFrame) -> Figure:
         ax.set_title(f"{task}, {round(128 * width)} hidden units", fontsize=9)
         if rows > 1:
             ax.sharey(axes[tasks.index(task), 0])
+    handles = [
+        Line2D([], [], **line_style(*network), label=name_network(*network))
+        for network in data.groupby(["init", "sparsity"]).groups
+    ]
+    seeds = data.groupby(KEYS).seed.nunique()
+    plots.add_legend(figure, handles, f"mean, lowest to highest; {plots.count_seeds(*seeds)}")
     return figure
 
 
