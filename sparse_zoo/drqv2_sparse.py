@@ -2284,6 +2284,8 @@ class Run:
 
 def in_short(error: Exception) -> str:
     """Type and message of an error, on one line of readable length."""
+    if isinstance(error, KeyError):
+        return f"it has no {error}"
     return f"{type(error).__name__}: {textwrap.shorten(str(error), 200)}"
 
 

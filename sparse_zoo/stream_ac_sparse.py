@@ -2006,6 +2006,8 @@ class Run:
 
 def in_short(error: Exception) -> str:
     """Type and message of an error, on one line of readable length."""
+    if isinstance(error, KeyError):
+        return f"it has no {error}"
     return f"{type(error).__name__}: {textwrap.shorten(str(error), 200)}"
 
 

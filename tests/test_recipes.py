@@ -239,6 +239,10 @@ def test_a_run_of_another_agent(trained, main, tmp_path):
     flags = [*CARTPOLE.split(), "--init-from", trained, "--total-timesteps", "200"]
     check_error(main(ddpg_file, *flags), "--init-from", *other)
     assert list((tmp_path / "runs").iterdir()) == []
+    # Every flag of a static agent is one of the dynamic agent
+    ended = main(AGENTS / "sac_simba_dynamic.py", *flags, "--init-from", trained)
+    check_error(ended, "--init-from", "it has no 'topology'")
+    assert list((tmp_path / "runs").iterdir()) == []
     # DER, as DrQ-v2, makes the replay's file before it reads the checkpoint
     flags = "--env-id ALE/Pong-v5 --width-scale 0.125 --threads 1 --total-timesteps 2000"
     ended = main(AGENTS / "der_impala_sparse.py", *flags.split(), "--init-from", trained)
