@@ -288,13 +288,14 @@ plot() { # plot TARGET: from its finished runs; the others are named
 
 # === RUNNERS: commands on standard input ===
 run_local() { # keeps $jobs runs going until all are done; a signal ends them, and the same command goes on
-  local group
-  export logs=$runs/logs failures=$runs/logs/failures.$$
-  { mkdir -p "$logs" && : >"$failures"; } 2>/dev/null || fail "cannot write to $logs; make room, or set RUNS"
-  export -f run_one
+  local all command group log
+  all=$(cat)
+  export logs=$runs/logs
+  { mkdir -p "$logs" && [[ -w $logs ]]; } 2>/dev/null || fail "cannot write to $logs; make room, or set RUNS"
+  export -f run_one log_of
   set -m # the runs get a process group of their own, so that a signal can be sent to all of them
   # shellcheck disable=SC2016
-  tr '\n' '\0' | xargs -0 -n 1 -P "$jobs" bash -c 'run_one "$1" 2>/dev/null' _ &
+  printf '%s\n' "$all" | tr '\n' '\0' | xargs -0 -n 1 -P "$jobs" bash -c 'run_one "$1" 2>/dev/null' _ &
   group=$(jobs -p %%)
   disown
   set +m # but what follows does not: Ctrl-C has to reach this shell
@@ -302,17 +303,25 @@ run_local() { # keeps $jobs runs going until all are done; a signal ends them, a
   while kill -0 -- "-$group" 2>/dev/null; do sleep 0.2; done
   trap "$on_signal" INT TERM HUP
   [[ -z ${interrupted:-} ]] || fail "interrupted; the same command goes on from the last checkpoints" 1
-  if [[ ! -s $failures ]]; then rm "$failures" && return; fi
-  { echo "these runs failed, their logs say why:" && cat "$failures" && rm "$failures"; } >&2
+  # A full disk or a killed process can lose the exit codes, so the folders of the runs say what is finished
+  all=$(printf '%s\n' "$all" | analysis plan unfinished 2>/dev/null) || return
+  [[ -n $all ]] || return 0
+  echo "these runs are not finished, their logs say why:" >&2
+  while read -r command; do
+    log=$(log_of "$command")
+    [[ -s $log ]] || log="not started"
+    echo "$log: $command" >&2
+  done <<<"$all"
   return 1
 }
+log_of() { printf %s "$logs/$(cksum <<<"$1" | cut -d ' ' -f 1).log"; } # log_of COMMAND
 run_one() { # run_one COMMAND
   local code=0 log
-  log=$logs/$(cksum <<<"$1" | cut -d ' ' -f 1).log
+  log=$(log_of "$1")
   trap 'exit 255' TERM # upon which xargs starts no more
   echo "$ $1" >>"$log"
   eval "$1" >>"$log" 2>&1 </dev/null || code=$?
-  if ((code)); then echo "$log (exit code $code): $1" | tee -a "$failures"; else echo "finished: ${1#*sparse_zoo/}"; fi
+  if ((code)); then echo "failed with exit code $code, see $log: $1"; else echo "finished: ${1#*sparse_zoo/}"; fi
 }
 run_slurm() { # one array job; Slurm restarts preempted tasks, which resume; sbatch reads SBATCH_PARTITION and so on
   local folder job size max=${MAX_ARRAY:-1000} # Slurm's default limit; beyond it, tasks take several runs each

@@ -331,11 +331,26 @@ def test_python_without_the_packages():
 def test_failed_runs_are_named_with_their_logs(tmp_path):
     where = {"RUNS": str(tmp_path / "runs"), "RESULTS": str(tmp_path / "results")}
     flags = ("--scale", "smoke", "--jobs", "2")
-    code, _, err = benchmark("fig9", *flags, FLAGS="--env-id nowhere-v0", **where)
-    assert code == 1 and "these runs failed" in err and "nothing to draw" in err
-    logs = set(re.findall(r"(\S+\.log) \(exit code 2\)", err))
-    assert len(logs) == 2
+    code, out, err = benchmark("fig9", *flags, FLAGS="--env-id nowhere-v0", **where)
+    assert code == 1 and "these runs are not finished" in err and "nothing to draw" in err
+    logs = set(re.findall(r"^(\S+\.log): ", err, flags=re.M))
+    assert logs == set(re.findall(r"exit code 2, see (\S+\.log): ", out)) and len(logs) == 2
     assert all("nowhere" in Path(log).read_text() for log in logs)
+
+
+def test_runs_whose_process_was_killed_are_named(tmp_path):
+    """A SIGKILL (as for want of memory) of what starts a run: xargs starts no more of them."""
+    (tmp_path / "python").write_text(f"""#!/bin/sh
+case $1 in sparse_zoo/analysis/* | -c) exec {sys.executable} "$@" ;; esac
+kill -9 $PPID
+""")
+    (tmp_path / "python").chmod(0o755)
+    where = {"RUNS": str(tmp_path / "runs"), "RESULTS": str(tmp_path / "results")}
+    where |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": "python"}
+    code, _, err = benchmark("fig13", "--scale", "smoke", "--jobs", "1", **where)
+    assert code == 1 and "these runs are not finished" in err, err
+    assert len(re.findall(r"^\S+\.log: ", err, flags=re.M)) == 1
+    assert len(re.findall("^not started: ", err, flags=re.M)) == 2
 
 
 def test_help_says_what_scales_and_runners_mean():
