@@ -633,7 +633,8 @@ def train(args: Args) -> None:
 
         # Act: at random at first, then by the policy
         if run.agent_step < args.learning_starts:
-            action = np.random.uniform(env.action_space.low, env.action_space.high)
+            part = np.random.random(action_dim)  # of the way from low to high
+            action = (1 - part) * env.action_space.low + part * env.action_space.high
         else:
             action, output = act(agent, state, np.random.standard_normal(action_dim))
             check_numbers(run.agent_step, output.sum())
@@ -982,10 +983,12 @@ class Gate(gym.Wrapper):
                     f"an observation of shape {part.shape} and type {part.dtype}, "
                     f"declared is shape {shape}"
                 )
-            # A byte of 0 is a value that is not finite: four times as fast as .all()
-            if part.dtype.kind == "f" and 0 in (np.abs(part) <= self.LARGEST).tobytes():
-                self.refuse("an observation that is not finite as float32", exit_code=3)
             dtype = self.declared[name].dtype
+            largest = 65504.0 if dtype == np.float16 else self.LARGEST
+            # A byte of 0 is a value that is not finite: four times as fast as .all()
+            if part.dtype.kind == "f" and 0 in (np.abs(part) <= largest).tobytes():
+                held_as = "float16" if dtype == np.float16 else "float32"
+                self.refuse(f"an observation that is not finite as {held_as}", exit_code=3)
             if part.dtype != dtype and dtype.kind in "iu":
                 with np.errstate(invalid="ignore"):
                     changed = part.astype(dtype) != part
@@ -1041,20 +1044,25 @@ def open_env(args, render_mode: str | None = None) -> gym.Env:
         fail(f"--capture-video: --env-id {args.env_id} renders no picture (height, width, 3)")
     check_action_space(args, env.action_space)
     space = env.observation_space
-    for part in space.values() if isinstance(space, gym.spaces.Dict) else [space]:
+    parts = space.values() if isinstance(space, gym.spaces.Dict) else [space]
+    for part in parts:
         if not isinstance(part, gym.spaces.Box):
             fail(
                 f"--env-id {args.env_id} has observations {part}; "
                 "this agent needs Box or a Dict of Box"
             )
-    return gym.wrappers.FlattenObservation(Gate(env, args))
+    if not sum(math.prod(part.shape) for part in parts):
+        fail(f"--env-id {args.env_id} has observations {space}, of no numbers at all")
+    longest = max(Gate.LONGEST, env.spec.max_episode_steps or 0)
+    return gym.wrappers.FlattenObservation(Gate(env, args, longest=longest))
 
 
 def episode_limit(env: gym.Env) -> float:
     """Env steps until an episode is cut off; infinity where there is no limit."""
-    if env.spec.max_episode_steps:
-        return env.spec.max_episode_steps
-    return 1000 if env.spec.id.startswith("dm_control/") else math.inf
+    limit = env.spec.max_episode_steps or math.inf
+    # These end by themselves, which Gymnasium does not know
+    ends_itself = env.spec.id.startswith("dm_control/") and "/lqr-" not in env.spec.id
+    return min(limit, 1000) if ends_itself else limit
 
 
 # === END ENVIRONMENT ===
@@ -1065,10 +1073,11 @@ def check_action_space(args, space: gym.Space) -> None:
     """Ends the program unless actions are a bounded vector of real numbers."""
     vector = isinstance(space, gym.spaces.Box) and len(space.shape) == 1 and space.is_bounded()
     real = vector and np.issubdtype(space.dtype, np.floating)
-    if not real or (space.low >= space.high).any():
+    if not real or not space.shape[0] or (space.low >= space.high).any():
         fail(
             f"--env-id {args.env_id} has actions {space}; "
-            "this agent needs a bounded Box of one dimension, of real numbers, each low below high"
+            "this agent needs a bounded Box of one dimension, of real numbers (at least one), "
+            "each low below high"
         )
 
 
@@ -1541,10 +1550,18 @@ def describe_flags(flags: type) -> str:
 
 
 def check_flags(args) -> None:
-    """Ends the program if a flag breaks the rule that stands beside it in Args."""
+    """Ends the program if a flag is not of its type, or breaks the rule beside it in Args."""
+    types = flag_types(args)
     for name, hint in get_type_hints(type(args), include_extras=True).items():
         value = getattr(args, name)
         flag = f"--{name.replace('_', '-')}"
+        classes = [kind for kind in types[name] if isinstance(kind, type)]
+        classes += [int] if float in classes else []  # 1 for 1.0
+        if value not in types[name] and not isinstance(value, tuple(classes)):
+            allowed = " or ".join(str(getattr(kind, "__name__", kind)) for kind in types[name])
+            fail(f"{flag} {value!r} is not allowed: it must be {allowed}")
+        if type(value) is int and value > 10**12:
+            fail(f"{flag} {value} is not allowed: {name} <= 10**12")
         if isinstance(value, str) and not (value and value.isprintable()):
             fail(f"{flag} {value!r} is not allowed: it must be text that can be printed")
         for rule in getattr(hint, "__metadata__", ()):
@@ -1553,6 +1570,11 @@ def check_flags(args) -> None:
                 fail(f"{flag} {value} is not allowed: {needed}")
     if "/" in args.exp_name:
         fail(f"--exp-name {args.exp_name}: is part of a folder's name and cannot contain /")
+
+
+def flag_types(args) -> dict[str, tuple]:
+    """The types that each flag can have, or its values if it takes one of some words."""
+    return {name: get_args(hint) or (hint,) for name, hint in get_type_hints(type(args)).items()}
 
 
 def interrupt(*_) -> NoReturn:
@@ -1607,7 +1629,12 @@ def run_folder(args) -> Path:
 def result_flags(args) -> dict:
     """The flags that tell runs apart."""
     others = EXECUTION_FLAGS | ({"total_timesteps"} if LONGER_GOES_ON else set())
-    return {name: value for name, value in asdict(args).items() if name not in others}
+    types = flag_types(args)
+    return {
+        name: float(value) if type(value) is int and float in types[name] else value
+        for name, value in asdict(args).items()
+        if name not in others
+    }
 
 
 def take_flags(args) -> None:
@@ -1885,15 +1912,8 @@ class Run:
             if learned:
                 reason += "; environment, sizes, sparsity and masks must be those of that run"
         if reason:
-            self.leave_no_folder()
+            leave_no_folder(self.folder)
             fail(f"--init-from {self.args.init_from}: {reason}")
-
-    def leave_no_folder(self) -> None:
-        """Removes the folder of a run that cannot begin, unless it has begun before."""
-        for name in (".lock", ".owner", "replay.u8"):
-            (self.folder / name).unlink(missing_ok=True)
-        if not any(self.folder.iterdir()):
-            self.folder.rmdir()
 
     def begin(self, layers: dict[str, list[dict]]) -> None:
         """Prints the layer tables, writes args.json, and opens metrics.csv and the progress bar."""
@@ -2085,6 +2105,14 @@ def restore_generators(generators: dict) -> None:
     random.setstate(generators["python"])
     np.random.set_state(tuple(generators["numpy"]))
     torch.set_rng_state(generators["torch"])
+
+
+def leave_no_folder(folder: Path) -> None:
+    """Removes the folder of a run that cannot begin, unless it has begun before."""
+    for name in (".lock", ".owner", "replay.u8"):
+        (folder / name).unlink(missing_ok=True)
+    if not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def print_layer_table(network: str, rows: list[dict]) -> None:

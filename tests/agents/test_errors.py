@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import get_args, get_type_hints
 
 import pytest
+import sac_simba_sparse as sac
 import torch
 from conftest import (
     AGENTS,
@@ -52,7 +53,8 @@ def main(main):
         ("sac_simba", "initial_temperature", 0.0, "0 < initial_temperature < inf"),
         ("sac_simba", "gamma", 2.0, "0 <= gamma <= 1"),
         ("ddpg_simba", "critic_sparsity", 1.0, "0 <= critic_sparsity < 1"),
-        ("ddpg_simba", "updates_per_step", 0, "updates_per_step >= 1"),
+        ("sac_simba", "buffer_size", 10**13, "buffer_size <= 10**12"),
+        ("ddpg_simba", "updates_per_step", 0, "1 <= updates_per_step <= 10**6"),
         ("stream_ac", "trace_lambda", 2.0, "0 <= trace_lambda <= 1"),
         ("stream_ac", "actor_kappa", 0.0, "0 < actor_kappa < inf"),
         ("der_impala", "width_scale", 0.01, "1/16 <= width_scale <= 1000"),
@@ -70,6 +72,26 @@ def test_a_rule_is_said_with_the_flag(agent, flag, value, rule, capsys):
         module.check_flags(module.Args(**{flag: value}))
     name = flag.replace("_", "-")
     assert capsys.readouterr().err == f"error: --{name} {value} is not allowed: {rule}\n"
+
+
+@pytest.mark.parametrize(
+    "flag,value,allowed",
+    [
+        ("width_scale", None, "float"),
+        ("width_scale", "big", "float"),
+        ("gamma", [0.9], "float or NoneType"),
+        ("seed", 1.0, "int"),
+        ("resume", 2, "bool"),
+        ("env_id", 3, "str"),
+        ("sparsity_distribution", "even", "erdos_renyi or uniform"),
+    ],
+)
+def test_a_value_of_another_type(flag, value, allowed, capsys):
+    """As from Python, or from an args.json that was edited."""
+    with pytest.raises(SystemExit, match="2"):
+        sac.check_flags(sac.Args(**{flag: value}))
+    line = f"--{flag.replace('_', '-')} {value!r} is not allowed: it must be {allowed}\n"
+    assert capsys.readouterr().err == f"error: {line}"
 
 
 @pytest.mark.parametrize("agent", sorted(AGENTS.glob("*.py")), ids=lambda path: path.stem)

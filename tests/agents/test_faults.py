@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+import der_impala_sparse as der
+import gymnasium as gym
 import imageio
 import numpy as np
 import pytest
@@ -85,6 +87,37 @@ class Bytes(Weird):
         return self.np_random.integers(0, 256, 3) + 0.5 * (self.steps == 30)
 
 
+class NoActions(Weird):
+    action_space = gym.spaces.Box(-1, 1, (0,), np.float64)
+
+
+class NoObservations(Weird):
+    observation_space = gym.spaces.Box(-1, 1, (0,), np.float64)
+
+
+class NoParts(Weird):
+    observation_space = gym.spaces.Dict({})
+
+
+class Half(Weird):
+    """Of float16, which holds less than the float32 of its observations."""
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (3,), np.float16)
+
+    def observe(self):
+        return np.float32(self.np_random.normal(size=3) + 1e5 * (self.steps == 30))
+
+
+class Wide(Weird):
+    """The range of actions is beyond the largest number."""
+
+    action_space = gym.spaces.Box(-1.7e308, 1.7e308, (2,), np.float64)
+
+    def step(self, action):
+        assert self.action_space.contains(action), action
+        return super().step(action / 1e308)
+
+
 class SameInfo(Weird):
     info = {"episode": "mine"}
 
@@ -108,8 +141,9 @@ class Drawn(Weird):
         return None if self.fault == "no picture" else np.zeros((9, 9, 3), np.uint8)
 
 
-for kind in (Weird, Integers, Locked, Bytes, SameInfo, Drawn):
-    gym.register(f"{kind.__name__}-v0", entry_point=kind)
+for kind in list(globals().values()):
+    if isinstance(kind, type) and issubclass(kind, Weird):
+        gym.register(f"{kind.__name__}-v0", entry_point=kind)
 '''
 FLAGS = (
     "--threads 1 --width-scale 0.0625 --total-timesteps 80 --learning-starts 50 --eval-episodes 1"
@@ -188,6 +222,29 @@ def test_observations_that_change_with_their_declared_type_are_refused(run):
     check_error(ended, "does not fit its declared type, uint8 (env step 30)")
 
 
+def test_observations_that_overflow_their_declared_type_are_refused(run):
+    ended = run("sac_simba_sparse", "--env-id", "weird:Half-v0")
+    check_error(ended, "not finite as float16 (env step 30)", code=3)
+
+
+@pytest.mark.parametrize("agent", ["sac_simba_sparse", "stream_ac_sparse"])
+@pytest.mark.parametrize(
+    "kind,words",
+    [
+        ("NoActions", "a bounded Box of one dimension, of real numbers (at least one)"),
+        ("NoObservations", "has observations Box no numbers"),
+        ("NoParts", "has observations Dict() no numbers"),
+    ],
+)
+def test_spaces_of_nothing_are_refused(run, agent, kind, words):
+    check_error(run(agent, "--env-id", f"weird:{kind}-v0"), *words.split())
+
+
+def test_random_actions_too_large_to_learn_from(run):
+    ended = run("stream_ac_sparse", "--env-id", "weird:Wide-v0")
+    check_error(ended, "not finite", "last checkpoint is kept", code=3)
+
+
 def test_an_info_that_is_always_the_same_and_has_an_episode(run, tmp_path):
     succeed(run("sac_simba_sparse", "--env-id", "weird:SameInfo-v0"))
     rows = read_metrics(only_run(tmp_path / "runs"))
@@ -217,6 +274,16 @@ def test_an_episode_without_end(monkeypatch, capsys):
         for _ in range(30):  # decisions of 2 steps
             env.step(np.zeros(1))
     check_error((2, *capsys.readouterr()), "lasted 50 steps", "--max-episode-steps")
+
+
+def test_an_environment_says_itself_how_long_its_episodes_can_be():
+    pendulum = "gymnasium.envs.classic_control:PendulumEnv"
+    gym.register("tests/Long-v0", pendulum, max_episode_steps=150_000)
+    for env_id, longest in (("tests/Long-v0", 150_000), ("Pendulum-v1", 100_000)):
+        env = sac.make_env(sac.Args(env_id=env_id))
+        assert env.get_wrapper_attr("longest") == longest
+    env = der.make_env(der.Args(env_id="ALE/Pong-v5", action_repeat=1))
+    assert env.get_wrapper_attr("longest") == 108_000  # ALE's
 
 
 @pytest.mark.parametrize(

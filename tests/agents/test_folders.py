@@ -1,11 +1,9 @@
-"""The name of a run's folder, and older runs that get theirs."""
+"""The name of a run's folder."""
 
 import re
-from pathlib import Path
 
 import pytest
 import sac_simba_sparse as sac
-from conftest import ROOT, write_run
 
 
 @pytest.mark.parametrize(
@@ -32,19 +30,5 @@ def test_the_hash_is_the_identity():
         return sac.run_folder(sac.Args(**flags)).name.split("__")[-2]
 
     assert digest() == digest(seed=7) == digest(threads=3) == digest(gamma=None)
+    assert digest() == digest(width_scale=1)  # as Python writes what a command line reads as 1.0
     assert len({digest(), digest(gamma=0.9), digest(critic_sparsity=0.5), digest(tau=0.1)}) == 4
-
-
-def test_older_runs_get_their_new_name(tmp_path, monkeypatch):
-    """By the lines of docs/runs.md."""
-    monkeypatch.chdir(tmp_path)
-    flags = {**vars(sac.Args(seed=3)), "runs_dir": "elsewhere"}
-    del flags["max_episode_steps"]  # newer than the run
-    write_run(Path("runs/old__s3"), flags, [])
-    write_run(Path("runs/other__s3"), flags | {"exp_name": "other"}, [])
-    (lines,) = re.findall(r"```python\n(.+?)```", (ROOT / "docs" / "runs.md").read_text(), re.S)
-    exec(lines, {})
-    assert {path.name for path in Path("runs").iterdir()} == {
-        sac.run_folder(sac.Args(seed=3)).name,
-        "other__s3",
-    }

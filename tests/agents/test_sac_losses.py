@@ -173,6 +173,15 @@ def test_optimisers_are_the_papers():
 
 
 @pytest.mark.parametrize(
+    "given,longest",
+    [("cartpole-swingup", 1000), ("lqr-lqr_2_1", 2000)],  # the first ends itself at 1000
+)
+def test_the_limit_of_an_episode_that_was_given(given, longest):
+    env = sac.make_env(sac.Args(env_id=f"dm_control/{given}-v0", max_episode_steps=2000))
+    assert sac.episode_limit(env) == longest
+
+
+@pytest.mark.parametrize(
     "env_id,action_repeat,gamma",
     [
         ("dm_control/cartpole-swingup-v0", 2, 0.99),  # T = 500 decisions: (100 - 1) / 100

@@ -600,7 +600,8 @@ def test_a_run_learns_once_from_every_transition(kernel, flags, run, corridor):
         deltas = []
         for length in range(1, steps + 1):
             if t < random_steps:
-                action = np.random.uniform([-0.5], [0.25])
+                part = np.random.random(1)
+                action = -0.5 * (1 - part) + 0.25 * part
             else:
                 action, output = stream.act(agent, state, np.random.standard_normal(1))
             obs, reward, terminated, _, _ = env.step(np.float32(action).clip(-0.5, 0.25))
