@@ -99,11 +99,14 @@ def summarise(scores: pd.DataFrame, samples: int) -> pd.DataFrame:
     """
     rows = []
     every = plots.read_atari_scores().index
+    most = max(len(group) / group.game.nunique() for _, group in scores.groupby(VARIANT))
     for key, group in scores.groupby(VARIANT):
         games = [game.to_numpy() for _, game in group.groupby("game").normalised]
         counts = group.groupby("game").size().to_dict()
         missing = sorted(set(every) - set(group.game))
         name = variant_name(*key)
+        if len(group) / len(games) < most:
+            print(f"{name}: {len(group) / len(games):g} seeds a game, others have {most:g}")
         if missing:
             print(f"{name}: {len(games)} of {len(every)} games; missing: {', '.join(missing)}")
         if len(set(counts.values())) > 1:
@@ -118,15 +121,14 @@ def summarise(scores: pd.DataFrame, samples: int) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def improvements(scores: pd.DataFrame, baseline_width: float) -> pd.DataFrame:
+def improvements(scores: pd.DataFrame, baseline: tuple) -> pd.DataFrame:
     """Percentage over the dense baseline: a row per game, a column per other variant.
 
     Empty where one lacks.
     """
     means = scores.groupby(["game", *VARIANT]).normalised.mean().unstack(VARIANT)
-    baseline = (baseline_width, 1, 0.0)
     if baseline not in means:
-        fail(f"no dense run of width {baseline_width:g} to compare with (--baseline-width)")
+        fail(f"no dense run of width {baseline[0]:g} to compare with (--baseline-width)")
     base = means[baseline]
     for why, where in (
         ("for lack of a baseline run", base.isna()),
@@ -144,11 +146,12 @@ def variant_name(width: float, depth: int, sparsity: float) -> str:
     return f"width {width:g}{depth_text} {plots.sparsity_name(sparsity)}"
 
 
-def figure_18(percent: pd.DataFrame) -> Figure:
+def figure_18(percent: pd.DataFrame, scores: pd.DataFrame, baseline: tuple) -> Figure:
     """Bars of improvement, a group for each game; linear between -100 and 100 %, then logarithmic.
 
-    Widths have hatches of their own.
+    Widths have hatches of their own. The legend has the number of seeds in the scores.
     """
+    seeds = scores.groupby([*VARIANT, "game"]).size()
     figure, axes = plots.make_grid(1, 1, max(5, 0.55 * len(percent) + 2), 3.3)
     ax = axes[0, 0]
     width = 0.8 / len(percent.columns)
@@ -157,14 +160,17 @@ def figure_18(percent: pd.DataFrame) -> Figure:
         places = np.arange(len(percent)) + (index - (len(percent.columns) - 1) / 2) * width
         hatch = ["", "//", "xx", ".."][sizes.index(column[:2]) % 4]
         style = {"color": plots.sparsity_colour(column[2]), "hatch": hatch, "edgecolor": "white"}
-        ax.bar(places, percent[column], width, label=variant_name(*column), **style)
+        label = f"{variant_name(*column)} ({plots.count_seeds(*seeds[column])})"
+        ax.bar(places, percent[column], width, label=label, **style)
     ax.axhline(0, color="0.3", lw=0.8)
     ax.set_yscale("symlog", linthresh=100, subs=[2, 5])
     ax.yaxis.set_major_formatter("{x:g}")
     ax.yaxis.set_minor_formatter("{x:g}")
     ax.set_xticks(np.arange(len(percent)), percent.index, rotation=60, ha="right", fontsize=8)
-    ax.set_ylabel("gain over the dense baseline, %")
-    ax.legend(fontsize=8)
+    ax.set_ylabel("gain over the dense baseline, %\n(logarithmic beyond 100)")
+    ax.legend(
+        title=f"baseline: {plots.count_seeds(*seeds[baseline])}", fontsize=8, title_fontsize=8
+    )
     return figure
 
 
@@ -173,7 +179,8 @@ def main(args: Args) -> None:
     if scores.empty:
         fail("no run of one of the 26 games of Atari-100k")
     summary = summarise(scores, args.samples)
-    percent = improvements(scores, args.baseline_width)
+    baseline = (args.baseline_width, 1, 0.0)  # VARIANT
+    percent = improvements(scores, baseline)
     named = percent.set_axis([variant_name(*column) for column in percent], axis=1)
     files = "scores.csv, aggregates.csv and improvements.csv"
     with runs.new_files(args.output) as output:
@@ -181,7 +188,7 @@ def main(args: Args) -> None:
         summary.to_csv(output / "aggregates.csv", index=False, float_format="%.4f")
         named.to_csv(output / "improvements.csv", float_format="%.2f")
         if percent.notna().to_numpy().any():
-            plots.save(figure_18(percent), output, "figure_18")
+            plots.save(figure_18(percent, scores, baseline), output, "figure_18")
             files += ", figure_18"
     print(summary.drop(columns="missing").to_string(index=False, float_format="{:.3f}".format))
     print(f"{files} are in {args.output}")

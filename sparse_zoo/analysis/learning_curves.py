@@ -70,14 +70,19 @@ def atari_scores(env_id: str) -> dict[str, float]:
 
 
 def name_sizes(panel: pd.DataFrame) -> pd.Series:
-    """The flags, besides sparsity, in which the networks of a panel differ; of each row."""
+    """What tells networks of one critic sparsity apart, of each row.
+
+    That is width and depth, if the networks of a panel differ in it, and another sparsity of the
+    actor.
+    """
     names = pd.Series("", index=panel.index)
-    for flag in ("width_scale", "depth_scale", "actor_sparsity", "critic_sparsity"):
+    for flag in ("width_scale", "depth_scale"):
         values = panel[flag].astype(float)
         if values.nunique(dropna=False) > 1:
             given = values.map(lambda value, flag=flag: f", {flag.replace('_', ' ')} {value:g}")
             names += given.where(values.notna(), "")
-    return names
+    actors = panel.actor_sparsity.map(", actor sparsity {:g}".format)
+    return names + actors.where(panel.actor_sparsity != panel.sparsity, "")
 
 
 def draw_network(ax: Axes, network: pd.DataFrame, label: str, style: dict) -> None:
@@ -133,6 +138,11 @@ def draw_panel(ax: Axes, panel: pd.DataFrame) -> None:
 
 def draw(returns: pd.DataFrame) -> Figure:
     """One panel per algorithm and task."""
+    actor, critic = (
+        returns[name].astype(float).fillna(returns.sparsity)
+        for name in ("actor_sparsity", "critic_sparsity")
+    )
+    returns = returns.assign(sparsity=critic, actor_sparsity=actor)
     panels = returns.sort_values(["width_scale", "sparsity"], kind="stable")
     panels = [panel for _, panel in panels.groupby(["exp_name", "env_id"])]
     columns = min(3, len(panels))

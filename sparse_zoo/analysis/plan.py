@@ -90,7 +90,7 @@ def find_state(run: Run) -> str:
         return "absent"
     total = run.flags.total_timesteps
     try:
-        metrics = runs.read_metrics(run.folder)
+        metrics = runs.load_run(run.folder).metrics
         if metrics.env_step.max() - total >= getattr(run.flags, "action_repeat", 1):
             return f"longer: at env step {metrics.env_step.max():,} of {total:,}"
         return runs.describe_state(metrics, total)

@@ -120,6 +120,7 @@ def describe(table: pd.DataFrame) -> pd.DataFrame:
         own = (table.mask_seed == table.seed) & ~table.mask_seed.isin(shared)
         seeds = [None if mine else seed for mine, seed in zip(own, table.mask_seed)]
         table["mask_seed"] = pd.Series(seeds, table.index, dtype=object)
+    table = table.where(table.notna(), None)  # a flag that an older version did not have yet
     names = [*ORDER, "env_id", "exp_name", "seed"]
     others = [name for name in table if name not in {*names, "algorithm"}]
     table = table.sort_values(names)
@@ -165,6 +166,9 @@ def load_runs(
     if not parts:
         return pd.DataFrame(columns=COLUMNS), left_out
     data = runs.merge(parts, ["run"])
+    ends = data.groupby([*CONFIGURATION, "run"], sort=False).env_step.max().reset_index()
+    names = ends.algorithm + " on " + ends.env_id + ", " + ends["size"] + ", " + ends.sparsity
+    runs.fail_if_lengths_differ(ends.env_step, names)
     if earlier:
         data = data.sort_values([name for name in ORDER if name in data], kind="stable")
     data, twice = runs.drop_twice(data, CONFIGURATION)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import scipy.stats
-from runs import RESULTS
+from runs import RESULTS, fail
 from matplotlib import colormaps, rcParams
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
@@ -36,11 +36,19 @@ rcParams["legend.frameon"] = False
 
 
 def sparsity_colour(sparsity: float) -> str:
-    """Dark grey for dense networks; equal ratios of active weights are equal steps of the map."""
+    """Dark grey for dense networks.
+
+    Down to a density of 0.05, equal ratios of active weights are equal steps of the map; what is
+    left of it is for sparser networks.
+    """
+    density = 1 - sparsity
     if sparsity == 0:
         return DENSE
-    position = math.log(max(1 - sparsity, 0.05)) / math.log(0.05)
-    return to_hex(colormaps["plasma"](0.05 + 0.82 * position))
+    if density >= 0.05:
+        position = 0.05 + 0.82 * math.log(density) / math.log(0.05)
+    else:
+        position = 1 - 0.13 * density / 0.05
+    return to_hex(colormaps["plasma"](position))
 
 
 def sparsity_name(sparsity: float) -> str:
@@ -57,8 +65,13 @@ def size_styles(sizes: list) -> dict:
 
 
 def line_styles(names: list) -> dict:
-    """The line style of each of some names."""
-    return dict(zip(names, cycle(LINE_STYLES)))
+    """The line style of each of some names; ends the program if there are too many."""
+    if len(names) > len(LINE_STYLES):
+        fail(
+            f"{len(names)} kinds of network are more than the {len(LINE_STYLES)} styles of "
+            f"line; draw fewer in one figure: {'; '.join(map(str, names))}"
+        )
+    return dict(zip(names, LINE_STYLES))
 
 
 def game_name(env_id: str) -> str:

@@ -6,6 +6,7 @@ prints a line for each run: task, agent, width, sparsity, seed, env steps, last 
 """
 
 import ast
+import gzip
 import importlib
 import io
 import json
@@ -65,6 +66,10 @@ KINDS = {
     "actor_sparsity": NUMBER,
     "critic_sparsity": NUMBER,
     "reset_interval": int,
+    "learning_starts": int,
+    "action_repeat": int,
+    "batch_size": int,
+    "updates_per_step": int,
 }
 ALWAYS = ("env_id", "exp_name", "seed", "width_scale", "sparsity")
 
@@ -163,8 +168,13 @@ def read_table(
     path: str | Path, columns: list[str], flag: str, finite: tuple[str, ...] = ()
 ) -> pd.DataFrame:
     """Columns of a table that an earlier call left; ends the program if it cannot be used."""
+    opened = gzip.open if str(path).endswith(".gz") else open
     try:
-        table = pd.read_csv(path)[columns]
+        with opened(path, "rb") as file:
+            data = file.read()
+        if not data.endswith(b"\n"):
+            raise ValueError("its last line is cut off")
+        table = pd.read_csv(io.BytesIO(data))[columns]
         for name in {"value", *finite} & set(columns):
             numbers = table[name].astype(float)
             if name in finite and not numbers.abs().lt(2**63).all():

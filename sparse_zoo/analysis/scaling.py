@@ -86,10 +86,15 @@ def load(
     runs.fail_if_mixed(found, POINT)
     rows = []
     for run in found:
-        row = {name: run.flags[name] for name in ("env_id", *SIZE, "sparsity", "seed")}
-        row |= {"run": run.name, "algorithm": run.algorithm}
+        actor, critic = runs.network_sparsities(run.flags)
+        row = {name: run.flags[name] for name in ("env_id", *SIZE, "seed")}
+        row |= {"run": run.name, "algorithm": run.algorithm, "sparsity": critic}
         row |= {"env_steps": run.flags["total_timesteps"], "return": run.final_return}
         try:
+            if actor != critic:
+                raise runs.UnusableError(
+                    f"sparsity of the actor {actor:g}, of the critic {critic:g}"
+                )
             row["weights"], row["active"] = run.count_weights()
             if "area" in columns:
                 row["area"] = find_area(run)

@@ -176,6 +176,8 @@ def compare_pair(
     pairs = network[network.env_id.isin(tasks)].merge(other, on=["env_id", "seed"])
     pairs["difference"] = pairs[f"{value}_x"] - pairs[f"{value}_y"]
     differences = [of_task.to_numpy() for _, of_task in pairs.groupby("env_id").difference]
+    if len(differences) < len(tasks):  # a task without a seed in common
+        differences = []
     row = [sum(map(len, ours)), sum(map(len, theirs)), len(pairs)]
     for values, statistic in (
         (ours, plots.interquartile_mean),
@@ -185,7 +187,7 @@ def compare_pair(
     ):
         if values:
             row += [float(statistic(*values)), *plots.bootstrap_interval(values, statistic)]
-        else:  # no seed in common
+        else:
             row += [np.nan, np.nan, np.nan]
     return row
 

@@ -66,6 +66,8 @@ def measurement(run: runs.Run, metric: str) -> np.ndarray:
 def count_active(run: runs.Run) -> tuple[int, dict[str, float]]:
     """All active weights at the end of training, and the mean over training by network."""
     run.count_weights()  # raises UnusableError without layer tables
+    if not {"actor", "critic"} <= run.layers.keys():
+        raise runs.UnusableError("args.json has no layer tables of actor and critic")
     at_the_end = {
         network: sum(row["active"] for row in rows) for network, rows in run.layers.items()
     }
@@ -79,6 +81,9 @@ def count_active(run: runs.Run) -> tuple[int, dict[str, float]]:
 def describe(run: runs.Run) -> dict:
     """COLUMNS of a run."""
     flags = run.flags
+    actor, critic = runs.network_sparsities(flags)
+    if actor != critic:
+        raise runs.UnusableError(f"actor sparsity {actor:g} is not that of the critic, {critic:g}")
     active, mean = count_active(run)
     decisions = max(0, flags["total_timesteps"] - flags["learning_starts"]) / flags["action_repeat"]
     operations = 8 * mean["actor"] + 12 * mean["critic"]
@@ -91,7 +96,7 @@ def describe(run: runs.Run) -> dict:
     return {
         "run": run.name,
         **{name: flags[name] for name in ("env_id", "width_scale", "depth_scale", "seed")},
-        "sparsity": runs.network_sparsities(flags)[1],
+        "sparsity": critic,
         "topology": name_topology(flags),
         "env_steps": flags["total_timesteps"],
         "return": run.final_return,
@@ -104,7 +109,8 @@ def describe(run: runs.Run) -> dict:
 
 def load(runs_dir: str, earlier: tuple[str, ...] = ()) -> pd.DataFrame:
     """COLUMNS of every finished run and of the tables `earlier`."""
-    needed = ("total_timesteps", "depth_scale")
+    needed = ("total_timesteps", "depth_scale", "learning_starts", "action_repeat")
+    needed += ("batch_size", "updates_per_step")
     found, left_out = runs.load_runs(runs_dir, None, needed)
     rows = []
     used = []

@@ -9,7 +9,7 @@ import pytest
 import sac_simba_sparse as sac
 import stream_ac_sparse as stream
 from analysis import plan
-from conftest import check_error, succeed, write_metrics
+from conftest import check_error, succeed, write_run
 
 COMMAND = "python sparse_zoo/{}.py --env-id {} --width-scale 0.5 --sparsity 0.9 --seed {}"
 COMMAND += " --runs-dir {} --threads 1"
@@ -39,24 +39,29 @@ def test_the_folder_is_the_one_that_the_agent_opens(tmp_path, module, env_id):
         assert module.run_folder(args) == run.folder
 
 
+def write_rows(run: plan.Run, *rows: tuple[int, str, float]) -> None:
+    """What a run has written so far."""
+    write_run(run.folder, vars(run.flags), rows)
+
+
 def test_state(tmp_path):
     run = plan.parse_command(COMMAND.format("sac_simba_sparse", "x/y-v0", 3, tmp_path))
     assert plan.find_state(run) == "absent"
-    write_metrics(run.folder)
+    write_rows(run)
     assert plan.find_state(run) == "at env step 0 of 1,000,000"
-    write_metrics(run.folder, (0, "eval/return_mean", 1.0), (12_000, "losses/alpha", 0.1))
+    write_rows(run, (0, "eval/return_mean", 1.0), (12_000, "losses/alpha", 0.1))
     assert plan.find_state(run) == "at env step 12,000 of 1,000,000"
-    write_metrics(
-        run.folder, *((1_000_000, f"final/return_{name}", 0.1) for name in ("mean", "std"))
-    )
+    write_rows(run, *((1_000_000, f"final/return_{name}", 0.1) for name in ("mean", "std")))
     assert plan.find_state(run) == "finished"
     (run.folder / "checkpoint.tmp").touch()  # killed while it wrote the last checkpoint
     assert plan.find_state(run) == "finished"
     # The same command went on for longer
-    write_metrics(run.folder, (1_000_002, "final/return_mean", 0.1))
+    write_rows(run, (1_000_002, "final/return_mean", 0.1))
     assert plan.find_state(run) == "longer: at env step 1,000,002 of 1,000,000"
     (run.folder / "metrics.csv").write_bytes(b"\xff\n")
     assert plan.find_state(run).startswith("damaged: metrics.csv is damaged")
+    (run.folder / "args.json").unlink()  # without which no figure has the run
+    assert plan.find_state(run) == "damaged: args.json: No such file or directory"
 
 
 def test_finished_runs_are_linked_and_the_others_named(tmp_path, run_plan):
@@ -71,8 +76,8 @@ def test_finished_runs_are_linked_and_the_others_named(tmp_path, run_plan):
     )
     assert not links.exists()
 
-    write_metrics(runs[0].folder, (1_000_000, "final/return_mean", 1.5))
-    write_metrics(runs[1].folder, (5, "eval/return_mean", 1.5))
+    write_rows(runs[0], (1_000_000, "final/return_mean", 1.5))
+    write_rows(runs[1], (5, "eval/return_mean", 1.5))
     links.mkdir()
     (links / "stale").symlink_to(tmp_path)
     out = succeed(run_plan(commands, "link", "--output", links))

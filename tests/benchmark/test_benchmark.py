@@ -18,7 +18,7 @@ from conftest import (
     count_weights,
     environment,
     succeed,
-    write_metrics,
+    write_run,
 )
 
 FIGURES = [f"fig{number}" for number in range(1, 19)]
@@ -313,14 +313,29 @@ done
     arguments = ("fig7", "--scale", "smoke", "--seeds", "3")
     dry_run = benchmark(*arguments, "--runner", "dry-run", THREADS="1", **where)
     every = succeed(dry_run).splitlines()
-    first = plan.parse_command(every[0]).folder
-    write_metrics(first, (1000, "final/return_mean", 1.0))
+    first = plan.parse_command(every[0])
+    write_run(first.folder, vars(first.flags), [(1000, "final/return_mean", 1.0)])
     code, out, err = benchmark(*arguments, "--runner", "slurm", **where)
     assert code == 0 and err.startswith("9 runs, 1 of them finished; "), err
     assert "--array=1-4 " in out
     tasks = re.split(r"^task \d\n", out.partition("\nwhen it has ended")[0], flags=re.M)[1:]
     dealt = [task.splitlines() for task in tasks]
     assert dealt == [every[number::4] for number in (1, 2, 3, 4)]
+
+
+def test_status_has_a_line_for_each_run(tmp_path):
+    where = {"RUNS": str(tmp_path / "runs"), "THREADS": "1"}
+    flags = ("fig13", "--scale", "smoke")
+    *commands, last = succeed(benchmark(*flags, "--runner", "dry-run", **where)).splitlines()
+    run = plan.parse_command(last)
+    write_run(run.folder, vars(run.flags), [(2000, "final/return_mean", 1.0)])
+    states = succeed(benchmark("status", *flags, **where)).splitlines()
+    folders = [plan.parse_command(command).folder for command in commands]
+    assert states == [
+        *(f"absent: {folder}" for folder in folders),
+        f"finished: {run.folder}",
+        "1 of 3 runs are finished",
+    ]
 
 
 def test_python_without_the_packages():
