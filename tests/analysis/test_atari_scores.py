@@ -134,3 +134,12 @@ def test_runs_that_cannot_be_used_are_named(tmp_path, run):
     assert pd.read_csv(tmp_path / "out" / "scores.csv").score.tolist() == [5.0]
     for flags in (("--samples", "0"), ("--output", "/proc/x")):
         check_error(run(*flags))
+
+
+def test_seeds_that_differ_are_said(tmp_path, run):
+    for seed in (1, 2):
+        write_run(tmp_path / "runs", "Pong", 1.0, 0.0, seed, -10.0 - seed)
+    write_run(tmp_path / "runs", "Pong", 3.0, 0.8, 1, -5.0)
+    assert "width 3 sparsity 0.8: 1 seeds a game, others have 2" in succeed(run())
+    picture = (tmp_path / "out" / "figure_18.svg").read_text()
+    assert "width 3 sparsity 0.8 (one seed)" in picture and "baseline: 2 seeds" in picture

@@ -127,3 +127,27 @@ def test_no_runs(tmp_path, main):
     check_error(main(SCRIPT, "--earlier", "no.gz"), "--earlier no.gz: [Errno 2] No such file")
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     check_error(main(SCRIPT, "--earlier", "other.csv"), "--earlier other.csv:")
+
+
+def test_sparsities_of_actor_and_critic():
+    """Given by flags of their own, or by both."""
+    columns = {
+        "exp_name": "sac_simba_sparse",
+        "env_id": "dm_control/walker-walk-v0",
+        "width_scale": 1.0,
+        "depth_scale": 1,
+        "seed": 1,
+        "metric": "eval/return_mean",
+    }
+    runs = {"both": (0.8, None, None), "each": (0.0, 0.8, 0.8), "critic": (0.0, None, 0.8)}
+    rows = [
+        [name, *sparsities, step, float(step)]
+        for name, sparsities in runs.items()
+        for step in (0, 10)
+    ]
+    names = ["run", "sparsity", "actor_sparsity", "critic_sparsity", "env_step", "value"]
+    axes = learning_curves.draw(pd.DataFrame(rows, columns=names).assign(**columns)).axes[0]
+    assert [text.get_text() for text in axes.get_legend().get_texts()][:2] == [
+        "sparsity 0.8, 2 runs",
+        "sparsity 0.8, actor sparsity 0, one seed (1)",
+    ]

@@ -212,3 +212,25 @@ def test_transitions_are_drawn_at_random_and_stand_oldest_first():
         drawn += age.tolist()
     counts = np.bincount(drawn, minlength=40)
     assert counts.min() >= 3 and counts.max() <= 24  # 12 each
+
+
+def test_no_difference_over_all_tasks_where_one_has_no_seed_in_common():
+    dense = [make_final("a", 1, 0, {1: 1, 2: 1}), make_final("b", 1, 0, {1: 1, 2: 1})]
+    sparse = [make_final("a", 1, 0.5, {3: 5, 4: 5}), make_final("b", 1, 0.5, {1: 2, 2: 2})]
+    table = streaming.compare(pd.concat([*dense, *sparse])).set_index("env_id")
+    assert table.loc["b", "difference"] == 1
+    assert np.isnan(table.loc["all tasks", "difference"])
+    assert table.loc["all tasks", "probability"] == 1
+    assert table.pairs.to_dict() == {"a": 0, "b": 2, "all tasks": 2}
+
+
+def test_each_sparsity_has_its_own_colour():
+    shown = (0, 0.1, 0.5, 0.8, 0.9, 0.95, 0.96, 0.975, 0.9844, 0.99, 0.999)
+    assert len({plots.sparsity_colour(sparsity) for sparsity in shown}) == len(shown)
+
+
+def test_more_kinds_of_network_than_styles_of_line(capsys):
+    assert len(set(map(str, plots.line_styles(range(6)).values()))) == 6
+    with pytest.raises(SystemExit, match="2"):
+        plots.line_styles(range(7))
+    conftest.check_error((2, *capsys.readouterr()), "7 kinds of network", "6 styles")

@@ -1,5 +1,6 @@
 """plasticity.py on hand-made runs of known numbers: means, bands, groups, ends of training."""
 
+import json
 import math
 import re
 import shutil
@@ -358,3 +359,25 @@ def test_nothing_to_draw(main, tmp_path):
     for index in range(11):
         write_run(tmp_path / "many", f"{index}", {RANK: [1.0]}, sparsity=index / 20)
     check_error(main("--figure", "srank", "--runs-dir", "many"), "11 networks", "--variants")
+
+
+def test_a_flag_that_an_older_version_did_not_have(tmp_path):
+    """None is what it had: the runs are one network of two seeds."""
+    write_run(tmp_path, "new", {RANK: [1.0]}, seed=1)
+    write_run(tmp_path, "old", {RANK: [3.0]}, seed=2)
+    path = tmp_path / "old" / "args.json"
+    record = json.loads(path.read_text())
+    assert record["args"].pop("max_episode_steps") is None
+    path.write_text(json.dumps(record))
+    data, _ = plasticity.load_runs(tmp_path)
+    ends = plasticity.at_the_end(data)
+    assert ends[["size", "mean", "seeds"]].to_numpy().tolist() == [["width x1, depth x1", 2.0, 2]]
+
+
+def test_runs_of_several_lengths_are_not_averaged(main, tmp_path):
+    write_run(tmp_path / "long", "a", {RANK: [1.0] * 10}, seed=1, total_timesteps=1000)
+    flags = ("--figure", "srank", "--output", "out")
+    succeed(main("--runs-dir", "long", *flags))
+    write_run(tmp_path / "short", "b", {RANK: [1.0] * 5}, seed=2, total_timesteps=500)
+    ended = main("--runs-dir", "short", "--earlier", "out/srank_runs.csv.gz", *flags)
+    check_error(ended, "500 and 1,000 env steps", "keep such apart")

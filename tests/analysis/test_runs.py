@@ -146,7 +146,9 @@ def test_line_ends_of_windows(tmp_path):
     assert run.state == "finished" and run.final_return == 2.5
 
 
-@pytest.mark.parametrize("tool", ["scaling", "plasticity", "streaming", "atari_scores"])
+@pytest.mark.parametrize(
+    "tool", ["scaling", "plasticity", "streaming", "atari_scores", "topologies"]
+)
 def test_all_scripts_say_the_same(tmp_path, tool):
     for name, (how, _) in DAMAGED.items():
         write_run(tmp_path / "runs" / name, **how)
@@ -247,3 +249,17 @@ def test_standard_output_that_cannot_be_written(tmp_path):
         pipes = {"stdout": nowhere, "stderr": subprocess.PIPE, "text": True}
         done = subprocess.run([sys.executable, str(SCRIPT), str(tmp_path)], **pipes)
     check_error((done.returncode, "", done.stderr), "No space left")
+
+
+@pytest.mark.parametrize("name", ["table.csv", "table.csv.gz"])
+def test_a_table_of_an_earlier_call_that_is_cut_off_within_a_number(tmp_path, capsys, name):
+    opened = gzip.open if name.endswith("gz") else open
+    path = tmp_path / name
+    with opened(path, "wb") as file:
+        file.write(b"run,value\na,263.6\n")
+    assert runs.read_table(path, ["run", "value"], "--earlier").value.item() == 263.6
+    with opened(path, "wb") as file:
+        file.write(b"run,value\na,2")
+    with pytest.raises(SystemExit, match="2"):
+        runs.read_table(path, ["run", "value"], "--earlier")
+    check_error((2, *capsys.readouterr()), "--earlier", name, "cut off")

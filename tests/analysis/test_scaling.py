@@ -420,3 +420,17 @@ def test_the_interval_of_the_mean(skewed):
 
 def test_figures_whose_captions_name_a_statistic():
     assert scaling.CAPTIONS == {"bars": "mean", "width": "std", "depth": "std"}
+
+
+def test_sparsities_of_actor_and_critic(tmp_path, main, draw):
+    flags = {"sparsity": 0.0, "critic_sparsity": 0.9}
+    write_run(tmp_path / "runs", 1.0, actor_sparsity=0.9, **flags)
+    write_run(tmp_path / "runs", 2.0, actor_sparsity=0.9, seed=2, **flags)
+    _, table = draw("sparsity")
+    assert table.sparsity.to_list() == [0.9]
+    shutil.rmtree(tmp_path / "runs")
+    for seed in (1, 2):
+        write_run(tmp_path / "runs", 1.0, seed=seed, actor_sparsity=0.5, **flags)
+    ended = main("sparsity")
+    check_error(ended, "nothing to draw")
+    assert ended[1].count("sparsity of the actor 0.5, of the critic 0.9") == 2

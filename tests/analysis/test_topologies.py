@@ -91,11 +91,15 @@ def test_runs_that_cannot_be_used(tmp_path, main):
     write_run(runs, 10.0)
     other = write_run(runs, 10.0, exp_name="ddpg_simba_sparse", seed=2)
     bare = write_run(runs, 10.0, seed=3)
+    uneven = write_run(runs, 10.0, seed=6, actor_sparsity=0.0)
+    small = write_run(runs, 10.0, seed=7, batch_size=None)
     record = json.loads((bare / "args.json").read_text())
     (bare / "args.json").write_text(json.dumps({"args": record["args"]}))
     text = succeed(main())
     assert f"left out: {other.name}: a run of ddpg_simba_sparse" in text
     assert f"left out: {bare.name}: args.json has no layer tables" in text
+    assert f"left out: {uneven.name}: actor sparsity 0 is not that of the critic, 0.9" in text
+    assert f"left out: {small.name}: args.json has no batch_size" in text
     write_run(runs, 10.0, seed=4, gamma=0.9)
     write_run(runs, 10.0, seed=5, gamma=0.8)
     check_error(main(), "--gamma 0.8 and 0.9")
