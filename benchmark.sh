@@ -288,7 +288,7 @@ plot() { # plot TARGET: from its finished runs; the others are named
 
 # === RUNNERS: commands on standard input ===
 run_local() { # keeps $jobs runs going until all are done; a signal ends them, and the same command goes on
-  local all command group log
+  local all code command group last left log
   all=$(cat)
   export logs=$runs/logs
   { mkdir -p "$logs" && [[ -w $logs ]]; } 2>/dev/null || fail "cannot write to $logs; make room, or set RUNS"
@@ -296,23 +296,26 @@ run_local() { # keeps $jobs runs going until all are done; a signal ends them, a
   set -m # the runs get a process group of their own, so that a signal can be sent to all of them
   # shellcheck disable=SC2016
   printf '%s\n' "$all" | tr '\n' '\0' | xargs -0 -n 1 -P "$jobs" bash -c 'run_one "$1" 2>/dev/null' _ &
-  group=$(jobs -p %%)
-  disown
+  last=$! group=$(jobs -p %%)
   set +m # but what follows does not: Ctrl-C has to reach this shell
   trap 'interrupted=1; kill -TERM -- "-$group"' INT TERM HUP
-  while kill -0 -- "-$group" 2>/dev/null; do sleep 0.2; done
+  # Here bash would say of killed processes that they were
+  { while kill -0 -- "-$group"; do sleep 0.2; done && wait "$last"; } 2>/dev/null && code=0 || code=1
   trap "$on_signal" INT TERM HUP
   [[ -z ${interrupted:-} ]] || fail "interrupted; the same command goes on from the last checkpoints" 1
-  # A full disk or a killed process can lose the exit codes, so the folders of the runs say what is finished
-  all=$(printf '%s\n' "$all" | analysis plan unfinished 2>/dev/null) || return
-  [[ -n $all ]] || return 0
-  echo "these runs are not finished, their logs say why:" >&2
-  while read -r command; do
-    log=$(log_of "$command")
-    [[ -s $log ]] || log="not started"
-    echo "$log: $command" >&2
-  done <<<"$all"
-  return 1
+  left=$(printf '%s\n' "$all" | analysis plan unfinished 2>/dev/null) ||
+    fail "cannot tell which runs are finished; ./benchmark.sh status $target says why" 1
+  if [[ -n $left ]]; then
+    echo "these runs are not finished, their logs say why:"
+    printf '%s\n' "$left" | while read -r command; do
+      log=$(log_of "$command")
+      [[ -s $log ]] || log="not started"
+      echo "$log: $command"
+    done
+  elif ((code)); then
+    echo "all runs are finished, but some of them failed behind that: see above"
+  fi >&2
+  [[ -z $left ]] && ((code == 0))
 }
 log_of() { printf %s "$logs/$(cksum <<<"$1" | cut -d ' ' -f 1).log"; } # log_of COMMAND
 run_one() { # run_one COMMAND
@@ -321,7 +324,8 @@ run_one() { # run_one COMMAND
   trap 'exit 255' TERM # upon which xargs starts no more
   echo "$ $1" >>"$log"
   eval "$1" >>"$log" 2>&1 </dev/null || code=$?
-  if ((code)); then echo "failed with exit code $code, see $log: $1"; else echo "finished: ${1#*sparse_zoo/}"; fi
+  if ((code)); then echo "failed with exit code $code, see $log: $1" && exit 1; fi # xargs goes on
+  echo "finished: ${1#*sparse_zoo/}"
 }
 run_slurm() { # one array job; Slurm restarts preempted tasks, which resume; sbatch reads SBATCH_PARTITION and so on
   local folder job size max=${MAX_ARRAY:-1000} # Slurm's default limit; beyond it, tasks take several runs each

@@ -105,7 +105,8 @@ class Args:
     threads: Annotated[int | None, "1 <= x <= 10**4"] = None
     """CPU threads (default: all cores); a resumed run is bit-equal only with the same number"""
     matmul_precision: Literal["high", "highest"] = "high"
-    """matrix products on CUDA: high takes TF32 (10 bits of precision), highest float32 (23 bits)"""
+    """matrix products and convolutions on CUDA: high takes TF32 (10 bits of precision), highest
+    float32 (23 bits)"""
     cuda_graph: bool = True
     """on CUDA, run all updates of a decision as one CUDA graph"""
     runs_dir: str = "runs"
@@ -1896,21 +1897,28 @@ def check_flags(args) -> None:
         if value not in types[name] and not isinstance(value, tuple(classes)):
             allowed = " or ".join(str(getattr(kind, "__name__", kind)) for kind in types[name])
             fail(f"{flag} {value!r} is not allowed: it must be {allowed}")
-        if type(value) is int and value > 10**12:
-            fail(f"{flag} {value} is not allowed: {name} <= 10**12")
         if isinstance(value, str) and not (value and value.isprintable()):
             fail(f"{flag} {value!r} is not allowed: it must be text that can be printed")
         for rule in getattr(hint, "__metadata__", ()):
             if value is not None and not eval(rule, {**vars(args), "x": value, "inf": math.inf}):
                 needed = re.sub(r"\bx\b", name, rule)
                 fail(f"{flag} {value} is not allowed: {needed}")
+        if type(value) is int and value > 10**12:
+            fail(f"{flag} {value} is not allowed: {name} <= 10**12")
     if "/" in args.exp_name:
         fail(f"--exp-name {args.exp_name}: is part of a folder's name and cannot contain /")
 
 
 def flag_types(args) -> dict[str, tuple]:
     """The types that each flag can have, or its values if it takes one of some words."""
-    return {name: get_args(hint) or (hint,) for name, hint in get_type_hints(type(args)).items()}
+
+    def spread(hint) -> tuple:
+        origin = get_origin(hint)
+        if origin in (None, tuple, list, dict):
+            return (origin or hint,)
+        return sum(map(spread, get_args(hint)), ())  # of a union, or the words of a Literal
+
+    return {name: spread(hint) for name, hint in get_type_hints(type(args)).items()}
 
 
 def interrupt(*_) -> NoReturn:
@@ -2130,6 +2138,8 @@ class Run:
                     f"{self.folder} is finished at env step {int(finished[-1])} and has no "
                     "checkpoint to go on from; --no-resume runs it again"
                 )
+            if finished and not (self.folder / "args.json").exists():
+                fail(f"{self.folder} is finished but has no args.json; bring it back")
             return {"finished": True} if finished else None
         try:
             checkpoint = read_checkpoint(path)

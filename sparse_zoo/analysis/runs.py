@@ -170,9 +170,9 @@ def read_table(
     """Columns of a table that an earlier call left; ends the program if it cannot be used."""
     opened = gzip.open if str(path).endswith(".gz") else open
     try:
-        with opened(path, "rb") as file:
+        with opened(Path(path).expanduser(), "rb") as file:
             data = file.read()
-        if not data.endswith(b"\n"):
+        if data and not data.endswith(b"\n"):
             raise ValueError("its last line is cut off")
         table = pd.read_csv(io.BytesIO(data))[columns]
         for name in {"value", *finite} & set(columns):

@@ -509,7 +509,7 @@ def main(args: Args) -> None:
         write(check)
     try:
         draw(check)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         failures.append(f"figure: {''.join(traceback.format_exception(error))}")
     (check.folder / "failures.txt").write_text("\n".join(failures))
     print()

@@ -29,9 +29,10 @@ def on_cuda(test):
 
 @pytest.fixture(autouse=True)
 def precision_as_before():
-    before = torch.get_float32_matmul_precision()
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     yield
-    torch.set_float32_matmul_precision(before)
+    torch.set_float32_matmul_precision(before[0])
+    torch.backends.cudnn.allow_tf32 = before[1]
 
 
 def flags_of(agent, **given):

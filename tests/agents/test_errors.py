@@ -7,12 +7,15 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import Literal, Optional, get_args, get_type_hints
 
+import numpy as np
 import pytest
 import sac_simba_sparse as sac
 import torch
+import tyro
 from conftest import (
     AGENTS,
     Process,
@@ -23,6 +26,7 @@ from conftest import (
     read_metrics,
     rewrite_checkpoint,
     succeed,
+    write_metrics,
 )
 
 SAC = AGENTS / "sac_simba_sparse.py"
@@ -54,6 +58,7 @@ def main(main):
         ("sac_simba", "gamma", 2.0, "0 <= gamma <= 1"),
         ("ddpg_simba", "critic_sparsity", 1.0, "0 <= critic_sparsity < 1"),
         ("sac_simba", "buffer_size", 10**13, "buffer_size <= 10**12"),
+        ("sac_simba", "threads", 10**13, "1 <= threads <= 10**4"),
         ("ddpg_simba", "updates_per_step", 0, "1 <= updates_per_step <= 10**6"),
         ("stream_ac", "trace_lambda", 2.0, "0 <= trace_lambda <= 1"),
         ("stream_ac", "actor_kappa", 0.0, "0 < actor_kappa < inf"),
@@ -92,6 +97,21 @@ def test_a_value_of_another_type(flag, value, allowed, capsys):
         sac.check_flags(sac.Args(**{flag: value}))
     line = f"--{flag.replace('_', '-')} {value!r} is not allowed: it must be {allowed}\n"
     assert capsys.readouterr().err == f"error: {line}"
+
+
+def test_flags_that_a_fork_adds():
+    @dataclass
+    class Fork(sac.Args):
+        sizes: tuple[int, ...] = (256, 256)
+        names: list[str] = field(default_factory=list)
+        schedule: Literal["linear", "cosine"] | None = "cosine"
+        clip: Optional[float] = 1  # noqa: UP045
+
+    sac.check_flags(Fork())
+    sac.check_flags(Fork(schedule=None, clip=None, learning_rate=np.float64(1e-3)))
+    for wrong in ({"sizes": 3}, {"schedule": "step"}, {"clip": "much"}):
+        with pytest.raises(SystemExit, match="2"):
+            sac.check_flags(Fork(**wrong))
 
 
 @pytest.mark.parametrize("agent", sorted(AGENTS.glob("*.py")), ids=lambda path: path.stem)
@@ -305,6 +325,13 @@ def test_evaluations_come_with_the_first_decision_at_or_after_a_multiple(main):
         row for row in read_metrics(only_run(Path("runs"))) if row["metric"] == "eval/return_mean"
     ]
     assert [int(row["env_step"]) for row in rows] == [0, 120, 210, 300, 420]
+
+
+def test_a_finished_run_without_its_flags(main, tmp_path):
+    """No script can use it, so the agent does not say that all is well."""
+    agent = tyro.cli(sac.Args, args=[*TINY, "--runs-dir", str(tmp_path)])
+    write_metrics(sac.run_folder(agent), (400, "final/return_mean", 1.0))
+    check_error(main(*TINY, "--runs-dir", tmp_path), "is finished but has no args.json")
 
 
 def test_metrics_lost_since_the_checkpoint(main, runs, tmp_path):

@@ -368,6 +368,21 @@ kill -9 $PPID
     assert len(re.findall("^not started: ", err, flags=re.M)) == 2
 
 
+def test_runs_that_fail_behind_their_results(tmp_path):
+    """As when the disk has no room for the last checkpoint."""
+    (tmp_path / "python").write_text(f"""#!/bin/sh
+case $1 in sparse_zoo/analysis/* | -c) exec {sys.executable} "$@" ;; esac
+{sys.executable} "$@" && exit 2
+""")
+    (tmp_path / "python").chmod(0o755)
+    where = {"RUNS": str(tmp_path / "runs"), "RESULTS": str(tmp_path / "results")}
+    where |= {"PYTHON": str(tmp_path / "python"), "ONLY": "sparse_init"}
+    short = "--total-timesteps 300 --eval-episodes 1 --final-eval-episodes 1 --max-episode-steps 20"
+    code, out, err = benchmark("fig13", "--scale", "smoke", **where, FLAGS=short)
+    assert code == 1 and "all runs are finished, but some of them failed" in err, err
+    assert "failed with exit code 2, see " in out
+
+
 def test_help_says_what_scales_and_runners_mean():
     out = succeed(benchmark("--help"))
     assert succeed(benchmark()) == succeed(benchmark("all", "-h")) == out
