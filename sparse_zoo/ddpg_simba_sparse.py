@@ -45,6 +45,8 @@ In this file: flags, networks, replay, losses, agent, update, learner; then `tra
 training; then an appendix that this file shares with the others: sparse layers, diagnostics, runs.
 """
 
+import contextlib
+import shlex
 import signal
 import sys
 
@@ -821,17 +823,18 @@ def read_env_kwargs(args) -> dict:
 def fail_in_environment(args, where: str, error: Exception) -> NoReturn:
     """One line for an error in code from elsewhere; its traceback goes to a file."""
     folder = run_folder(args)
-    if not folder.is_dir():
+    if args.eval_only or not (folder.is_dir() and os.access(folder, os.W_OK)):
         folder = Path(tempfile.mkdtemp())  # of its own: /tmp/traceback.txt may be another user's
     path = folder / "traceback.txt"
-    path.write_text("".join(traceback.format_exception(error)))
+    with contextlib.suppress(OSError):  # a full disk; the reason is said all the same
+        path.write_text("".join(traceback.format_exception(error)))
 
     reason = " ".join(str(error).split()) or "no message"
     hint = ""
     if where and "to unpack" in reason:
         hint = f"; {GYMNASIUM}"
     elif "GL" in reason:
-        hint = f"; MUJOCO_GL={os.environ.get('MUJOCO_GL')}, and to draw it must be egl or osmesa"
+        hint = f"; MUJOCO_GL={os.environ.get('MUJOCO_GL')}: start Python anew, with egl or osmesa"
     elif args.env_kwargs and not where:
         hint = f"; --env-kwargs {args.env_kwargs}"
     name = type(error).__name__
@@ -970,6 +973,7 @@ def open_env(args, render_mode: str | None = None) -> gym.Env:
     os.environ.setdefault("MUJOCO_GL", "egl" if args.capture_video else "disabled")
     sys.path.append(os.getcwd())  # for an environment of your own, --env-id module:MyEnv-v0
     filming = {"render_mode": render_mode} if render_mode else {}
+    where = ""
     try:
         if args.env_id.startswith("dm_control/"):
             import shimmy
@@ -983,12 +987,13 @@ def open_env(args, render_mode: str | None = None) -> gym.Env:
             **filming,
         )
         if filming:  # what cannot be filmed fails now, not after training
+            where = "to film it: "
             env.reset(seed=0)
             frame = env.render()
     except (gym.error.Error, ModuleNotFoundError) as error:
         fail(f"--env-id {args.env_id}: {error}")
     except Exception as error:
-        fail_in_environment(args, "", error)
+        fail_in_environment(args, where, error)
     if filming and not (isinstance(frame, np.ndarray) and frame.ndim == 3):
         fail(f"--capture-video: --env-id {args.env_id} renders no picture (height, width, 3)")
     check_action_space(args, env.action_space)
@@ -1554,7 +1559,8 @@ class GraphedFunction:
         self.enabled = enabled and device.type == "cuda"
         self.calls = 0
         self.graph = None
-        self.stream = torch.cuda.Stream() if self.enabled else None  # of the first calls
+        # Of the first calls and the capture, so that both have the same workspaces
+        self.stream = torch.cuda.Stream() if self.enabled else None
 
     def __call__(self):
         if not self.enabled:
@@ -1580,10 +1586,13 @@ class GraphedFunction:
         DenseCopy.generation += 1  # the graph writes the dense weights that it reads
         self.graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(self.graph):
+            with torch.cuda.graph(self.graph, stream=self.stream):
                 self.outputs = self.function()
         except RuntimeError as error:
-            reason = str(error).splitlines()[0]
+            cause = error.__context__ or error  # after a failure the end of the capture fails too
+            if isinstance(cause, torch.OutOfMemoryError):
+                raise cause from None
+            reason = str(cause).splitlines()[0]
             fail(f"the CUDA graph cannot be captured ({reason}); --no-cuda-graph does without")
 
 
@@ -1723,6 +1732,8 @@ def keep_compiled(loop) -> None:
 # What a seed derived from (--seed, purpose, ...) is for
 TRAIN, EVAL, FINAL, DIAGNOSE = range(4)
 
+LOCKS = []  # of the run that goes on in this process
+
 
 def derive_seed(*key: int) -> int:
     """A seed below 2^32 for a key; zeros at the end of a key do not count."""
@@ -1740,12 +1751,21 @@ def fail(message: str, exit_code: int = 2) -> NoReturn:
 
 
 def one_line_errors(function: Callable) -> Callable:
-    """Decorates a function so that a full disk or memory ends the program with one line."""
+    """Decorates a function so that a full disk or memory ends the program with one line.
+
+    A caller in Python goes on behind a run that was finished already, and gets back the number of
+    threads and what Ctrl-C does.
+    """
 
     @wraps(function)
     def guarded(args):
+        on_ctrl_c, on_thread_error = signal.getsignal(signal.SIGINT), threading.excepthook
+        threads = torch.get_num_threads()
         try:
             return function(args)
+        except SystemExit as end:
+            if end.code:
+                raise
         except (OSError, MemoryError, RuntimeError) as error:
             # torch.save hides the disk's error, and Ctrl-C, behind its own
             hidden = error.__context__
@@ -1765,6 +1785,14 @@ def one_line_errors(function: Callable) -> Callable:
                     f"out of memory ({reason}); lower --width-scale, --batch-size or --buffer-size"
                 )
             raise
+        finally:
+            while LOCKS:
+                LOCKS.pop().release()
+            if __name__ != "__main__":
+                torch.set_num_threads(threads)
+                threading.excepthook = on_thread_error
+                if threading.current_thread() is threading.main_thread():
+                    signal.signal(signal.SIGINT, on_ctrl_c)
 
     return guarded
 
@@ -1781,6 +1809,7 @@ def parse_flags(flags: type):
     Yes or no is --resume or --no-resume; --resume=True and --resume true are understood too. The
     names of the flags that were given are in .given of the result.
     """
+    sys.stdout.reconfigure(errors="backslashreplace")  # in a terminal that lacks a letter
     words = sys.argv[1:]
     if {"-h", "--help"} & {*words}:
         try:
@@ -1831,7 +1860,7 @@ def describe_flags(flags: type) -> str:
             lines.append(f"  {flag}, --no-{flag[2:]}")
             default = "yes" if default else "no"
         elif get_origin(hint) is Literal:
-            lines.append(f"  {flag} {'|'.join(get_args(hint))}")
+            lines.append(f"  {flag} {'|'.join(map(str, get_args(hint)))}")
         else:
             kind = (get_args(hint) or (hint,))[0]  # int of int | None
             lines.append(f"  {flag} {'TEXT' if kind is str else kind.__name__.upper()}")
@@ -1849,6 +1878,9 @@ def check_flags(args) -> None:
     for name, hint in get_type_hints(type(args), include_extras=True).items():
         value = getattr(args, name)
         flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, np.generic):  # which a checkpoint could not be read with
+            value = value.item()
+            setattr(args, name, value)
         classes = [kind for kind in types[name] if isinstance(kind, type)]
         classes += [int] if float in classes else []  # 1 for 1.0
         if value not in types[name] and not isinstance(value, tuple(classes)):
@@ -1900,7 +1932,8 @@ def set_up_process(args) -> None:
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
     warnings.filterwarnings("ignore", module="gymnasium")  # precision of Box bounds, age of tasks
-    signal.signal(signal.SIGINT, interrupt)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, interrupt)
 
 
 def run_folder(args) -> Path:
@@ -1913,7 +1946,7 @@ def run_folder(args) -> Path:
     del flags["seed"]
     digest = hashlib.sha256(json.dumps(flags, sort_keys=True).encode())
     if args.run_dir:
-        return Path(args.run_dir).expanduser()
+        return Path(os.path.expanduser(args.run_dir))
     parts = [
         args.env_id.replace("/", "-").replace(":", "-"),
         args.exp_name,
@@ -1924,18 +1957,21 @@ def run_folder(args) -> Path:
     ]
     if args.depth_scale != 1:
         parts.insert(3, f"d{args.depth_scale}")
-    return Path(args.runs_dir).expanduser() / "__".join(parts)
+    return Path(os.path.expanduser(args.runs_dir)) / "__".join(parts)
 
 
 def result_flags(args) -> dict:
     """The flags that tell runs apart."""
     others = EXECUTION_FLAGS | ({"total_timesteps"} if LONGER_GOES_ON else set())
     types = flag_types(args)
-    return {
+    flags = {
         name: float(value) if type(value) is int and float in types[name] else value
         for name, value in asdict(args).items()
         if name not in others
     }
+    if args.init_from:
+        flags["init_from"] = os.path.normpath(args.init_from)  # runs/x/ is runs/x
+    return flags
 
 
 def take_flags(args) -> None:
@@ -1946,7 +1982,7 @@ def take_flags(args) -> None:
     """
     if not args.eval_only:
         fail("--run-dir goes with --eval-only; to train, a run finds its folder by its flags")
-    path = Path(args.run_dir).expanduser() / "args.json"
+    path = Path(os.path.expanduser(args.run_dir)) / "args.json"
     try:
         made_with = dict(json.loads(path.read_text())["args"])
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -1977,7 +2013,7 @@ def other_agent(args, made_with: dict) -> str:
 def describe_nearest(args) -> str:
     """The run in --runs-dir that differs least from these flags, and in which of them."""
     found = []
-    for path in sorted(Path(args.runs_dir).expanduser().glob("*/args.json")):
+    for path in sorted(Path(os.path.expanduser(args.runs_dir)).glob("*/args.json")):
         try:
             made_with = json.loads(path.read_text())["args"]
             same_agent = made_with["exp_name"] == args.exp_name
@@ -2127,7 +2163,7 @@ class Run:
         return checkpoint
 
     def take_lock(self) -> None:
-        """Creates the folder and locks it until the process ends."""
+        """Creates the folder and locks it until training ends."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             path = self.folder / ".lock"
@@ -2138,6 +2174,7 @@ class Run:
             except NotImplementedError:  # a file system without flock
                 self.lock = SoftFileLock(path)
                 self.lock.acquire(timeout=0)
+            LOCKS.append(self.lock)
             owner.write_text(f"process {os.getpid()} on {platform.node()}")
         except Timeout:
             by = owner.read_text() if owner.exists() else "another process"
@@ -2202,7 +2239,7 @@ class Run:
 
     def start_from_networks(self, parts: dict) -> None:
         """Gives the networks, and the statistics of observations, what --init-from has learned."""
-        path = Path(self.args.init_from).expanduser() / "checkpoint.pt"
+        path = Path(os.path.expanduser(self.args.init_from)) / "checkpoint.pt"
         learned = None
         try:
             learned = read_checkpoint(path)
@@ -2317,12 +2354,19 @@ class Run:
         self.bar.close()
         draw_learning_curve(self.folder, self.args.env_id)
         episodes = self.args.final_eval_episodes
+        evaluate = [
+            "python",
+            os.path.relpath(__file__),
+            "--eval-only",
+            "--run-dir",
+            str(self.folder),
+        ]
         print(
             f"return {result['return_mean']:.1f}, the mean of {episodes} episodes; "
             f"checkpoint, metrics.csv and learning_curve.png are in {self.folder}\n"
             f"look at it:    {self.folder / 'learning_curve.png'}\n"
-            f"compare runs:  tensorboard --logdir {self.args.runs_dir}\n"
-            f"evaluate it:   python {sys.argv[0]} --eval-only --run-dir {self.folder}\n"
+            f"compare runs:  {shlex.join(['tensorboard', '--logdir', self.args.runs_dir])}\n"
+            f"evaluate it:   {shlex.join(evaluate)}\n"
             "and more:      docs/recipes.md (a film, the policy in Python, longer training)"
         )
 
@@ -2467,9 +2511,10 @@ def start_wandb(folder: Path, args, resume: bool):
             dir=folder,
             config=asdict(args),
             resume="allow" if resume else None,
+            reinit="finish_previous",  # one that ended early in this process
         )
-    except wandb.Error as error:
-        fail(f"--track: {error}")
+    except (wandb.Error, ValueError) as error:
+        fail(f"--track: {in_short(error)}")
     tracked.define_metric("*", step_metric="env_step")
     tracked.log_code(str(Path(__file__).parent), include_fn=lambda path: path == __file__)
     return tracked

@@ -145,10 +145,10 @@ def measure(args: Args) -> dict[str, float]:
     class TimedLearner(module.Learner):
         def __init__(self, *settings, **named):
             super().__init__(*settings, **named)
-            self.draw_updates = watch.timed("learn", self.draw_updates)
             self.update_all = watch.timed("learn", self.update_all)
 
         act = watch.timed("act", module.Learner.act)
+        draw_updates = watch.timed("learn", module.Learner.draw_updates)
 
     class TimedRun(module.Run):
         log_episode = watch.timed("log", module.Run.log_episode)

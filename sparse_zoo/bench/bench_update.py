@@ -26,9 +26,9 @@ noise, send one row to the GPU, take batches from a replay there, and update twi
 are sparse (ours), dense times masks, or dense. `compiled` is torch.compile of the three loss
 functions. Ours is one CUDA graph; `ours, no graph` is not. JAX (--reference jax) is the published
 update, made again in jax_update.py. Sides are measured one after the other, by wall clock; ms are
-those of one update, launches, kernels and bytes those of a decision's two. Launches are what Python
-asks of the GPU, kernels what runs there, both by torch.profiler. Peak memory is PyTorch's, with a
-replay of 2,000 transitions.
+those of one update, bytes those of a decision's two. Peak memory is PyTorch's, with a replay of
+2,000 transitions. At the end a second table: launches are what Python asks of the GPU in a
+decision, kernels what runs there, both by torch.profiler, after which nothing is timed any more.
 """
 
 import importlib.util
@@ -109,8 +109,6 @@ SIDES = {  # of a GPU: which network, run how
 JAX_SIDES = {"JAX, as published": "as published", "JAX, nothing read": "nothing read"}
 GPU_COLUMNS = {
     "ms": "{:.3f}",
-    "launches": "{:.0f}",
-    "kernels": "{:.0f}",
     "copied_bytes": "{:.0f}",
     "peak_mib": "{:.0f}",
 }
@@ -384,7 +382,7 @@ def measure_sides(
 
 
 def measure_side(args: Args, module, flags, agent, mode: str, backend: str) -> dict[str, float]:
-    """Time, launches and copies of what a decision learns."""
+    """Time and copies of what a decision learns."""
     device = devices.choose(args.device)
     flags = replace(flags, cuda_graph=mode == "graph")
     sizes = (args.obs_dim, args.action_dim)
@@ -393,12 +391,32 @@ def measure_side(args: Args, module, flags, agent, mode: str, backend: str) -> d
     with devices.compiled_losses(module, backend) if compiling else nullcontext():
         ms = devices.milliseconds(learner.learn, device, args.turn_seconds, args.turns)
         found = {"ms": ms / flags.updates_per_step}
-        if device.type == "cuda":
-            profiled = devices.profile_gpu(learner.learn)
-            found |= {name: profiled[name] for name in ("launches", "kernels")}
         if not compiling:  # which PyTorch's counter would change
             found["copied_bytes"] = devices.count(learner.learn).copied_bytes
     return found
+
+
+def profile_sides(args: Args) -> Iterator[dict]:
+    """Launches, kernels and their ms in a decision of each side that is not compiled."""
+    module = timing.import_agent(f"{args.agent}_simba_sparse")
+    device = devices.choose(args.device)
+    torch.set_float32_matmul_precision(args.matmul_precision)
+    flags = module.Args(
+        width_scale=args.width_scale,
+        sparsity=args.sparsity,
+        batch_size=args.batch_size,
+        sparse_kernel="dense",
+    )
+    sizes = (args.obs_dim, args.action_dim)
+    for side, (network, mode) in SIDES.items():
+        if mode == "compiled":
+            continue
+        agent = devices.make_agent(module, flags, network, device, sizes)
+        own = replace(flags, cuda_graph=mode == "graph")
+        learner = devices.make_learner(module, own, agent, device, sizes)
+        for _ in range(5):  # the fourth captures the graph
+            learner.learn()
+        yield {"side": side, **devices.profile_gpu(learner.learn, device)}
 
 
 def measure_jax(args: Args, timeout: float | None = None) -> list[dict]:
@@ -466,6 +484,10 @@ def print_gpu_table(args: Args) -> pd.DataFrame:
     for row in gpu_rows(args):
         print_gpu_row(row)
         rows.append(row)
+    print(f"\nA decision at width scale {args.width_scale:g}, sparsity {args.sparsity:g}:\n")
+    timing.print_header("side", "launches", "kernels", "ms of kernels")
+    for side, launches, kernels, ms in map(dict.values, profile_sides(args)):
+        timing.print_cells(side, f"{launches}", f"{kernels}", f"{ms:.3f}")
     return pd.DataFrame(rows)
 
 

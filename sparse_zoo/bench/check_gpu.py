@@ -163,7 +163,7 @@ def pixel_updates(name: str, device: torch.device, tiny: bool) -> dict[str, torc
                 batch = replay.sample(batch_size, device)
                 noises = (agent.network.draw_noise(), agent.network.draw_noise())
                 _, losses = der.update(agent, batch, *noises)
-                replay.set_priorities(batch.index, losses)
+                replay.set_priorities(batch.index, losses.cpu())
     return devices.tensors(agent)
 
 
@@ -314,9 +314,8 @@ def waits(check: Check) -> None:
         if not check.tiny:
             places = devices.find_waits(decision)
             check.note(f"{name}: waits of a decision", f"{len(places)}: {', '.join(places)}")
-            for what, number in devices.profile_gpu(decision).items():
-                check.note(f"{name}: {what} of a decision", float(number))
         check.note(f"{name}: a decision without environment", check.ms(decision), "ms")
+        del decision  # its graphs end before others begin
 
 
 RESUMED = (
@@ -382,7 +381,13 @@ def jax(check: Check) -> None:
         return
     sizes = [(width, s) for s in (0.9, 0.0) for width in check.widths(1.0, 4.0, 5.0)]
     for width, sparsity in check.in_time(sizes[:1] if check.tiny else sizes):
-        for row in bench_update.measure_jax(update_args(check, width, sparsity), timeout=60):
+        try:
+            rows = bench_update.measure_jax(update_args(check, width, sparsity), timeout=60)
+        except (RuntimeError, subprocess.TimeoutExpired) as error:
+            reason = " ".join(str(error).split())
+            check.note(f"width {width:g}, sparsity {sparsity:g}: not measured", reason)
+            continue
+        for row in rows:
             note_update(check, row)
 
 
@@ -415,6 +420,7 @@ def precision(check: Check) -> None:
         module = timing.import_agent(name)
         (width,) = check.widths(1.0)
         flags = check.flags(module, width_scale=width)
+        torch.set_float32_matmul_precision("highest")
         expected = one_update(module, flags, timing.CPU)
         for level in ("highest", "high"):
             torch.set_float32_matmul_precision(level)
@@ -446,6 +452,15 @@ def compiled(check: Check) -> None:
             note_update(check, {**row, "sparsity": sparsity if "masked" in side else 0.0})
 
 
+def profiles(check: Check) -> None:
+    """Launches and kernels of a decision. The last part: nothing is timed after a profile."""
+    (width,) = check.widths(1.0)
+    for row in bench_update.profile_sides(update_args(check, width, 0.9)):
+        side = row.pop("side")
+        for what, number in row.items():
+            check.note(f"{side}: {what} of a decision", float(number))
+
+
 PARTS = {
     part.__name__: part
     for part in (
@@ -459,6 +474,7 @@ PARTS = {
         precision,
         pixels,
         compiled,
+        profiles,
     )
 }
 
@@ -498,6 +514,7 @@ def main(args: Args) -> None:
             check.note("left out for time", "")
             continue
         start = time.monotonic()
+        torch.set_float32_matmul_precision("high")  # as agents do, whatever parts before have set
         try:
             part(check)
         except (Exception, SystemExit) as error:
@@ -505,6 +522,8 @@ def main(args: Args) -> None:
                 raise
             failures.append(f"{name}: {''.join(traceback.format_exception(error))}")
             check.note("FAILED", " ".join(f"{type(error).__name__}: {error}".split()))
+            if device.type == "cuda":  # a capture that fails leaves its own stream behind
+                torch.cuda.set_stream(torch.cuda.default_stream())
         check.note("took", time.monotonic() - start, "s")
         write(check)
     try:

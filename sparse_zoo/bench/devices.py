@@ -218,17 +218,27 @@ def find_waits(function: Callable) -> list[str]:
 STARTS = ("cudaLaunch", "cuLaunch", "cudaGraphLaunch", "cudaMemcpy", "cudaMemset")
 
 
-def profile_gpu(function: Callable) -> dict[str, float]:
-    """Of a call on a GPU, by torch.profiler: launches by Python, kernels, and how long they ran."""
+def profile_gpu(function: Callable, device: torch.device) -> dict[str, float]:
+    """Of a call on a GPU, by torch.profiler: launches by Python, kernels, and how long they ran.
+
+    Nothing should be timed after it in the same process: the profiler stays attached, and launches
+    may take longer from then on.
+    """
     from torch.profiler import ProfilerActivity, profile
 
     activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
-    torch.cuda.synchronize()
+    wait(device)
     with profile(activities=activities) as profiled:
         function()
-        torch.cuda.synchronize()
+        wait(device)
     on_gpu = torch.autograd.DeviceType.CUDA
-    kernels = [event for event in profiled.events() if event.device_type == on_gpu]
+    kernels = [
+        event
+        for event in profiled.events()
+        if event.device_type == on_gpu
+        and not event.is_user_annotation
+        and not event.name.startswith(("Memcpy", "Memset"))
+    ]
     calls = [event for event in profiled.events() if event.name.startswith(STARTS)]
     busy = sum(event.device_time for event in kernels) / 1000
     return {"launches": len(calls), "kernels": len(kernels), "gpu_ms": busy}
@@ -237,10 +247,11 @@ def profile_gpu(function: Callable) -> dict[str, float]:
 def milliseconds(
     function: Callable, device: torch.device, seconds: float = 0.3, turns: int = 3
 ) -> float:
-    """Wall-clock ms of a call whose work is done, the median over some turns; after five calls.
+    """Wall-clock ms of a call whose work is done, the median over some turns; after ten calls.
 
-    Five, because a CUDA graph is captured at the fourth.
+    Five to warm up, for a CUDA graph is captured at the fourth, and five to see how long one takes.
     """
+    run_once(function, device, 5)
     taken = run_once(function, device, 5) / 5
     calls = max(1, round(1000 * seconds / max(taken, 1e-3)))
     return median(run_once(function, device, calls) / calls for _ in range(turns))
@@ -267,8 +278,7 @@ class Memory:
         """What is allocated now does not count."""
         gc.collect()
         if self.device.type == "cuda":
-            torch.cuda.synchronize()
-            torch.cuda.empty_cache()
+            self.without_workspaces()
             self.before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
 
@@ -278,5 +288,12 @@ class Memory:
             return float("nan")
         torch.cuda.synchronize()
         highest = (torch.cuda.max_memory_allocated() - self.before) / MIB
+        self.without_workspaces()
         torch.cuda.reset_peak_memory_stats()
         return highest
+
+    def without_workspaces(self) -> None:
+        """Frees those of cuBLAS, some for each stream: so all pay for their own. No graph lives."""
+        torch.cuda.synchronize()
+        torch._C._cuda_clearCublasWorkspaces()
+        torch.cuda.empty_cache()

@@ -127,7 +127,12 @@ def run(file: str, flags: list[str], device: str, stop_at_checkpoint: int | None
             path,
         )
 
-    tyro.cli = lambda flags, args: dataclasses.replace(parse(flags, args=args), device=device)
+    def cli(flags, args):
+        parsed = parse(flags, args=args)
+        flags.__annotations__["device"] = str  # "sim" is none of its words
+        return dataclasses.replace(parsed, device=device)
+
+    tyro.cli = cli
     torch.save, sys.argv = save_on_cpu, [file, *flags]
     try:
         runpy.run_path(file, run_name="__main__")
