@@ -2264,7 +2264,10 @@ def describe_flags(flags: type) -> str:
 
 
 def check_flags(args) -> None:
-    """Ends the program if a flag is not of its type, or breaks the rule beside it in Args."""
+    """Ends the program if a flag is not of its type, or breaks the rule beside it in Args.
+
+    Values of NumPy become Python's.
+    """
     types = flag_types(args)
     for name, hint in get_type_hints(type(args), include_extras=True).items():
         value = getattr(args, name)
@@ -2285,6 +2288,8 @@ def check_flags(args) -> None:
                 fail(f"{flag} {value} is not allowed: {needed}")
         if type(value) is int and value > 10**12:
             fail(f"{flag} {value} is not allowed: {name} <= 10**12")
+    if args.init_from:
+        args.init_from = os.path.normpath(args.init_from)  # runs/x/ is runs/x
     if "/" in args.exp_name:
         fail(f"--exp-name {args.exp_name}: is part of a folder's name and cannot contain /")
 
@@ -2355,14 +2360,11 @@ def result_flags(args) -> dict:
     """The flags that tell runs apart."""
     others = EXECUTION_FLAGS | ({"total_timesteps"} if LONGER_GOES_ON else set())
     types = flag_types(args)
-    flags = {
+    return {
         name: float(value) if type(value) is int and float in types[name] else value
         for name, value in asdict(args).items()
         if name not in others
     }
-    if args.init_from:
-        flags["init_from"] = os.path.normpath(args.init_from)  # runs/x/ is runs/x
-    return flags
 
 
 def take_flags(args) -> None:
@@ -2745,19 +2747,15 @@ class Run:
         self.bar.close()
         draw_learning_curve(self.folder, self.args.env_id)
         episodes = self.args.final_eval_episodes
-        evaluate = [
-            "python",
-            os.path.relpath(__file__),
-            "--eval-only",
-            "--run-dir",
-            str(self.folder),
-        ]
+        program = sys.argv[0] if __name__ == "__main__" else __file__
+        texts = (program, str(self.folder), self.args.runs_dir)
+        program, folder, runs_dir = map(shlex.quote, texts)
         print(
             f"return {result['return_mean']:.1f}, the mean of {episodes} episodes; "
             f"checkpoint, metrics.csv and learning_curve.png are in {self.folder}\n"
             f"look at it:    {self.folder / 'learning_curve.png'}\n"
-            f"compare runs:  {shlex.join(['tensorboard', '--logdir', self.args.runs_dir])}\n"
-            f"evaluate it:   {shlex.join(evaluate)}\n"
+            f"compare runs:  tensorboard --logdir {runs_dir}\n"
+            f"evaluate it:   python {program} --eval-only --run-dir {folder}\n"
             "and more:      docs/recipes.md (a film, the policy in Python, longer training)"
         )
 

@@ -250,6 +250,19 @@ def test_a_run_of_another_agent(trained, main, tmp_path):
     assert list((tmp_path / "runs").iterdir()) == []
 
 
+def test_train_from_python(tmp_path):
+    (code,) = blocks("Train from Python", "python")
+    code = code.replace('"sparse_zoo"', repr(str(AGENTS))).replace("1000", "20")
+    short = "total_timesteps=40, eval_episodes=1, final_eval_episodes=1"
+    assert "total_timesteps=2000" in code
+    code = code.replace("total_timesteps=2000", short)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("evaluate it:") == 2 == len(list((tmp_path / "runs").iterdir()))
+
+
 def test_an_environment_of_your_own(main, tmp_path, monkeypatch):
     (code,) = blocks("An environment of your own", "python")
     (tmp_path / "my_envs.py").write_text(code)
