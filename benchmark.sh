@@ -304,7 +304,7 @@ run_local() { # keeps $jobs runs going until all are done; a signal ends them, a
   trap "$on_signal" INT TERM HUP
   [[ -z ${interrupted:-} ]] || fail "interrupted; the same command goes on from the last checkpoints" 1
   left=$(printf '%s\n' "$all" | analysis plan unfinished 2>/dev/null) ||
-    fail "cannot tell which runs are finished; ./benchmark.sh status $target says why" 1
+    fail "cannot tell which runs are finished; ./benchmark.sh status $target --scale $scale says why" 1
   if [[ -n $left ]]; then
     echo "these runs are not finished, their logs say why:"
     printf '%s\n' "$left" | while read -r command; do
@@ -313,7 +313,7 @@ run_local() { # keeps $jobs runs going until all are done; a signal ends them, a
       echo "$log: $command"
     done
   elif ((code)); then
-    echo "all runs are finished, but some of them failed behind that: see above"
+    echo "all runs have their results, but some ended with an error after writing them: see above"
   fi >&2
   [[ -z $left ]] && ((code == 0))
 }

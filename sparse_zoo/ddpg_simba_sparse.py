@@ -823,11 +823,13 @@ def read_env_kwargs(args) -> dict:
 def fail_in_environment(args, where: str, error: Exception) -> NoReturn:
     """One line for an error in code from elsewhere; its traceback goes to a file."""
     folder = run_folder(args)
-    if args.eval_only or not (folder.is_dir() and os.access(folder, os.W_OK)):
-        folder = Path(tempfile.mkdtemp())  # of its own: /tmp/traceback.txt may be another user's
-    path = folder / "traceback.txt"
-    with contextlib.suppress(OSError):  # a full disk; the reason is said all the same
+    try:
+        if args.eval_only or not (folder.is_dir() and os.access(folder, os.W_OK)):
+            folder = Path(tempfile.mkdtemp())  # of its own: /tmp's may be another user's
+        path = folder / "traceback.txt"
         path.write_text("".join(traceback.format_exception(error)))
+    except OSError as full:
+        path = f"no file: {full.strerror}"
 
     reason = " ".join(str(error).split()) or "no message"
     hint = ""
@@ -1589,10 +1591,11 @@ class GraphedFunction:
             with torch.cuda.graph(self.graph, stream=self.stream):
                 self.outputs = self.function()
         except RuntimeError as error:
+            torch.cuda.set_stream(torch.cuda.default_stream())  # which the capture did not
             cause = error.__context__ or error  # after a failure the end of the capture fails too
-            if isinstance(cause, torch.OutOfMemoryError):
+            if not isinstance(cause, RuntimeError) or isinstance(cause, torch.OutOfMemoryError):
                 raise cause from None
-            reason = str(cause).splitlines()[0]
+            reason = str(cause).partition("\n")[0]
             fail(f"the CUDA graph cannot be captured ({reason}); --no-cuda-graph does without")
 
 
@@ -1760,7 +1763,7 @@ def one_line_errors(function: Callable) -> Callable:
     @wraps(function)
     def guarded(args):
         on_ctrl_c, on_thread_error = signal.getsignal(signal.SIGINT), threading.excepthook
-        threads = torch.get_num_threads()
+        threads = numba.get_num_threads(), torch.get_num_threads()
         try:
             return function(args)
         except SystemExit as end:
@@ -1789,9 +1792,10 @@ def one_line_errors(function: Callable) -> Callable:
             while LOCKS:
                 LOCKS.pop().release()
             if __name__ != "__main__":
-                torch.set_num_threads(threads)
+                numba.set_num_threads(threads[0])
+                torch.set_num_threads(threads[1])
                 threading.excepthook = on_thread_error
-                if threading.current_thread() is threading.main_thread():
+                if on_ctrl_c and threading.current_thread() is threading.main_thread():
                     signal.signal(signal.SIGINT, on_ctrl_c)
 
     return guarded
@@ -1809,7 +1813,8 @@ def parse_flags(flags: type):
     Yes or no is --resume or --no-resume; --resume=True and --resume true are understood too. The
     names of the flags that were given are in .given of the result.
     """
-    sys.stdout.reconfigure(errors="backslashreplace")  # in a terminal that lacks a letter
+    with contextlib.suppress(AttributeError):  # for a terminal that lacks a letter
+        sys.stdout.reconfigure(errors="backslashreplace")
     words = sys.argv[1:]
     if {"-h", "--help"} & {*words}:
         try:
@@ -1884,6 +1889,8 @@ def check_flags(args) -> None:
         if isinstance(value, np.generic):  # which a checkpoint could not be read with
             value = value.item()
             setattr(args, name, value)
+        if value is not None and not isinstance(value, bool | int | float | str):
+            fail(f"{flag} {value!r} is not allowed: a flag is a number, a text, or yes or no")
         classes = [kind for kind in types[name] if isinstance(kind, type)]
         classes += [int] if float in classes else []  # 1 for 1.0
         if value not in types[name] and not isinstance(value, tuple(classes)):
@@ -1906,11 +1913,8 @@ def check_flags(args) -> None:
 def flag_types(args) -> dict[str, tuple]:
     """The types that each flag can have, or its values if it takes one of some words."""
 
-    def spread(hint) -> tuple:
-        origin = get_origin(hint)
-        if origin in (None, tuple, list, dict):
-            return (origin or hint,)
-        return sum(map(spread, get_args(hint)), ())  # of a union, or the words of a Literal
+    def spread(hint) -> tuple:  # of a union its types, of a Literal its words
+        return sum(map(spread, get_args(hint)), ()) or (hint,)
 
     return {name: spread(hint) for name, hint in get_type_hints(type(args)).items()}
 
@@ -2071,6 +2075,8 @@ class Run:
             if made_with["total_timesteps"] < args.total_timesteps:
                 self.go_back_before_the_end()
                 return
+            if not (self.folder / "args.json").exists():
+                fail(f"{self.folder} is finished but has no args.json; bring it back")
             for leftover in self.folder.glob("replay.*"):  # by a kill after the last checkpoint
                 leftover.unlink()
             print(
@@ -2133,8 +2139,6 @@ class Run:
                     f"{self.folder} is finished at env step {int(finished[-1])} and has no "
                     "checkpoint to go on from; --no-resume runs it again"
                 )
-            if finished and not (self.folder / "args.json").exists():
-                fail(f"{self.folder} is finished but has no args.json; bring it back")
             return {"finished": True} if finished else None
         try:
             checkpoint = read_checkpoint(path)

@@ -19,7 +19,7 @@ import warnings
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass
 from functools import cache
 from itertools import takewhile
@@ -94,7 +94,8 @@ def fail(message: str, code: int = 2) -> NoReturn:
 
 def start(main: Callable, kind: type) -> None:
     """Runs main with the flags of a script; whatever ends it is one line."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # names of folders can be any bytes
+    with suppress(AttributeError):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of folders can be any bytes
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # what is missing or not finite is in the results
     try:

@@ -484,11 +484,15 @@ def print_gpu_table(args: Args) -> pd.DataFrame:
     for row in gpu_rows(args):
         print_gpu_row(row)
         rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def print_profiles(args: Args) -> None:
+    """Of a decision; the last thing to do, since nothing should be timed after it."""
     print(f"\nA decision at width scale {args.width_scale:g}, sparsity {args.sparsity:g}:\n")
     timing.print_header("side", "launches", "kernels", "ms of kernels")
     for side, launches, kernels, ms in map(dict.values, profile_sides(args)):
         timing.print_cells(side, f"{launches}", f"{kernels}", f"{ms:.3f}")
-    return pd.DataFrame(rows)
 
 
 def draw_gpu(table: pd.DataFrame) -> Figure:
@@ -554,6 +558,7 @@ def main(args: Args) -> None:
         print_launches(args)
     elif args.device == "cuda":
         write_table(args, print_gpu_table, draw_gpu, "gpu_update_costs")
+        print_profiles(args)
     elif args.table:
         write_table(args, print_table, draw, "update_costs")
     else:

@@ -303,7 +303,7 @@ def graph(check: Check) -> None:
 
 
 def waits(check: Check) -> None:
-    """Where Python waits for the GPU in a decision; what a decision launches and copies."""
+    """Where Python waits for the GPU in a decision; what a decision copies."""
     for name in check.in_time(SIMBA):
         module = timing.import_agent(name)
         (width,) = check.widths(1.0)

@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Optional, get_args, get_type_hints
 
@@ -84,7 +84,7 @@ def test_a_rule_is_said_with_the_flag(agent, flag, value, rule, capsys):
     [
         ("width_scale", None, "float"),
         ("width_scale", "big", "float"),
-        ("gamma", [0.9], "float or NoneType"),
+        ("gamma", "0.9", "float or NoneType"),
         ("seed", 1.0, "int"),
         ("resume", 2, "bool"),
         ("env_id", 3, "str"),
@@ -102,14 +102,13 @@ def test_a_value_of_another_type(flag, value, allowed, capsys):
 def test_flags_that_a_fork_adds():
     @dataclass
     class Fork(sac.Args):
-        sizes: tuple[int, ...] = (256, 256)
-        names: list[str] = field(default_factory=list)
         schedule: Literal["linear", "cosine"] | None = "cosine"
         clip: Optional[float] = 1  # noqa: UP045
+        sizes: tuple[int, ...] | None = None
 
     sac.check_flags(Fork())
     sac.check_flags(Fork(schedule=None, clip=None, learning_rate=np.float64(1e-3)))
-    for wrong in ({"sizes": 3}, {"schedule": "step"}, {"clip": "much"}):
+    for wrong in ({"sizes": (3, 4)}, {"sizes": Path("x")}, {"schedule": "step"}, {"clip": "much"}):
         with pytest.raises(SystemExit, match="2"):
             sac.check_flags(Fork(**wrong))
 
@@ -330,7 +329,11 @@ def test_evaluations_come_with_the_first_decision_at_or_after_a_multiple(main):
 def test_a_finished_run_without_its_flags(main, tmp_path):
     """No script can use it, so the agent does not say that all is well."""
     agent = tyro.cli(sac.Args, args=[*TINY, "--runs-dir", str(tmp_path)])
-    write_metrics(sac.run_folder(agent), (400, "final/return_mean", 1.0))
+    folder = write_metrics(sac.run_folder(agent), (400, "final/return_mean", 1.0))
+    check_error(main(*TINY, "--runs-dir", tmp_path), "is finished but has no args.json")
+    (folder / "metrics.csv").unlink()
+    succeed(main(*TINY, "--runs-dir", tmp_path))
+    (folder / "args.json").unlink()
     check_error(main(*TINY, "--runs-dir", tmp_path), "is finished but has no args.json")
 
 

@@ -379,7 +379,7 @@ case $1 in sparse_zoo/analysis/* | -c) exec {sys.executable} "$@" ;; esac
     where |= {"PYTHON": str(tmp_path / "python"), "ONLY": "sparse_init"}
     short = "--total-timesteps 300 --eval-episodes 1 --final-eval-episodes 1 --max-episode-steps 20"
     code, out, err = benchmark("fig13", "--scale", "smoke", **where, FLAGS=short)
-    assert code == 1 and "all runs are finished, but some of them failed" in err, err
+    assert code == 1 and "all runs have their results, but some ended with an error" in err, err
     assert "failed with exit code 2, see " in out
 
 
