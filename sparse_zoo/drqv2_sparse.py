@@ -2490,7 +2490,7 @@ def start_wandb(folder: Path, args, resume: bool):
             reinit="finish_previous",  # one that ended early in this process
         )
     except (wandb.Error, ValueError) as error:
-        fail(f"--track: {in_short(error)}")
+        fail(f"--track: {textwrap.shorten(str(error), 200)}")
     tracked.define_metric("*", step_metric="env_step")
     tracked.log_code(str(Path(__file__).parent), include_fn=lambda path: path == __file__)
     return tracked
