@@ -368,6 +368,7 @@ kill -9 $PPID
     assert len(re.findall("^not started: ", err, flags=re.M)) == 2
 
 
+@pytest.mark.slow
 def test_runs_that_fail_behind_their_results(tmp_path):
     """As when the disk has no room for the last checkpoint."""
     (tmp_path / "python").write_text(f"""#!/bin/sh
