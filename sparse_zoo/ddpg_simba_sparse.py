@@ -111,8 +111,7 @@ class Args:
     threads: Annotated[int | None, "1 <= x <= 10**4"] = None
     """CPU threads (default: all cores); a resumed run is bit-equal only with the same number"""
     matmul_precision: Literal["high", "highest"] = "high"
-    """matrix products and convolutions on CUDA: high takes TF32 (10 bits of precision), highest
-    float32 (23 bits)"""
+    """matrix products on CUDA: high takes TF32 (10 bits of precision), highest float32 (23 bits)"""
     cuda_graph: bool = True
     """on CUDA, run all updates of a decision as one CUDA graph"""
     runs_dir: str = "runs"
@@ -1016,7 +1015,7 @@ def open_env(args, render_mode: str | None = None) -> gym.Env:
 def episode_limit(env: gym.Env) -> float:
     """Env steps until an episode is cut off; infinity where there is no limit."""
     limit = env.spec.max_episode_steps or math.inf
-    # These end by themselves, which Gymnasium does not know
+    # Tasks of dm_control but lqr end by themselves, which Gymnasium does not know
     ends_itself = env.spec.id.startswith("dm_control/") and "/lqr-" not in env.spec.id
     return min(limit, 1000) if ends_itself else limit
 
@@ -1735,7 +1734,7 @@ def keep_compiled(loop) -> None:
 # What a seed derived from (--seed, purpose, ...) is for
 TRAIN, EVAL, FINAL, DIAGNOSE = range(4)
 
-LOCKS = []  # of the run that goes on in this process
+LOCKS = []  # of train(), which releases them: a traceback that is kept would hold them
 
 
 def derive_seed(*key: int) -> int:

@@ -1723,7 +1723,7 @@ def keep_compiled(loop) -> None:
 # What a seed derived from (--seed, purpose, ...) is for
 TRAIN, EVAL, FINAL, DIAGNOSE = range(4)
 
-LOCKS = []  # of the run that goes on in this process
+LOCKS = []  # of train(), which releases them: a traceback that is kept would hold them
 
 
 def derive_seed(*key: int) -> int:

@@ -352,6 +352,16 @@ def print_launches(args: Args) -> None:
 # On a GPU
 
 
+def gpu_flags(module, args: Args):
+    """Of the agent whose updates are measured."""
+    return module.Args(
+        width_scale=args.width_scale,
+        sparsity=args.sparsity,
+        batch_size=args.batch_size,
+        sparse_kernel="dense",  # the only one of a GPU
+    )
+
+
 def measure_sides(
     args: Args, sides: tuple[str, ...] = tuple(SIDES), backend: str = "inductor"
 ) -> Iterator[dict]:
@@ -359,12 +369,7 @@ def measure_sides(
     module = timing.import_agent(f"{args.agent}_simba_sparse")
     device = devices.choose(args.device)
     torch.set_float32_matmul_precision(args.matmul_precision)
-    flags = module.Args(
-        width_scale=args.width_scale,
-        sparsity=args.sparsity,
-        batch_size=args.batch_size,
-        sparse_kernel="dense",  # the only one of a GPU
-    )
+    flags = gpu_flags(module, args)
     for network in NETWORKS:
         modes = {side: mode for side, (kind, mode) in SIDES.items() if kind == network}
         modes = {side: mode for side, mode in modes.items() if side in sides}
@@ -401,12 +406,7 @@ def profile_sides(args: Args) -> Iterator[dict]:
     module = timing.import_agent(f"{args.agent}_simba_sparse")
     device = devices.choose(args.device)
     torch.set_float32_matmul_precision(args.matmul_precision)
-    flags = module.Args(
-        width_scale=args.width_scale,
-        sparsity=args.sparsity,
-        batch_size=args.batch_size,
-        sparse_kernel="dense",
-    )
+    flags = gpu_flags(module, args)
     sizes = (args.obs_dim, args.action_dim)
     for side, (network, mode) in SIDES.items():
         if mode == "compiled":
