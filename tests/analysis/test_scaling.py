@@ -418,8 +418,17 @@ def test_the_interval_of_the_mean(skewed):
     assert (row.mean_low, row.mean_high) != (row.low, row.high)
 
 
-def test_figures_whose_captions_name_a_statistic():
-    assert scaling.CAPTIONS == {"bars": "mean", "width": "std", "depth": "std"}
+def test_each_task_counts_the_same(skewed):
+    one_seed = skewed[0].drop_duplicates(scaling.NETWORK)
+    other_task = one_seed.assign(env_id="b-v0", **{"return": 1000.0})
+    points = scaling.summarise(pd.concat([skewed[0], other_task]), scaling.NETWORK)
+    assert (points["mean"] == (40 + 1000) / 2).all()
+    assert (points.mean_low < 520).all() and (points.mean_high > 520).all()
+
+
+def test_default_statistic_of_each_figure():
+    expected = {"bars": "mean", "width": "std", "depth": "std", "aggregate": "mean"}
+    assert scaling.STATISTICS == expected
 
 
 def test_sparsities_of_actor_and_critic(tmp_path, main, draw):
