@@ -260,7 +260,7 @@ plot() { # plot TARGET: from its finished runs; the others are named
     fig7) analysis plasticity --figure param-norm $from $variants ;;
     fig8) # the score takes long and does not depend on the runs, so it is measured once
       [[ -e $bias/scores.csv ]] ||
-        analysis simplicity_bias $bias_flags --threads "${THREADS:-$cores}" --output "$bias" || return
+        analysis simplicity_bias $bias_flags --sparsities $sparsities --threads "${THREADS:-$cores}" --output "$bias" || return
       analysis scaling --figure gain $from --scores "$bias/scores.csv"
       ;;
     fig9) (set +f && analysis gradient_interference "$out"/runs/* --samples $samples --output "$out") ;;

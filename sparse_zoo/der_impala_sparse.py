@@ -12,9 +12,10 @@
 
 Before training, a random set of weights is removed once; the survivors are trained as usual.
 Rainbow learns the distribution of returns (C51) from n-step transitions, which it replays in
-proportion to their last loss. The online network chooses the action that the target network values
-(double Q), values and advantages have heads of their own (dueling), and noise on the weights
-explores. "Data-Efficient" means: 100,000 decisions, an update after each, and 10-step returns.
+proportion to the square root of their last loss. The online network chooses the action that the
+target network values (double Q), values and advantages have heads of their own (dueling), and noise
+on the weights explores. "Data-Efficient" means: 100,000 decisions, an update after each, and longer
+returns: 10 steps (20 in van Hasselt et al.).
 
 Papers: Network Sparsity Unlocks the Scaling Potential of Deep RL (Ma, Li et al., ICML 2025); When
 to Use Parametric Models in Reinforcement Learning? (van Hasselt et al., 2019), arXiv:1906.05243;
@@ -27,15 +28,17 @@ and their own code is not published:
  2. The noise scale starts at 0.5 / sqrt(fan-in), as in Table 5; there, at 0.1 / sqrt(fan-in)
     (--noisy-sigma 0.1).
  3. Every layer draws noise of its own; there, the layers of one pass share a random key.
- 4. Transitions near the end of a life are complete: each return holds the last reward, and every
-    state of the life is a starting point; there, some returns near terminals are wrong and the last
-    ones missing.
+ 4. Transitions near the end of a life are complete: each has its four frames and the last reward,
+    and every state of the life is a starting point; there, stacks near the end are mostly black,
+    one start is stored four times without the last reward, and the last start is missing.
  5. The training environment is seeded anew at every reset from (seed, game), so that a resumed run
     repeats the uninterrupted one; there, one generator runs on. Evaluations draw from
     (seed, decision), so that they leave training untouched.
  6. A decision in which a life is lost has all its frames, and in evaluations the stack runs on into
-    the next life; there, the decision is cut short, and the stack begins anew there too.
+    the next life; there, the decision is cut short, and the stack begins anew there too. A life
+    lost in the idle decisions before a game is of no account; there, it starts the game anew.
  7. --target-interval counts updates, as in Table 5; there, decisions, warm-up included.
+    --learning-starts counts decisions (as env steps); there, complete n-step transitions.
 
 In this file: flags, network, replay, losses, agent, update; then `train`, the whole of training;
 then a compiled loop of the replay, and an appendix that this file shares with the others: sparse
