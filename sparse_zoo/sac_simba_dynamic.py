@@ -50,6 +50,8 @@ Differences from the code of RigL and of its RL experiments (google-research/rig
     (temperature and target); in RigL's own optimiser, in place of one.
  11. The initial weights are those of the dense layers; their SAC draws them for as many inputs as
     are left.
+ 12. The first change comes after one interval, and the schedule counts all of training; in their
+    SAC, the first update makes a change, and the schedule counts updates.
 
 In this file: flags, networks, replay, losses, agent, topology, update, learner; then `train`, the
 whole of training; then an appendix shared with the other files: sparse layers, diagnostics, runs.
@@ -199,11 +201,11 @@ class Args:
     """how sparse layers multiply (auto: packed on CPU up to density 0.25, else dense);
     a resumed run is bit-equal only with the same kernel"""
 
-    # Topology (defaults of SAC in Graesser et al. 2022)
+    # Topology (defaults of SAC in Graesser et al. 2022; the end is RigL's)
     topology: Literal["static", "set", "rigl", "magnitude"] = "rigl"
     """how the active weights change in training"""
     topology_interval: Annotated[int, "x >= 1"] = 1000
-    """updates between changes of the topology"""
+    """updates between changes of the topology (at most one change a decision)"""
     drop_fraction: Annotated[float, "0 <= x <= 1"] = 0.5
     """set, rigl: fraction of a layer's weights that a change drops; falls along a cosine to zero"""
     topology_end: Annotated[float, "0 < x <= 1"] = 0.75
@@ -286,8 +288,8 @@ class Actor(nn.Module):
     def forward(self, obs):
         """obs (batch, obs_dim) -> mean and log std before tanh, (batch, action_dim) each."""
         features = self.encoder(obs)  # (batch, hidden)
-        log_std = torch.tanh(self.log_std(features))
-        return self.mean(features), -10 + 6 * (1 + log_std)  # log std within [-10, 2]
+        squashed = torch.tanh(self.log_std(features))
+        return self.mean(features), -10 + 6 * (1 + squashed)  # log std within [-10, 2]
 
     def sample(self, obs, noise):
         """Actions (batch, action_dim) for standard normal noise of that shape; log pi (batch,)."""
@@ -370,7 +372,7 @@ class ReplayBuffer:
         self.sizes = [obs_dim, action_dim, 1, obs_dim, 1]
         self.table = torch.empty(capacity, sum(self.sizes), device=device)
         self.newest = torch.zeros(1, sum(self.sizes))
-        self.written = True
+        self.newest_waits = False  # on the CPU
         self.added = 0
 
     def add(self, obs, action, reward, next_obs, terminated) -> None:
@@ -380,18 +382,18 @@ class ReplayBuffer:
         for column, value in zip(self.newest[0].split(self.sizes), transition):
             column[:] = torch.as_tensor(value)
         self.added += 1
-        self.written = False
+        self.newest_waits = True
 
     def filled(self) -> int:
         return min(self.added, self.capacity)
 
     def hand_over(self) -> tuple[torch.Tensor, int]:
         """The newest transition and the row it belongs in, for whoever writes it."""
-        self.written = True
+        self.newest_waits = False
         return self.newest, (self.added - 1) % self.capacity
 
     def write_newest(self) -> None:
-        if not self.written:
+        if self.newest_waits:
             newest, place = self.hand_over()
             self.table[place].copy_(newest[0])
 
@@ -495,13 +497,13 @@ class Agent:
             distribution=args.sparsity_distribution,
             kernel=args.sparse_kernel,
             device=device,
-            packed=PackedProduct,
-            keeper=DenseCopy,
+            packed=PackedProduct,  # multiplies with active weights alone, on a CPU
+            keeper=DenseCopy,  # keeps a dense weight between optimiser steps
         )
         prune(self.actor, actor_sparsity, mask_seed=derive_seed(mask_seed, 0))
         prune(self.critic, critic_sparsity, mask_seed=derive_seed(mask_seed, 1))
 
-        # What losses and diagnostics rely on; of another network, it is said here and not later
+        # Check what losses and diagnostics rely on: a changed network fails here, in one sentence
         obs = torch.zeros(3, obs_dim, device=device)
         action = torch.zeros(3, action_dim, device=device)
         with torch.no_grad():
@@ -572,8 +574,8 @@ def count_changes(args: Args, progress: float, active: int, final: int, total: i
     active, final, total: the layer's weights that exist now, at the end of pruning, and if dense
 
     set, rigl: drop_fraction / 2 * (1 + cos(pi * progress / topology_end)) of them, rounded down
-    (Evci et al. 2020), and at most as many as can grow. magnitude: down to what is left of
-    total - final, a share (1 - (progress - start) / (end - start))^3 (Zhu and Gupta 2017).
+    (Evci et al. 2020), and at most as many as can grow. magnitude: down to `final` and a share
+    (1 - (progress - start) / (end - start))^3 of the others (Zhu and Gupta 2017).
     """
     if args.topology == "magnitude":
         done = (progress - args.prune_start) / (args.prune_end - args.prune_start)
@@ -629,10 +631,13 @@ class Topology(nn.Module):
         """Gives a layer other places, in the order of sort_into_blocks; values are not moved."""
         layers = self.layers[name]
         layer = layers[0]
-        cheaper = places.device.type == "cpu" and len(places) <= 0.25 * math.prod(layer.shape)
         overwrite(layer.active, places.int())  # which the target's copy shares, as well as index
+
+        # sparsify's choice
+        few = len(places) <= PACKED_DENSITY * math.prod(layer.shape)
+        cheaper = places.device.type == "cpu" and few
         possible = layer.bias is not None
-        if layer.kernel == "dense" and self.auto and cheaper and possible:  # sparsify's choice
+        if layer.kernel == "dense" and self.auto and cheaper and possible:
             for each in layers:
                 del each.index
                 each.kernel = "packed"
@@ -719,7 +724,7 @@ class Topology(nn.Module):
 
     @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
-        """Raises NetworkError if the first mask is not the one drawn here."""
+        """Raises NetworkError if the masks cannot be those of a run with these flags."""
         for name, bits in state.get("first", {}).items():
             if not np.array_equal(bits.numpy(), self.first.get(name)):
                 raise NetworkError(
@@ -727,6 +732,8 @@ class Topology(nn.Module):
                     "--mask-seed (default: --seed), or another version of PyTorch or of this file?"
                 )
         for name, active in state.get("active", {}).items():
+            if len(active) < self.final_counts[name]:
+                raise NetworkError(f"{name} has fewer weights left than --sparsity leaves here")
             layers = self.layers[name]
             for layer in layers:
                 overwrite(layer.values, layer.values.new_zeros(len(active)))
@@ -889,6 +896,11 @@ def learn(
 class Learner:
     """Acts and learns in training: a decision sends one row to the device, and reads one action.
 
+    The row holds the observation and its noise, and all that the updates of this decision need: the
+    newest transition, its place in replay, statistics, the rows of each batch, and noise. With
+    --overlap the updates are started as soon as the action is read, and on a GPU they run while the
+    environment steps.
+
     All that is random is drawn on the CPU: the same numbers on every device.
     """
 
@@ -917,7 +929,8 @@ class Learner:
             index=(args.updates_per_step, args.batch_size),
             integers=["place", "index"],
         )
-        # After loading, since a checkpoint brings back the setting of the device it was made on
+        # A CUDA graph needs the optimisers' step counts on the GPU ("capturable"). Set here, after
+        # loading, since a checkpoint brings back the setting of the device it was made on
         for part in vars(agent).values():
             if isinstance(part, torch.optim.Optimizer):
                 for group in part.param_groups:
@@ -1050,6 +1063,7 @@ def train(args: Args) -> None:
     (action_dim,) = env.action_space.shape
     gamma = default_gamma(env, args.action_repeat) if args.gamma is None else args.gamma
     total_steps = math.ceil(args.total_timesteps / args.action_repeat)  # in decisions
+    # In decisions; one at least, so that replay holds a transition before the first update
     learning_starts = max(math.ceil(args.learning_starts / args.action_repeat), 1)
 
     try:
@@ -1076,7 +1090,7 @@ def train(args: Args) -> None:
         }
 
     def evaluation(episodes: int, purpose: int, video: Path | None = None) -> dict[str, float]:
-        eval_env.set_wrapper_attr("env_step", run.env_step)  # which errors name
+        eval_env.set_wrapper_attr("env_step", run.env_step)  # for error messages
         seed_key = (args.seed, purpose, run.agent_step)
         return evaluate(agent, norm, eval_env, episodes, seed_key, video)
 
@@ -1090,7 +1104,7 @@ def train(args: Args) -> None:
         return {"actor": layer_table(agent.actor), "critic": layer_table(agent.critic)}
 
     run.begin(layer_tables())
-    env.set_wrapper_attr("env_step", run.env_step)  # which errors name
+    env.set_wrapper_attr("env_step", run.env_step)  # for error messages
     learner = Learner(agent, norm, replay, args, gamma, noise_std=1.0, device=device)
     episode_over = True
     if run.agent_step == 0:
@@ -1242,7 +1256,7 @@ class Gate(gym.Wrapper):
     """
 
     LARGEST = np.float64(np.finfo(np.float32).max)  # what replay and networks can hold
-    LONGEST = 100_000  # steps of an episode: an evaluation would never end
+    LONGEST = 100_000  # steps of an episode; without a limit an evaluation might never end
 
     def __init__(self, env: gym.Env, args, frames_per_step: int = 1, longest: int | None = None):
         super().__init__(env)
@@ -1268,8 +1282,10 @@ class Gate(gym.Wrapper):
 
     def step(self, action):
         if self.bounds is not None:
-            low, high = self.bounds.low, self.bounds.high
+            low = self.bounds.low
+            high = self.bounds.high
             action = np.minimum(np.maximum(np.asarray(action, low.dtype), low), high)
+            # A byte of 0 is a value that is not finite: four times as fast as .all()
             if 0 in np.isfinite(action).tobytes():
                 fail(
                     f"the action is not finite at env step {self.env_step}: learning has diverged; "
@@ -1329,7 +1345,6 @@ class Gate(gym.Wrapper):
                 )
             dtype = self.declared[name].dtype
             largest = 65504.0 if dtype == np.float16 else self.LARGEST
-            # A byte of 0 is a value that is not finite: four times as fast as .all()
             if part.dtype.kind == "f" and 0 in (np.abs(part) <= largest).tobytes():
                 held_as = "float16" if dtype == np.float16 else "float32"
                 self.refuse(f"an observation that is not finite as {held_as}", exit_code=3)
@@ -1494,8 +1509,11 @@ def check_places(name: str, places: torch.Tensor, total: int) -> None:
 
 # The active weights of a layer are sorted by block of 128 columns, then by row: while a compiled
 # loop works on a block, its 128 inputs stay in the cache. Group g = block * rows + row holds the
-# weights pointers[g] <= k < pointers[g + 1].
+# weights pointers[g] <= k < pointers[g + 1]. In a layer of 2 rows and 256 columns, groups 0 and 1
+# are columns 0 to 127 of both rows, groups 2 and 3 are columns 128 to 255.
 BLOCK = 128
+
+PACKED_DENSITY = 0.25  # up to which packed products are faster than dense ones, on a CPU
 
 
 def sort_into_blocks(
@@ -1518,7 +1536,7 @@ class SparseLinear(nn.Module):
     `packed` is the class that multiplies without the dense matrix, or None.
     """
 
-    kept = None  # what keeps its dense matrix, where `sparsify` gives it one
+    kept = None  # a DenseCopy, if `sparsify` gives it one; else the dense matrix is built each time
 
     def __init__(self, linear: nn.Linear, active: torch.Tensor, packed: type | None = None):
         super().__init__()
@@ -1529,13 +1547,13 @@ class SparseLinear(nn.Module):
         active = active[order]
         self.values = nn.Parameter(linear.weight.detach().flatten()[active])
         self.bias = linear.bias
-        self.register_buffer("active", active.int())
+        self.register_buffer("active", active.int())  # saved, in half the memory of int64
         if packed:
             self.kernel = "packed"
             self.product = packed(row[order], col[order], self.shape)
         else:
             self.kernel = "dense"
-            self.register_buffer("index", active, persistent=False)
+            self.register_buffer("index", active, persistent=False)  # the int64 that torch needs
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(batch, in) -> (batch, out)"""
@@ -1550,7 +1568,7 @@ class SparseLinear(nn.Module):
 
 def dense_weight(layer: nn.Module) -> torch.Tensor:
     """The values of a sparse layer in their places among zeros, in the dense weight's shape."""
-    if layer.kept and layer.kept.serves(layer.values):
+    if layer.kept and layer.kept.worth_keeping(layer.values):
         return layer.kept(layer)
     zeros = layer.values.new_zeros(math.prod(layer.shape))
     return zeros.index_copy_(0, layer.index, layer.values).view(layer.shape)
@@ -1583,7 +1601,7 @@ def sparsify(
     initial values (no rescaling).
 
     distribution: erdos_renyi or uniform, how the sparsity is spread over the layers
-    kernel: packed, dense, or auto: packed on a CPU up to a density of 0.25
+    kernel: packed, dense, or auto: packed on a CPU up to PACKED_DENSITY
     rule(shape, density, generator): which places of a pruned weight stay active
     packed, convolution, keeper: the classes of packed products, sparse convolutions and kept
         dense weights that this file has
@@ -1607,7 +1625,7 @@ def sparsify(
         if isinstance(layer, nn.Conv2d):
             sparse = convolution(layer, active)
         else:
-            cheaper = device.type == "cpu" and len(active) <= 0.25 * total
+            cheaper = device.type == "cpu" and len(active) <= PACKED_DENSITY * total
             wanted = kernel == "packed" or (kernel == "auto" and cheaper)
             possible = layer.bias is not None
             sparse = SparseLinear(layer, active, packed if wanted and possible else None)
@@ -1646,8 +1664,11 @@ def layer_table(network: nn.Module) -> list[dict]:
 class DenseCopy:
     """The dense weight of a sparse layer, written anew only after its values have changed.
 
-    PyTorch counts the changes of a tensor (its version); only changes through .data escape it. What
-    lies between the values stays zero. In memory, the weights of a convolution have the input
+    PyTorch counts the changes of a tensor (its version). Steps of fused optimisers escape it:
+    count_step counts them. So does what a CUDA graph changes: GraphedFunction raises `generation`.
+    A change through .data escapes all of these.
+
+    What lies between the values stays zero. In memory, the weights of a convolution have the input
     channels last, as its images do.
     """
 
@@ -1660,10 +1681,11 @@ class DenseCopy:
     def __deepcopy__(self, memo: dict) -> "DenseCopy":
         return DenseCopy()  # of another layer, whose values go their own way
 
-    def serves(self, values: torch.Tensor) -> bool:
-        """Not a target network, which needs no gradient: there a copy would only take memory.
+    def worth_keeping(self, values: torch.Tensor) -> bool:
+        """Whether to keep a dense weight of these values.
 
-        Nor values that are no parameter, such as those of a noisy layer.
+        Not of a target network, which needs no gradient: a copy would only take memory. Nor of
+        values that are no parameter, such as those of a noisy layer.
         """
         used = torch.is_grad_enabled() or self.memory is not None
         return used and isinstance(values, nn.Parameter)
@@ -1721,8 +1743,10 @@ class KeptWeight(torch.autograd.Function):
 
 
 # === PACKED KERNELS (identical in every file that has it) ===
-# Sums may be vectorised; NaN and infinity pass through. Four weights at a time, since what is read
-# and written beside them is then read and written a quarter as often.
+# What the compiler may change, by the names of LLVM: the order of sums, a product and a sum in one
+# instruction, the sign of zero. It may not assume that nothing is infinite or NaN, as with
+# fastmath=True. The loops take four weights at a time, so that y[sample] is read and written a
+# quarter as often.
 REORDER = {"reassoc", "contract", "nsz"}
 
 
@@ -1749,14 +1773,16 @@ def packed_product(pointers, col, order, values, bias, x_t, y_t):
                 x1 = x_t[col[k + 1]]
                 x2 = x_t[col[k + 2]]
                 x3 = x_t[col[k + 3]]
-                for b in range(len(y)):
-                    y[b] += w0 * x0[b] + w1 * x1[b] + w2 * x2[b] + w3 * x3[b]
+                for sample in range(len(y)):
+                    y[sample] += (
+                        w0 * x0[sample] + w1 * x1[sample] + w2 * x2[sample] + w3 * x3[sample]
+                    )
                 k += 4
             while k < end:
                 w = values[k if order is None else order[k]]
                 x = x_t[col[k]]
-                for b in range(len(y)):
-                    y[b] += w * x[b]
+                for sample in range(len(y)):
+                    y[sample] += w * x[sample]
                 k += 1
 
 
@@ -1777,11 +1803,11 @@ def packed_gradient(pointers, col, grad_t, x_t, grad_values, grad_bias):
                 x2 = x_t[col[k + 2]]
                 x3 = x_t[col[k + 3]]
                 dot0 = dot1 = dot2 = dot3 = np.float32(0)
-                for b in range(len(grad)):
-                    dot0 += grad[b] * x0[b]
-                    dot1 += grad[b] * x1[b]
-                    dot2 += grad[b] * x2[b]
-                    dot3 += grad[b] * x3[b]
+                for sample in range(len(grad)):
+                    dot0 += grad[sample] * x0[sample]
+                    dot1 += grad[sample] * x1[sample]
+                    dot2 += grad[sample] * x2[sample]
+                    dot3 += grad[sample] * x3[sample]
                 grad_values[k] = dot0
                 grad_values[k + 1] = dot1
                 grad_values[k + 2] = dot2
@@ -1790,8 +1816,8 @@ def packed_gradient(pointers, col, grad_t, x_t, grad_values, grad_bias):
             while k < end:
                 x = x_t[col[k]]
                 dot = np.float32(0)
-                for b in range(len(grad)):
-                    dot += grad[b] * x[b]
+                for sample in range(len(grad)):
+                    dot += grad[sample] * x[sample]
                 grad_values[k] = dot
                 k += 1
 
@@ -1995,18 +2021,17 @@ class GraphedFunction:
 # === DIAGNOSTICS (identical in every file that has it) ===
 def run_and_record(encoder: nn.Module, inputs: torch.Tensor) -> tuple[torch.Tensor, list, list]:
     """The features of an encoder (batch, hidden); the outputs of its linear and ReLU layers."""
+    linear = nn.Linear | SparseLinear
+    relu = nn.ReLU | nn.LeakyReLU
     linear_outputs = []
     relu_outputs = []
-    handles = []
-    for module in encoder.modules():
-        if isinstance(module, nn.Linear | SparseLinear):
-            outputs = linear_outputs
-        elif isinstance(module, nn.ReLU | nn.LeakyReLU):
-            outputs = relu_outputs
-        else:
-            continue
-        hook = lambda _, __, output, outputs=outputs: outputs.append(output)  # noqa: E731
-        handles.append(module.register_forward_hook(hook))
+
+    def record(layer, inputs, output) -> None:
+        outputs = relu_outputs if isinstance(layer, relu) else linear_outputs
+        outputs.append(output)
+
+    recorded = [layer for layer in encoder.modules() if isinstance(layer, linear | relu)]
+    handles = [layer.register_forward_hook(record) for layer in recorded]
     with torch.no_grad():
         features = encoder(inputs)
     for handle in handles:
@@ -2075,7 +2100,10 @@ def dormant_ratio(outputs: list[torch.Tensor], tau: float = 0.1) -> float:
 
 
 def measure_plasticity(
-    encoder: nn.Module, inputs: torch.Tensor, parameters: list, gradients: list
+    encoder: nn.Module,
+    inputs: torch.Tensor,
+    parameters: list[torch.Tensor],
+    gradients: list[torch.Tensor] | tuple[torch.Tensor, ...],
 ) -> dict[str, float]:
     """The measurements of section 4 for one network, on a batch of inputs to its encoder."""
     features, linear_outputs, relu_outputs = run_and_record(encoder, inputs)
@@ -2125,11 +2153,11 @@ def keep_compiled(loop) -> None:
 # What a seed derived from (--seed, purpose, ...) is for
 TRAIN, EVAL, FINAL, DIAGNOSE = range(4)
 
-LOCKS = []  # of train(), which releases them: a traceback that is kept would hold them
+LOCKS = []  # train() releases them at its end: a traceback that is kept would keep them locked
 
 
 def derive_seed(*key: int) -> int:
-    """A seed below 2^32 for a key; zeros at the end of a key do not count."""
+    """A seed below 2^32 for a key. Keys that differ in zeros at their end give the same seed."""
     return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
@@ -2152,8 +2180,10 @@ def one_line_errors(function: Callable) -> Callable:
 
     @wraps(function)
     def guarded(args):
-        on_ctrl_c, on_thread_error = signal.getsignal(signal.SIGINT), threading.excepthook
-        threads = numba.get_num_threads(), torch.get_num_threads()
+        on_ctrl_c = signal.getsignal(signal.SIGINT)
+        on_thread_error = threading.excepthook
+        numba_threads = numba.get_num_threads()
+        torch_threads = torch.get_num_threads()
         try:
             return function(args)
         except SystemExit as end:
@@ -2182,8 +2212,8 @@ def one_line_errors(function: Callable) -> Callable:
             while LOCKS:
                 LOCKS.pop().release()
             if __name__ != "__main__":
-                numba.set_num_threads(threads[0])
-                torch.set_num_threads(threads[1])
+                numba.set_num_threads(numba_threads)
+                torch.set_num_threads(torch_threads)
                 threading.excepthook = on_thread_error
                 if on_ctrl_c and threading.current_thread() is threading.main_thread():
                     signal.signal(signal.SIGINT, on_ctrl_c)
@@ -2341,11 +2371,11 @@ def run_folder(args) -> Path:
     The hash covers the flags that change results, but for the seed and flags that are None: so a
     new flag that is None by default does not rename older runs.
     """
+    if args.run_dir:
+        return Path(os.path.expanduser(args.run_dir))
     flags = {name: value for name, value in result_flags(args).items() if value is not None}
     del flags["seed"]
     digest = hashlib.sha256(json.dumps(flags, sort_keys=True).encode())
-    if args.run_dir:
-        return Path(os.path.expanduser(args.run_dir))
     parts = [
         args.env_id.replace("/", "-").replace(":", "-"),
         args.exp_name,
@@ -2428,7 +2458,7 @@ def describe_nearest(args) -> str:
     return f"{folder} has {', '.join(differing)}; --run-dir {folder} evaluates it"
 
 
-def open_run(run_dir: str | Path, render_mode: str | None = None):
+def open_run(run_dir: str | Path, render_mode: str | None = None) -> "Run":
     """A trained run, to be read in Python."""
     filming = render_mode is not None
     args = Args(run_dir=str(run_dir), eval_only=True, capture_video=filming, device="cpu")
@@ -2456,9 +2486,8 @@ class Run:
         self.agent_step = 0
         self.update_step = 0
         self.episode = 0
-        self.csv_bytes = 0  # what the checkpoint counts on, and its digest
-        self.csv_digest = hashlib.sha256()
-        self.lock = None
+        self.csv_bytes = 0  # length of metrics.csv at the checkpoint
+        self.csv_digest = hashlib.sha256()  # of all that was written there
         self.checkpoint = self.open_folder()
         if self.checkpoint and self.checkpoint["finished"] and not args.eval_only:
             made_with = self.checkpoint.get("args", vars(args))
@@ -2513,7 +2542,6 @@ class Run:
         try:
             if not path.exists():  # killed between the two renames of save_checkpoint
                 path = self.folder / "checkpoint.previous.pt"
-                path.exists()
         except OSError as error:
             fail(f"cannot use {self.folder} ({error.strerror}); choose another --runs-dir")
         metrics = self.folder / "metrics.csv"
@@ -2565,12 +2593,12 @@ class Run:
             path = self.folder / ".lock"
             owner = self.folder / ".owner"
             try:
-                self.lock = FileLock(path)
-                self.lock.acquire(timeout=0)
+                lock = FileLock(path)
+                lock.acquire(timeout=0)
             except NotImplementedError:  # a file system without flock
-                self.lock = SoftFileLock(path)
-                self.lock.acquire(timeout=0)
-            LOCKS.append(self.lock)
+                lock = SoftFileLock(path)
+                lock.acquire(timeout=0)
+            LOCKS.append(lock)
             owner.write_text(f"process {os.getpid()} on {platform.node()}")
         except Timeout:
             by = owner.read_text() if owner.exists() else "another process"
@@ -2626,7 +2654,7 @@ class Run:
         """Gives the parts what the checkpoint holds of them."""
         for name, part in parts.items():
             try:
-                part.load_state_dict(self.checkpoint.pop(name))
+                part.load_state_dict(self.checkpoint.pop(name))  # its memory is freed
             except Exception as error:
                 fail(
                     f"{self.folder}: {name} in the checkpoint does not fit ({in_short(error)}); "
@@ -2664,7 +2692,9 @@ class Run:
         self.csv.truncate(self.csv_bytes)  # what came after the checkpoint will be written again
         if not resumed:
             self.write_rows("env_step,agent_step,update_step,metric,value\n")
-        self.tensorboard = SummaryWriter(self.folder, purge_step=self.env_step + resumed)
+        # TensorBoard forgets what was logged after the checkpoint
+        first_step = self.env_step + 1 if resumed else 0
+        self.tensorboard = SummaryWriter(self.folder, purge_step=first_step)
         write_flags(self.tensorboard, self.args)
         self.wandb = start_wandb(self.folder, self.args, resumed) if self.args.track else None
         self.saved_step = self.env_step
@@ -2680,7 +2710,7 @@ class Run:
         self.agent_step += 1
         self.bar.update(self.action_repeat)
 
-    def log(self, prefix: str, values: dict[str, float]) -> None:
+    def log(self, prefix: str, values: dict[str, torch.Tensor | float]) -> None:
         """Writes values as metrics <prefix>/<name>: one row each in metrics.csv, and elsewhere."""
         named = {f"{prefix}/{name}": float(value) for name, value in values.items()}
         steps = f"{self.env_step},{self.agent_step},{self.update_step}"
@@ -2701,7 +2731,7 @@ class Run:
         draw_learning_curve(self.folder, self.args.env_id)
         self.bar.set_postfix_str(f"return {result['return_mean']:.0f}")
 
-    def log_episode(self, episode: dict, losses: dict[str, torch.Tensor]) -> None:
+    def log_episode(self, episode: dict, losses: dict[str, torch.Tensor | float]) -> None:
         """Of a finished episode: what RecordEpisodeStatistics says, and the last losses."""
         self.log("episode", {"return": episode["r"], "length": episode["l"]})
         self.log("losses", losses)
@@ -2719,7 +2749,7 @@ class Run:
                 where = f"agent_step={self.agent_step}"
                 fail(f"{name} is not finite at {where}; the last checkpoint is kept", 3)
         self.tensorboard.flush()
-        os.fsync(self.csv.fileno())  # what the checkpoint counts on is on the disk before it
+        os.fsync(self.csv.fileno())  # on the disk before the checkpoint that holds its length
         csv = (os.fstat(self.csv.fileno()).st_size, self.csv_digest.hexdigest())
         counters = (self.agent_step, self.update_step, self.episode, *csv)
         state = {**state, "counters": counters, "finished": finished, "file": file_digest()}

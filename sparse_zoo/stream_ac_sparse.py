@@ -303,7 +303,7 @@ class Transition(NamedTuple):
     action: np.ndarray  # (action_dim,), before it is clipped
     reward: float  # scaled
     next_state: np.ndarray
-    cut: bool  # nothing follows to bootstrap from
+    terminal: bool  # no bootstrap from next_state: the task has ended, or (by default) its time
 
 
 # Rounding alone may change: sums may be vectorised; NaN and infinity pass through
@@ -420,7 +420,7 @@ class Agent:
         self.actor = StreamingNetwork(actor, args.actor_kappa, args)
         self.critic = StreamingNetwork(critic, args.critic_kappa, args)
 
-        # What update and diagnostics rely on; of another network, it is said here and not later
+        # Check what update and diagnostics rely on: a changed network fails here, in one sentence
         states = torch.linspace(-1, 1, 3 * inputs).view(3, inputs)
         for name, outputs in (("actor", 2 * action_dim), ("critic", 1)):
             network = getattr(self, name)
@@ -431,8 +431,8 @@ class Agent:
 
 
 def td_error(transition: Transition, value, next_value, gamma: float):
-    """delta = r + gamma * (1 - cut) * V(s') - V(s)"""
-    return transition.reward + gamma * (1 - transition.cut) * next_value - value
+    """delta = r + gamma * (1 - terminal) * V(s') - V(s)"""
+    return transition.reward + gamma * (1 - transition.terminal) * next_value - value
 
 
 def update(
@@ -600,7 +600,7 @@ def train(args: Args) -> None:
     }
 
     def evaluation(episodes: int, purpose: int, video: Path | None = None) -> dict[str, float]:
-        eval_env.set_wrapper_attr("env_step", run.env_step)  # which errors name
+        eval_env.set_wrapper_attr("env_step", run.env_step)  # for error messages
         seed_key = (args.seed, purpose, run.agent_step)
         return evaluate(agent, norm, eval_env, episodes, seed_key, video)
 
@@ -616,7 +616,7 @@ def train(args: Args) -> None:
         return
 
     run.begin({"actor": agent.actor.layer_table(), "critic": agent.critic.layer_table()})
-    env.set_wrapper_attr("env_step", run.env_step)  # which errors name
+    env.set_wrapper_attr("env_step", run.env_step)  # for error messages
     episode_over = True
     if run.agent_step == 0:
         run.log("eval", evaluation(args.eval_episodes, EVAL))
@@ -645,8 +645,8 @@ def train(args: Args) -> None:
         episode_over = terminated or truncated
         next_state = norm.state(obs, length)
         reward = norm.scale(reward, episode_over)
-        cut = terminated or (truncated and not args.bootstrap_on_truncation)
-        transition = Transition(state, action, reward, next_state, cut)
+        terminal = terminated or (truncated and not args.bootstrap_on_truncation)
+        transition = Transition(state, action, reward, next_state, terminal)
         recent.transitions.append(transition)
         state = next_state
         run.count_decision()
@@ -903,7 +903,7 @@ class Gate(gym.Wrapper):
     """
 
     LARGEST = np.float64(np.finfo(np.float32).max)  # what replay and networks can hold
-    LONGEST = 100_000  # steps of an episode: an evaluation would never end
+    LONGEST = 100_000  # steps of an episode; without a limit an evaluation might never end
 
     def __init__(self, env: gym.Env, args, frames_per_step: int = 1, longest: int | None = None):
         super().__init__(env)
@@ -929,8 +929,10 @@ class Gate(gym.Wrapper):
 
     def step(self, action):
         if self.bounds is not None:
-            low, high = self.bounds.low, self.bounds.high
+            low = self.bounds.low
+            high = self.bounds.high
             action = np.minimum(np.maximum(np.asarray(action, low.dtype), low), high)
+            # A byte of 0 is a value that is not finite: four times as fast as .all()
             if 0 in np.isfinite(action).tobytes():
                 fail(
                     f"the action is not finite at env step {self.env_step}: learning has diverged; "
@@ -990,7 +992,6 @@ class Gate(gym.Wrapper):
                 )
             dtype = self.declared[name].dtype
             largest = 65504.0 if dtype == np.float16 else self.LARGEST
-            # A byte of 0 is a value that is not finite: four times as fast as .all()
             if part.dtype.kind == "f" and 0 in (np.abs(part) <= largest).tobytes():
                 held_as = "float16" if dtype == np.float16 else "float32"
                 self.refuse(f"an observation that is not finite as {held_as}", exit_code=3)
@@ -1155,8 +1156,11 @@ def check_places(name: str, places: torch.Tensor, total: int) -> None:
 
 # The active weights of a layer are sorted by block of 128 columns, then by row: while a compiled
 # loop works on a block, its 128 inputs stay in the cache. Group g = block * rows + row holds the
-# weights pointers[g] <= k < pointers[g + 1].
+# weights pointers[g] <= k < pointers[g + 1]. In a layer of 2 rows and 256 columns, groups 0 and 1
+# are columns 0 to 127 of both rows, groups 2 and 3 are columns 128 to 255.
 BLOCK = 128
+
+PACKED_DENSITY = 0.25  # up to which packed products are faster than dense ones, on a CPU
 
 
 def sort_into_blocks(
@@ -1179,7 +1183,7 @@ class SparseLinear(nn.Module):
     `packed` is the class that multiplies without the dense matrix, or None.
     """
 
-    kept = None  # what keeps its dense matrix, where `sparsify` gives it one
+    kept = None  # a DenseCopy, if `sparsify` gives it one; else the dense matrix is built each time
 
     def __init__(self, linear: nn.Linear, active: torch.Tensor, packed: type | None = None):
         super().__init__()
@@ -1190,13 +1194,13 @@ class SparseLinear(nn.Module):
         active = active[order]
         self.values = nn.Parameter(linear.weight.detach().flatten()[active])
         self.bias = linear.bias
-        self.register_buffer("active", active.int())
+        self.register_buffer("active", active.int())  # saved, in half the memory of int64
         if packed:
             self.kernel = "packed"
             self.product = packed(row[order], col[order], self.shape)
         else:
             self.kernel = "dense"
-            self.register_buffer("index", active, persistent=False)
+            self.register_buffer("index", active, persistent=False)  # the int64 that torch needs
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(batch, in) -> (batch, out)"""
@@ -1211,7 +1215,7 @@ class SparseLinear(nn.Module):
 
 def dense_weight(layer: nn.Module) -> torch.Tensor:
     """The values of a sparse layer in their places among zeros, in the dense weight's shape."""
-    if layer.kept and layer.kept.serves(layer.values):
+    if layer.kept and layer.kept.worth_keeping(layer.values):
         return layer.kept(layer)
     zeros = layer.values.new_zeros(math.prod(layer.shape))
     return zeros.index_copy_(0, layer.index, layer.values).view(layer.shape)
@@ -1244,7 +1248,7 @@ def sparsify(
     initial values (no rescaling).
 
     distribution: erdos_renyi or uniform, how the sparsity is spread over the layers
-    kernel: packed, dense, or auto: packed on a CPU up to a density of 0.25
+    kernel: packed, dense, or auto: packed on a CPU up to PACKED_DENSITY
     rule(shape, density, generator): which places of a pruned weight stay active
     packed, convolution, keeper: the classes of packed products, sparse convolutions and kept
         dense weights that this file has
@@ -1268,7 +1272,7 @@ def sparsify(
         if isinstance(layer, nn.Conv2d):
             sparse = convolution(layer, active)
         else:
-            cheaper = device.type == "cpu" and len(active) <= 0.25 * total
+            cheaper = device.type == "cpu" and len(active) <= PACKED_DENSITY * total
             wanted = kernel == "packed" or (kernel == "auto" and cheaper)
             possible = layer.bias is not None
             sparse = SparseLinear(layer, active, packed if wanted and possible else None)
@@ -1306,18 +1310,17 @@ def layer_table(network: nn.Module) -> list[dict]:
 # === DIAGNOSTICS (identical in every file that has it) ===
 def run_and_record(encoder: nn.Module, inputs: torch.Tensor) -> tuple[torch.Tensor, list, list]:
     """The features of an encoder (batch, hidden); the outputs of its linear and ReLU layers."""
+    linear = nn.Linear | SparseLinear
+    relu = nn.ReLU | nn.LeakyReLU
     linear_outputs = []
     relu_outputs = []
-    handles = []
-    for module in encoder.modules():
-        if isinstance(module, nn.Linear | SparseLinear):
-            outputs = linear_outputs
-        elif isinstance(module, nn.ReLU | nn.LeakyReLU):
-            outputs = relu_outputs
-        else:
-            continue
-        hook = lambda _, __, output, outputs=outputs: outputs.append(output)  # noqa: E731
-        handles.append(module.register_forward_hook(hook))
+
+    def record(layer, inputs, output) -> None:
+        outputs = relu_outputs if isinstance(layer, relu) else linear_outputs
+        outputs.append(output)
+
+    recorded = [layer for layer in encoder.modules() if isinstance(layer, linear | relu)]
+    handles = [layer.register_forward_hook(record) for layer in recorded]
     with torch.no_grad():
         features = encoder(inputs)
     for handle in handles:
@@ -1386,7 +1389,10 @@ def dormant_ratio(outputs: list[torch.Tensor], tau: float = 0.1) -> float:
 
 
 def measure_plasticity(
-    encoder: nn.Module, inputs: torch.Tensor, parameters: list, gradients: list
+    encoder: nn.Module,
+    inputs: torch.Tensor,
+    parameters: list[torch.Tensor],
+    gradients: list[torch.Tensor] | tuple[torch.Tensor, ...],
 ) -> dict[str, float]:
     """The measurements of section 4 for one network, on a batch of inputs to its encoder."""
     features, linear_outputs, relu_outputs = run_and_record(encoder, inputs)
@@ -1436,11 +1442,11 @@ def keep_compiled(loop) -> None:
 # What a seed derived from (--seed, purpose, ...) is for
 TRAIN, EVAL, FINAL, DIAGNOSE = range(4)
 
-LOCKS = []  # of train(), which releases them: a traceback that is kept would hold them
+LOCKS = []  # train() releases them at its end: a traceback that is kept would keep them locked
 
 
 def derive_seed(*key: int) -> int:
-    """A seed below 2^32 for a key; zeros at the end of a key do not count."""
+    """A seed below 2^32 for a key. Keys that differ in zeros at their end give the same seed."""
     return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
@@ -1463,8 +1469,10 @@ def one_line_errors(function: Callable) -> Callable:
 
     @wraps(function)
     def guarded(args):
-        on_ctrl_c, on_thread_error = signal.getsignal(signal.SIGINT), threading.excepthook
-        threads = numba.get_num_threads(), torch.get_num_threads()
+        on_ctrl_c = signal.getsignal(signal.SIGINT)
+        on_thread_error = threading.excepthook
+        numba_threads = numba.get_num_threads()
+        torch_threads = torch.get_num_threads()
         try:
             return function(args)
         except SystemExit as end:
@@ -1493,8 +1501,8 @@ def one_line_errors(function: Callable) -> Callable:
             while LOCKS:
                 LOCKS.pop().release()
             if __name__ != "__main__":
-                numba.set_num_threads(threads[0])
-                torch.set_num_threads(threads[1])
+                numba.set_num_threads(numba_threads)
+                torch.set_num_threads(torch_threads)
                 threading.excepthook = on_thread_error
                 if on_ctrl_c and threading.current_thread() is threading.main_thread():
                     signal.signal(signal.SIGINT, on_ctrl_c)
@@ -1652,11 +1660,11 @@ def run_folder(args) -> Path:
     The hash covers the flags that change results, but for the seed and flags that are None: so a
     new flag that is None by default does not rename older runs.
     """
+    if args.run_dir:
+        return Path(os.path.expanduser(args.run_dir))
     flags = {name: value for name, value in result_flags(args).items() if value is not None}
     del flags["seed"]
     digest = hashlib.sha256(json.dumps(flags, sort_keys=True).encode())
-    if args.run_dir:
-        return Path(os.path.expanduser(args.run_dir))
     parts = [
         args.env_id.replace("/", "-").replace(":", "-"),
         args.exp_name,
@@ -1739,7 +1747,7 @@ def describe_nearest(args) -> str:
     return f"{folder} has {', '.join(differing)}; --run-dir {folder} evaluates it"
 
 
-def open_run(run_dir: str | Path, render_mode: str | None = None):
+def open_run(run_dir: str | Path, render_mode: str | None = None) -> "Run":
     """A trained run, to be read in Python."""
     filming = render_mode is not None
     args = Args(run_dir=str(run_dir), eval_only=True, capture_video=filming, device="cpu")
@@ -1767,9 +1775,8 @@ class Run:
         self.agent_step = 0
         self.update_step = 0
         self.episode = 0
-        self.csv_bytes = 0  # what the checkpoint counts on, and its digest
-        self.csv_digest = hashlib.sha256()
-        self.lock = None
+        self.csv_bytes = 0  # length of metrics.csv at the checkpoint
+        self.csv_digest = hashlib.sha256()  # of all that was written there
         self.checkpoint = self.open_folder()
         if self.checkpoint and self.checkpoint["finished"] and not args.eval_only:
             made_with = self.checkpoint.get("args", vars(args))
@@ -1824,7 +1831,6 @@ class Run:
         try:
             if not path.exists():  # killed between the two renames of save_checkpoint
                 path = self.folder / "checkpoint.previous.pt"
-                path.exists()
         except OSError as error:
             fail(f"cannot use {self.folder} ({error.strerror}); choose another --runs-dir")
         metrics = self.folder / "metrics.csv"
@@ -1876,12 +1882,12 @@ class Run:
             path = self.folder / ".lock"
             owner = self.folder / ".owner"
             try:
-                self.lock = FileLock(path)
-                self.lock.acquire(timeout=0)
+                lock = FileLock(path)
+                lock.acquire(timeout=0)
             except NotImplementedError:  # a file system without flock
-                self.lock = SoftFileLock(path)
-                self.lock.acquire(timeout=0)
-            LOCKS.append(self.lock)
+                lock = SoftFileLock(path)
+                lock.acquire(timeout=0)
+            LOCKS.append(lock)
             owner.write_text(f"process {os.getpid()} on {platform.node()}")
         except Timeout:
             by = owner.read_text() if owner.exists() else "another process"
@@ -1937,7 +1943,7 @@ class Run:
         """Gives the parts what the checkpoint holds of them."""
         for name, part in parts.items():
             try:
-                part.load_state_dict(self.checkpoint.pop(name))
+                part.load_state_dict(self.checkpoint.pop(name))  # its memory is freed
             except Exception as error:
                 fail(
                     f"{self.folder}: {name} in the checkpoint does not fit ({in_short(error)}); "
@@ -1975,7 +1981,9 @@ class Run:
         self.csv.truncate(self.csv_bytes)  # what came after the checkpoint will be written again
         if not resumed:
             self.write_rows("env_step,agent_step,update_step,metric,value\n")
-        self.tensorboard = SummaryWriter(self.folder, purge_step=self.env_step + resumed)
+        # TensorBoard forgets what was logged after the checkpoint
+        first_step = self.env_step + 1 if resumed else 0
+        self.tensorboard = SummaryWriter(self.folder, purge_step=first_step)
         write_flags(self.tensorboard, self.args)
         self.wandb = start_wandb(self.folder, self.args, resumed) if self.args.track else None
         self.saved_step = self.env_step
@@ -1991,7 +1999,7 @@ class Run:
         self.agent_step += 1
         self.bar.update(self.action_repeat)
 
-    def log(self, prefix: str, values: dict[str, float]) -> None:
+    def log(self, prefix: str, values: dict[str, torch.Tensor | float]) -> None:
         """Writes values as metrics <prefix>/<name>: one row each in metrics.csv, and elsewhere."""
         named = {f"{prefix}/{name}": float(value) for name, value in values.items()}
         steps = f"{self.env_step},{self.agent_step},{self.update_step}"
@@ -2012,7 +2020,7 @@ class Run:
         draw_learning_curve(self.folder, self.args.env_id)
         self.bar.set_postfix_str(f"return {result['return_mean']:.0f}")
 
-    def log_episode(self, episode: dict, losses: dict[str, torch.Tensor]) -> None:
+    def log_episode(self, episode: dict, losses: dict[str, torch.Tensor | float]) -> None:
         """Of a finished episode: what RecordEpisodeStatistics says, and the last losses."""
         self.log("episode", {"return": episode["r"], "length": episode["l"]})
         self.log("losses", losses)
@@ -2030,7 +2038,7 @@ class Run:
                 where = f"agent_step={self.agent_step}"
                 fail(f"{name} is not finite at {where}; the last checkpoint is kept", 3)
         self.tensorboard.flush()
-        os.fsync(self.csv.fileno())  # what the checkpoint counts on is on the disk before it
+        os.fsync(self.csv.fileno())  # on the disk before the checkpoint that holds its length
         csv = (os.fstat(self.csv.fileno()).st_size, self.csv_digest.hexdigest())
         counters = (self.agent_step, self.update_step, self.episode, *csv)
         state = {**state, "counters": counters, "finished": finished, "file": file_digest()}

@@ -71,8 +71,8 @@ class Args:
     """scores.csv of simplicity_bias.py, drawn beside the gains"""
     statistic: Literal["iqm", "mean", "std"] | None = None
     """what points and bars are: interquartile mean and its interval, mean and its interval, or mean
-    and standard deviation (default: what the caption says, else iqm; Figure 2: mean; gains are means
-    always)"""
+    and standard deviation (default: mean for Figure 2 and where the caption says so, else iqm;
+    gains are means always)"""
     output: str = "results/scaling"
     """folder of the picture and the tables"""
 

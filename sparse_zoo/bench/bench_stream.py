@@ -76,7 +76,7 @@ def stream_ours(args: Args, spent: Counter) -> Iterator[None]:
         moments.append(time.process_time())
         next_state = norm.state(obs, length)
         reward = norm.scale(reward, done)
-        transition = ours.Transition(state, action, reward, next_state, cut=done)
+        transition = ours.Transition(state, action, reward, next_state, terminal=done)
         moments.append(time.process_time())
         ours.update(agent, transition, output, done, flags)
         moments.append(time.process_time())

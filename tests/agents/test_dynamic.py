@@ -479,6 +479,17 @@ def test_another_first_mask_is_refused(main, tmp_path):
     check_error(main(dynamic.__file__, *command(flags)), "topology", "first mask")
 
 
+def test_networks_that_are_pruned_further_than_asked_for_are_refused():
+    """With magnitude pruning every first mask is that of all places, so it says nothing."""
+    flags = {"topology": "magnitude", "sparsity_distribution": "uniform"}
+    pruned = tiny_agent(**flags, sparsity=0.9)
+    assert change(pruned, make_args(**flags, sparsity=0.9), progress=0.9)
+    saved = pruned.topology.state_dict()
+    tiny_agent(**flags, sparsity=0.9).topology.load_state_dict(saved)
+    with pytest.raises(dynamic.NetworkError, match="fewer weights left than --sparsity leaves"):
+        tiny_agent(**flags, sparsity=0.8).topology.load_state_dict(saved)
+
+
 def test_flags_of_the_schedule_are_checked(main):
     program = dynamic.__file__
     check_error(main(program, "--prune-start", "0.9"), "--prune-end 0.8", "prune_start <")

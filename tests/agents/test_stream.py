@@ -28,11 +28,11 @@ def make_agent(obs_dim=OBS_DIM, action_dim=ACTION_DIM, **flags) -> tuple[stream.
     return stream.Agent(args, obs_dim, action_dim), args
 
 
-def make_transition(generator: np.random.Generator, cut: bool = False) -> stream.Transition:
+def make_transition(generator: np.random.Generator, terminal: bool = False) -> stream.Transition:
     state, next_state = generator.standard_normal((2, OBS_DIM + 1), np.float32)
     action = generator.standard_normal(ACTION_DIM, np.float32)
     reward = 2 * generator.standard_normal()
-    return stream.Transition(state, action, reward, next_state, cut)
+    return stream.Transition(state, action, reward, next_state, terminal)
 
 
 def learn(agent, transition, args, done=False):
@@ -418,11 +418,11 @@ def test_updates_equal_masked_dense_autograd(case, kernel):
     deltas = []
     for t in range(20):
         done = t in (7, 12)
-        transition = make_transition(generator, cut=t == 7)
-        state, action, reward, next_state, cut = transition
+        transition = make_transition(generator, terminal=t == 7)
+        state, action, reward, next_state, terminal = transition
         value = critic(state)
         output = actor(state)
-        delta = reward + args.gamma * (0 if cut else critic(next_state).item()) - value.item()
+        delta = reward + args.gamma * (0 if terminal else critic(next_state).item()) - value.item()
         loss = loss_of_policy(
             output, torch.from_numpy(action).double(), np.sign(delta), args.entropy_coefficient
         )
@@ -489,15 +489,15 @@ def test_diagnostics_measure_the_recent_transitions_and_change_nothing(kernel, s
     generator = np.random.default_rng(2)
     recent = stream.Recent(30)
     for t in range(40):
-        transition = make_transition(generator, cut=t % 3 == 0)
-        learn(agent, transition, args, done=transition.cut)
+        transition = make_transition(generator, terminal=t % 3 == 0)
+        learn(agent, transition, args, done=transition.terminal)
         recent.transitions.append(transition)
-    learn(agent, transition._replace(cut=False), args)
+    learn(agent, transition._replace(terminal=False), args)
     before = flat(agent)
     measured = stream.diagnose(agent, recent, args)
     assert same(before, flat(agent)) and all(traces.any() for traces in before)
-    state, action, reward, next_state, cut = recent.columns()
-    assert len(state) == 30 and cut.sum() == 10  # of 40, the first 10 are forgotten
+    state, action, reward, next_state, terminal = recent.columns()
+    assert len(state) == 30 and terminal.sum() == 10  # of 40, the first 10 are forgotten
     metrics = "srank_99 srank_threshold dormant_ratio dormant_ratio_relu active_units"
     metrics += " grad_norm param_norm feature_norm"
     assert measured.keys() == {
@@ -506,7 +506,7 @@ def test_diagnostics_measure_the_recent_transitions_and_change_nothing(kernel, s
 
     critic, actor = agent.critic.mlp, agent.actor.mlp
     value = critic(state)[:, 0]
-    delta = (reward + 0.99 * (1 - cut) * critic(next_state)[:, 0] - value).detach()
+    delta = (reward + 0.99 * (1 - terminal) * critic(next_state)[:, 0] - value).detach()
     policy_loss = loss_of_policy(actor(state), action, delta.sign())
     for name, mlp, loss in (("actor", actor, policy_loss), ("critic", critic, -value)):
         gradients = torch.autograd.grad((delta * loss).mean(), list(mlp.parameters()))
@@ -522,7 +522,7 @@ def test_recent_transitions_survive_a_checkpoint():
     loaded.load_state_dict(recent.state_dict())
     assert len(loaded.transitions) == 0
     for t in range(6):
-        recent.transitions.append(make_transition(generator, cut=t == 5))
+        recent.transitions.append(make_transition(generator, terminal=t == 5))
     loaded.load_state_dict(recent.state_dict())
     for part in (recent, loaded):
         part.transitions.append(make_transition(np.random.default_rng(3)))
@@ -538,7 +538,7 @@ def test_evaluation_is_repeatable_and_leaves_the_agent_alone():
         state = norm.state(generator.normal(0, 0.3, 11), length)
         norm.scale(1.0, False)
     action = np.zeros(3, np.float32)
-    learn(agent, stream.Transition(state, action, 1.0, state, cut=False), args)
+    learn(agent, stream.Transition(state, action, 1.0, state, terminal=False), args)
 
     env, returns, lengths = stream.make_env(stream.Args(env_id="Hopper-v5")), [], []
     for episode in range(4):
@@ -612,7 +612,7 @@ def test_a_run_learns_once_from_every_transition(kernel, flags, run, corridor):
                 action=action,
                 reward=norm.scale(reward, done),
                 next_state=norm.state(obs, length),
-                cut=terminated or (done and not bootstrap),
+                terminal=terminated or (done and not bootstrap),
             )
             for column, part in zip(saved, transition, strict=True):
                 assert np.array_equal(column[t], np.float32(part))
@@ -628,7 +628,7 @@ def test_a_run_learns_once_from_every_transition(kernel, flags, run, corridor):
             sizes = [logged[f"losses/{name}_step_size"].pop(0) for name in ("actor", "critic")]
             assert sizes == step_sizes and sizes[0] != sizes[1]
             assert mean == pytest.approx(np.mean(deltas))
-    assert t == len(saved.state) == 17 and (saved.cut.sum() == 2) == bootstrap
+    assert t == len(saved.state) == 17 and (saved.terminal.sum() == 2) == bootstrap
     for name in ("actor", "critic"):
         for key, value in getattr(agent, name).mlp.state_dict().items():
             assert torch.equal(value, checkpoint[name][key]), key

@@ -74,7 +74,9 @@ def test_six_updates_equal_the_original_code(kernel):
     for t in range(6):
         state, action, next_state = (GOLDEN[name][t] for name in ("s", "a", "s_prime"))
         done = bool(GOLDEN["done"][t])
-        transition = stream.Transition(state, action, float(GOLDEN["r"][t]), next_state, cut=done)
+        transition = stream.Transition(
+            state, action, float(GOLDEN["r"][t]), next_state, terminal=done
+        )
         for kind in ("grad", "trace"):
             traces_before_the_reset(clear=kind == "grad")
             for network in NAMES:
