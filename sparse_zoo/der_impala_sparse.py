@@ -371,7 +371,7 @@ class Batch(NamedTuple):
     discount: torch.Tensor  # of the value of next_obs: gamma^n, or 0 after a terminal
     next_obs: torch.Tensor
     weight: torch.Tensor  # of the loss: importance sampling, the largest is 1
-    index: torch.Tensor  # where they lie in the replay; stays on the CPU
+    place: torch.Tensor  # in the replay; stays on the CPU
 
 
 class PrioritizedReplay:
@@ -402,8 +402,10 @@ class PrioritizedReplay:
         self.action = np.zeros(ring, np.int64)
         self.reward = np.zeros(ring, np.float32)
         self.terminal = np.zeros(ring, np.float32)
-        self.start = np.full(ring, -1)
+        self.start = np.zeros(ring, np.int64)
         self.priority = np.zeros(ring)
+        kept = [self.action, self.reward, self.terminal, self.start, self.priority]
+        self.columns = kept  # checkpointed
 
     def begin(self, frame: np.ndarray) -> None:
         """The first frame of a life."""
@@ -443,8 +445,11 @@ class PrioritizedReplay:
         ring = len(self.frames)
         cumulative = self.priority[: self.added].cumsum()
         points = torch.rand(batch_size, generator=generator, dtype=torch.float64).numpy()
-        index = np.searchsorted(cumulative, points * cumulative[-1], side="right")  # (batch,)
-        number = index + (self.added - 1 - index) // ring * ring  # of the newest frame there
+        place = np.searchsorted(cumulative, points * cumulative[-1], side="right")  # (batch,)
+
+        # The number of the newest frame in each place: in a ring of 5 after 12 frames (0 to 11),
+        # place 1 holds frame 11, and place 2 frame 7
+        number = place + (self.added - 1 - place) // ring * ring
         steps = (number[:, None] + np.arange(self.n_step)) % ring  # (batch, n)
 
         # 1 as long as the life goes on: after each step, and before it
@@ -454,7 +459,7 @@ class PrioritizedReplay:
         reward = (factor * before * self.reward[steps]).sum(1)  # (batch,)
         discount = self.gamma**self.n_step * after[:, -1]  # (batch,)
 
-        start = self.start[index]
+        start = self.start[place]
         shape = (2, batch_size, SIZE, SIZE, STACK)
         stacks = torch.empty(shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
         # Where the life has ended before, the next stack shows something else: its discount is 0
@@ -463,38 +468,34 @@ class PrioritizedReplay:
         gather_stacks(self.frames, next_number, start, stacks[1].numpy())
 
         # Importance weights; the sum of all priorities cancels against the largest weight
-        weight = self.priority[index] ** -self.importance_exponent  # (batch,)
+        weight = self.priority[place] ** -self.importance_exponent  # (batch,)
         weight = (weight / weight.max()).astype(np.float32)
         columns = {
             "obs": stacks[0],
-            "action": self.action[index],
+            "action": self.action[place],
             "reward": reward,
             "discount": discount,
             "next_obs": stacks[1],
             "weight": weight,
         }
         sent = {name: to_device(column, device) for name, column in columns.items()}
-        return Batch(**sent, index=torch.from_numpy(index))
+        return Batch(**sent, place=torch.from_numpy(place))
 
-    def set_priorities(self, index: torch.Tensor, loss: torch.Tensor) -> None:
+    def set_priorities(self, place: torch.Tensor, loss: torch.Tensor) -> None:
         """Priorities (loss + 1e-10)^priority_exponent of a sampled batch; 1e-10 is Dopamine's."""
         priorities = (loss.double().numpy() + 1e-10) ** self.priority_exponent
-        self.priority[index.numpy()] = priorities
+        self.priority[place.numpy()] = priorities
         self.largest = max(self.largest, priorities.max())
-
-    def columns(self) -> list[np.ndarray]:
-        """What a checkpoint holds of the frames, in this order."""
-        return [self.action, self.reward, self.terminal, self.start, self.priority]
 
     def state_dict(self) -> dict:
         """All but the frames, which are brought to the disk where they are."""
         self.frames.base.flush()
-        saved = [torch.from_numpy(column[: self.added].copy()) for column in self.columns()]
+        saved = [torch.from_numpy(column[: self.added].copy()) for column in self.columns]
         return {"counters": (self.added, float(self.largest)), "columns": saved}
 
     def load_state_dict(self, state: dict) -> None:
         self.added, self.largest = state["counters"]
-        for column, saved in zip(self.columns(), state["columns"]):
+        for column, saved in zip(self.columns, state["columns"]):
             column[: len(saved)] = saved.numpy()
 
 
@@ -819,7 +820,7 @@ def train(args: Args) -> None:
                 run.update_step += 1
                 transition_loss = transition_loss.cpu()  # all of an update that Python waits for
                 stop_unless_finite(run.agent_step, transition_loss)  # before the replay sees it
-                replay.set_priorities(batch.index, transition_loss)
+                replay.set_priorities(batch.place, transition_loss)
                 if run.update_step % args.target_interval == 0:
                     agent.target_network.load_state_dict(agent.network.state_dict())
 

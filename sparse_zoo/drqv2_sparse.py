@@ -336,8 +336,8 @@ class FrameReplay:
         self.action = np.zeros((size, action_dim), np.float32)
         self.reward = np.zeros(size, np.float32)
         self.terminated = np.zeros(size, np.float32)
-        self.start = np.full(size, -1)
-        self.columns = [self.action, self.reward, self.terminated, self.start]
+        self.start = np.zeros(size, np.int64)
+        self.columns = [self.action, self.reward, self.terminated, self.start]  # checkpointed
 
     def begin(self, frame: np.ndarray) -> None:
         """The first frame of an episode."""
@@ -616,8 +616,8 @@ def make_env(args: Args) -> gym.Env:
     return gym.wrappers.RecordEpisodeStatistics(env)
 
 
-def make_replay(args: Args, env: gym.Env, path: Path, mode: str) -> FrameReplay:
-    """The replay of a run; mode: w+ for a new file, r+ for the one of a resumed run."""
+def open_replay(args: Args, env: gym.Env, path: Path, resumed: bool) -> FrameReplay:
+    """The replay of a new run, or of one that goes on from a checkpoint."""
     (action_dim,) = env.action_space.shape
     decisions = math.ceil(args.total_timesteps / args.action_repeat)
     frames = 2 * decisions  # at most: an episode of T decisions has T + 1 frames
@@ -625,7 +625,11 @@ def make_replay(args: Args, env: gym.Env, path: Path, mode: str) -> FrameReplay:
     # A killed run goes back by two checkpoints at most (the newest one may be damaged)
     lost_decisions = 2 * (args.checkpoint_interval + longest_episode(env)) / args.action_repeat
     slack = min(frames - capacity, math.ceil(2 * lost_decisions))
-    return FrameReplay(path, capacity, slack, action_dim, args.n_step, args.gamma, mode)
+    mode = "r+" if resumed else "w+"
+    replay = FrameReplay(path, capacity, slack, action_dim, args.n_step, args.gamma, mode)
+    size = replay.frames.nbytes / 1e9
+    print(f"replay: {size:.1f} GB in {path}, deleted at the end of training")
+    return replay
 
 
 def load_policy(run_dir: str | Path) -> tuple[Callable, gym.Env]:
@@ -682,10 +686,8 @@ def train(args: Args) -> None:
         run.print_result(evaluation(args.final_eval_episodes, FINAL, run.video()))
         return
 
-    mode = "r+" if run.checkpoint else "w+"
-    replay = make_replay(args, env, run.folder / "replay.u8", mode)
-    gigabytes = replay.frames.nbytes / 1e9
-    print(f"replay: {gigabytes:.1f} GB in {replay.path}, deleted at the end of training")
+    resumed = run.checkpoint is not None
+    replay = open_replay(args, env, run.folder / "replay.u8", resumed)
     parts["replay"] = replay
     run.restore(parts)
     layers = {name: layer_table(parts[name]) for name in ("encoder", "actor", "critic")}

@@ -831,11 +831,11 @@ def forward(hidden, heads, state):
 @numba.njit(fastmath=REORDER)
 def backward(hidden, heads, grad_output, decay):
     """traces <- decay * traces + the gradient of <grad_output, output> of the last forward pass"""
-    x = heads[0][-2]
+    x = heads[0][-2]  # the features that the heads were given
     grad = np.zeros_like(x)
     first = 0
     for head in heads:
-        outputs = len(head[2])
+        outputs = len(head[2])  # of its bias
         grad += linear_backward(head, grad_output[first : first + outputs], decay)
         first += outputs
     for i in range(len(hidden) - 1, -1, -1):
@@ -844,8 +844,11 @@ def backward(hidden, heads, grad_output, decay):
         slope = np.where(x > 0, np.float32(1), np.float32(0.01))  # of the leaky ReLU
         normed = x / slope
         grad *= slope
+
+        # Through the LayerNorm: no change of the mean, and none along the normalised values
         along = (grad * normed).mean()
-        grad = inverse_std[0] * (grad - grad.mean() - normed * along)  # through the LayerNorm
+        grad = inverse_std[0] * (grad - grad.mean() - normed * along)
+
         x = last_x
         grad = linear_backward(hidden[i], grad, decay)
 

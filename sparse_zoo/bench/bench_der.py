@@ -97,7 +97,7 @@ def parts(
     def use_replay() -> None:
         replay.add(0, 0.0, False, last)
         drawn = replay.sample(flags.batch_size, timing.CPU)
-        replay.set_priorities(drawn.index, torch.ones(flags.batch_size))
+        replay.set_priorities(drawn.place, torch.ones(flags.batch_size))
 
     return {
         "plain": run_plain,

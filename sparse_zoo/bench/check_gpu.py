@@ -163,7 +163,7 @@ def pixel_updates(name: str, device: torch.device, tiny: bool) -> dict[str, torc
                 batch = replay.sample(batch_size, device)
                 noises = (agent.network.draw_noise(), agent.network.draw_noise())
                 _, losses = der.update(agent, batch, *noises)
-                replay.set_priorities(batch.index, losses.cpu())
+                replay.set_priorities(batch.place, losses.cpu())
     return devices.tensors(agent)
 
 

@@ -66,8 +66,8 @@ def test_cross_entropy_priorities_and_weights_equal_dopamine(golden, tmp_path):
     replay.priority[:] = 0
     replay.priority[:16] = golden["sampling_probabilities"].numpy()
     sampled = replay.sample(500, CPU)
-    expected = golden["is_weights"].float() / golden["is_weights"][sampled.index.unique()].max()
-    assert torch.allclose(sampled.weight, expected[sampled.index], rtol=1e-5)
+    expected = golden["is_weights"].float() / golden["is_weights"][sampled.place.unique()].max()
+    assert torch.allclose(sampled.weight, expected[sampled.place], rtol=1e-5)
     assert (golden["is_weights"].float() * golden["ce_loss"]).mean().item() == pytest.approx(
         golden["weighted_mean_loss"].item(), rel=1e-5
     )
@@ -117,12 +117,12 @@ EXPECTED = {
 
 def test_n_step_returns_end_with_the_life(replay):
     batch, film = replay.sample(3000, CPU), frames(19)
-    assert set(batch.index.tolist()) == set(EXPECTED)
-    counts = torch.bincount(batch.index)[list(EXPECTED)]
+    assert set(batch.place.tolist()) == set(EXPECTED)
+    counts = torch.bincount(batch.place)[list(EXPECTED)]
     assert (counts - 3000 / len(EXPECTED)).abs().max() < 5 * math.sqrt(3000 / len(EXPECTED))
     start = [0] * 6 + [6] * 3 + [9] * 3 + [12] * 7
     for row in range(60):
-        k = int(batch.index[row])
+        k = int(batch.place[row])
         reward, discount, bootstrap = EXPECTED[k]
         assert batch.action[row] == k and batch.weight[row] == 1
         assert (batch.reward[row].item(), batch.discount[row].item()) == pytest.approx(
@@ -141,11 +141,11 @@ def test_sampling_follows_priorities_and_weights_undo_it(replay):
     replay.set_priorities(torch.tensor([0, 1, 2]), loss)
     assert replay.largest == pytest.approx(4.0)
     batch = replay.sample(20_000, CPU)
-    share = torch.bincount(batch.index, minlength=19) / 20_000
+    share = torch.bincount(batch.place, minlength=19) / 20_000
     total = 4 + 8 * 1.0 + 2 * math.sqrt(1e-12 + 1e-10)
     assert share[1].item() == pytest.approx(4 / total, abs=0.02)
     assert share[12].item() == pytest.approx(1 / total, abs=0.02)
-    weight = {int(index): float(value) for index, value in zip(batch.index, batch.weight)}
+    weight = {int(index): float(value) for index, value in zip(batch.place, batch.weight)}
     assert weight[1] / weight[12] == pytest.approx(0.5)
     replay.add(0, 0.0, False, frames(1)[0])
     assert replay.priority[16] == pytest.approx(4.0)  # a new one: the largest so far

@@ -202,14 +202,14 @@ def test_three_updates_equal_float64_numpy(flags, tmp_path):
         noise = agent.network.draw_noise(torch.Generator().manual_seed(10 + t))
         next_noise = agent.network.draw_noise(torch.Generator().manual_seed(20 + t))
         logged, each = der.update(agent, batch, noise, next_noise)
-        replay.set_priorities(batch.index, each)
+        replay.set_priorities(batch.place, each)
 
         obs, next_obs = batch.obs.numpy().astype(float), batch.next_obs.numpy().astype(float)
         noise, next_noise = (
             [tuple(part.double().numpy() for part in layer) for layer in draw]
             for draw in (noise, next_noise)
         )
-        index, action = batch.index.numpy(), batch.action.numpy()
+        index, action = batch.place.numpy(), batch.action.numpy()
         reward, discount = batch.reward.double().numpy(), batch.discount.double().numpy()
         q = np.exp(ours.forward(next_obs, next_noise)[0]) @ SUPPORT
         next_p = np.exp(target.forward(next_obs, next_noise)[0])
@@ -313,7 +313,7 @@ def test_the_whole_replay_equals_lists(tmp_path):
             points = torch.rand(8, generator=torch.Generator().manual_seed(total), dtype=float)
             passed = expected.cumsum() > (points * expected.sum()).numpy()[:, None]
             places = [int(row.argmax()) for row in passed]
-            assert batch.index.tolist() == places
+            assert batch.place.tolist() == places
             weights = np.array([expected[place] ** -0.5 for place in places])
             assert batch.weight.numpy() == pytest.approx(weights / weights.max(), rel=1e-6)
             number_at = {k % ring: k for k in priority}
@@ -334,7 +334,7 @@ def test_the_whole_replay_equals_lists(tmp_path):
                 young += k < start + 3
             sampled += 8
             losses = torch.from_numpy(generator.exponential(2, 8))
-            replay.set_priorities(batch.index, losses)
+            replay.set_priorities(batch.place, losses)
             for place, loss in zip(places, losses.tolist()):
                 priority[number_at[place]] = (loss + 1e-10) ** 0.5
             largest = max(largest, *((loss + 1e-10) ** 0.5 for loss in losses.tolist()))
@@ -351,4 +351,4 @@ def test_a_draw_on_a_boundary_takes_what_lies_behind_it(tmp_path, monkeypatch):
     replay.priority[:5] = [0, 1, 0, 1, 0]
     points = torch.tensor([0.0, 0.25, 0.5, 0.75], dtype=torch.float64)
     monkeypatch.setattr(torch, "rand", lambda *size, **how: points)
-    assert replay.sample(4, CPU).index.tolist() == [1, 1, 3, 3]
+    assert replay.sample(4, CPU).place.tolist() == [1, 1, 3, 3]

@@ -122,14 +122,12 @@ def test_the_ring_has_room_for_two_checkpoints_of_either_agent(tmp_path):
         action_space=SimpleNamespace(shape=(1,)), spec=SimpleNamespace(max_episode_steps=10)
     )
     flags = {"action_repeat": 2, "buffer_size": 50, "checkpoint_interval": 20}
-    replay = drq.make_replay(
-        drq.Args(**flags, total_timesteps=1000), env, tmp_path / "drqv2.u8", "w+"
-    )
+    args = drq.Args(**flags, total_timesteps=1000)
+    replay = drq.open_replay(args, env, tmp_path / "drqv2.u8", resumed=False)
     assert (replay.capacity, len(replay.frames)) == (50, 50 + 2 * 2 * (20 + 10) / 2)
     # A short run needs no more than two frames for each of its 40 decisions
-    replay = drq.make_replay(
-        drq.Args(**flags, total_timesteps=80), env, tmp_path / "drqv2.u8", "w+"
-    )
+    args = drq.Args(**flags, total_timesteps=80)
+    replay = drq.open_replay(args, env, tmp_path / "drqv2.u8", resumed=False)
     assert len(replay.frames) == 80
     # DER: a game of 108,000 env steps at most, with a frame more for each of its lives
     flags = {"action_repeat": 1000, "buffer_size": 50, "checkpoint_interval": 20_000}

@@ -175,7 +175,7 @@ def test_der(intervals, run, tmp_path):
                 _, losses = der.update(
                     parts, batch, parts.network.draw_noise(), parts.network.draw_noise()
                 )
-                replay.set_priorities(batch.index, losses)
+                replay.set_priorities(batch.place, losses)
                 updates += 1
                 if updates % 30 == 0:
                     parts.target_network.load_state_dict(parts.network.state_dict())
