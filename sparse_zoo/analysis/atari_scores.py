@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 
 VARIANT = ["width_scale", "depth_scale", "sparsity"]
 # Flags that may differ between the runs of one comparison, beside those that change no result
-FREE = [*VARIANT, "env_id", "eval_interval", "eval_episodes", "diagnostics_interval"]
+FREE = [*VARIANT, "env_id", *runs.MEASURING]
 
 
 @dataclass

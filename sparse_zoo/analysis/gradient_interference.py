@@ -207,7 +207,7 @@ def read_run(run_dir: Path, samples: int) -> tuple:
     return run_dir, module, args, checkpoint
 
 
-def draw_batch(module, args, checkpoint: dict, samples: int, generator: torch.Generator):
+def draw_batch(module, checkpoint: dict, samples: int, generator: torch.Generator):
     """Some transitions of a run's replay, oldest first, with its observation statistics."""
     replay = checkpoint["replay"]
     filled = len(replay["columns"][0])
@@ -242,7 +242,7 @@ def measure_run(
     action_dim = env.action_space.shape[0]
     gamma = module.default_gamma(env, args.action_repeat) if args.gamma is None else args.gamma
     generator = torch.Generator().manual_seed(seed)
-    batch = draw_batch(module, args, checkpoint, samples, generator)
+    batch = draw_batch(module, checkpoint, samples, generator)
     noise_std = 1.0 if module is sac else args.exploration_noise
     noise, next_noise = noise_std * torch.randn(2, samples, action_dim, generator=generator)
 

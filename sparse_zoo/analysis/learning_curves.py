@@ -127,8 +127,9 @@ def draw_panel(ax: Axes, panel: pd.DataFrame) -> None:
             )
     ax.set(title=f"{algorithm}, {plots.task_name(env_id)}", ylabel="evaluation return")
     plots.label_env_steps(ax)
+    several = panel.seed.nunique() > 1
     ax.legend(
-        title="several seeds: mean (thick), lowest to highest" * (panel.seed.nunique() > 1),
+        title="several seeds: mean (thick), lowest to highest" if several else "",
         title_fontsize=8,
         fontsize=8,
         loc="upper center",

@@ -139,13 +139,14 @@ def core_hours(run: Run, costs: pd.DataFrame) -> float:
     update_ms *= getattr(flags, "batch_size", 1) / updates.batch_size.iloc[0]
     decisions = max(0, flags.total_timesteps - flags.learning_starts)
     decisions /= getattr(flags, "action_repeat", 1)
-    each = getattr(flags, "updates_per_step", 1) / getattr(flags, "decisions_per_update", 1)
+    per_decision = getattr(flags, "updates_per_step", 1)
+    per_decision /= getattr(flags, "decisions_per_update", 1)
     task = frames[frames.env_id == flags.env_id]
     frame_ms = (task if len(task) else frames).ms.mean()
     evaluations = 1 + flags.total_timesteps // flags.eval_interval
     episodes = flags.final_eval_episodes + evaluations * flags.eval_episodes
     total_frames = flags.total_timesteps + episodes * EPISODE_FRAMES.get(run.agent, 1000)
-    return (decisions * each * update_ms + total_frames * frame_ms) / 3.6e6
+    return (decisions * per_decision * update_ms + total_frames * frame_ms) / 3.6e6
 
 
 def describe(count: int, todo: list[Run]) -> str:

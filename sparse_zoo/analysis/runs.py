@@ -50,6 +50,7 @@ ALGORITHMS = {
     "der_impala_sparse": "DER",
 }
 FINAL = "final/return_mean"
+MEASURING = ["eval_interval", "eval_episodes", "diagnostics_interval"]  # change no training
 NOT_RUNS = {"logs", "slurm"}  # folders that benchmark.sh makes beside the runs
 UNREADABLE = (OSError, EOFError, ValueError, KeyError, TypeError, RecursionError, zlib.error)
 GZIP = {"method": "gzip", "mtime": 0}  # without the time: the same runs give the same file
@@ -191,6 +192,13 @@ def read_table(
 def import_agent(name: str):
     """The module of an agent."""
     return importlib.import_module(name)
+
+
+def set_threads(module, threads: int | None) -> None:
+    """CPU threads of an agent's kernels and of PyTorch (None: all cores)."""
+    threads = threads or module.torch.get_num_threads()
+    module.numba.set_num_threads(min(threads, module.numba.config.NUMBA_NUM_THREADS))
+    module.torch.set_num_threads(threads)  # after numba, whose start sets the number for both
 
 
 @cache

@@ -456,7 +456,9 @@ def draw_aggregate(points: pd.DataFrame, statistic: str) -> Figure:
         row[0].set_ylabel("return")
     fewest = points.tasks.min()
     most = points.tasks.max()
-    tasks = f"{fewest} to {most} tasks" if fewest < most else f"{most} task{'s'[: most - 1]}"
+    tasks = f"{most} tasks" if most > 1 else "1 task"
+    if fewest < most:
+        tasks = f"{fewest} to {most} tasks"
     seeds = plots.count_seeds(*points.seeds_min, *points.seeds_max)
     bars = ", 95 % stratified bootstrap interval"
     if points.seeds_max.max() == 1:

@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import runs
-import numba
 import numpy as np
 import pandas as pd
 import plots
@@ -155,9 +154,7 @@ def draw(table: pd.DataFrame, args: Args) -> Figure:
 
 
 def main(args: Args) -> None:
-    threads = args.threads or torch.get_num_threads()
-    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
-    torch.set_num_threads(threads)
+    runs.set_threads(sac, args.threads)
     with runs.new_files(args.output) as output:
         table = measure(args)
         if not np.isfinite(table.score).all():

@@ -32,7 +32,7 @@ KEYS = ["env_id", "width_scale", "init", "sparsity"]
 RUN = [*KEYS, "seed"]
 COLUMNS = [*RUN, "total_timesteps", "env_step", "return", "length"]
 # Flags that may differ between the runs of one figure, beside those that change no result
-FREE = [*KEYS, "eval_interval", "eval_episodes", "final_eval_episodes", "diagnostics_interval"]
+FREE = [*KEYS, *runs.MEASURING, "final_eval_episodes"]
 INITS = {"lecun": "-", "sparse_init": "--"}
 ALL = "all tasks"
 LAST, WHOLE = "last tenth", "all of training"

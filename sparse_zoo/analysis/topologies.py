@@ -37,8 +37,7 @@ NETWORK = ["env_id", "width_scale", "depth_scale", "sparsity", "topology"]
 MEASURED = ["return", "active_weights", "tflop", "steps_per_second", "ever_active", "first_overlap"]
 COLUMNS = ["run", *NETWORK, "seed", "env_steps", *MEASURED]
 # Flags that may differ between runs of one figure; what is drawn has names of its own
-FREE = [*NETWORK, "actor_sparsity", "critic_sparsity", "mask_seed", "eval_interval"]
-FREE += ["eval_episodes", "diagnostics_interval"]
+FREE = [*NETWORK, "actor_sparsity", "critic_sparsity", "mask_seed", *runs.MEASURING]
 
 
 @dataclass

@@ -19,9 +19,7 @@ import timing
 import torch
 from timing import runs
 from bench_update import make_batch
-
-OBS_DIM = 67
-ACTION_DIM = 21
+from devices import ACTION_DIM, OBS_DIM
 
 
 @dataclass

@@ -491,8 +491,9 @@ def print_profiles(args: Args) -> None:
     """Of a decision; the last thing to do, since nothing should be timed after it."""
     print(f"\nA decision at width scale {args.width_scale:g}, sparsity {args.sparsity:g}:\n")
     timing.print_header("side", "launches", "kernels", "ms of kernels")
-    for side, launches, kernels, ms in map(dict.values, profile_sides(args)):
-        timing.print_cells(side, f"{launches}", f"{kernels}", f"{ms:.3f}")
+    for row in profile_sides(args):
+        cells = (f"{row['launches']}", f"{row['kernels']}", f"{row['gpu_ms']:.3f}")
+        timing.print_cells(row["side"], *cells)
 
 
 def draw_gpu(table: pd.DataFrame) -> Figure:

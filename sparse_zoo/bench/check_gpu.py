@@ -14,6 +14,7 @@ the same state are made twice and compared. Stream AC runs on CPUs only.
 """
 
 import importlib.metadata
+import math
 import subprocess
 import sys
 import tempfile
@@ -355,7 +356,7 @@ def note_update(check: Check, row: dict) -> None:
     size = f"width {row['width_scale']:g}, sparsity {row['sparsity']:g}, {row['side']}"
     units = {"ms": "ms an update", "peak_mib": "MiB at the peak"}
     for name, unit in units.items():
-        if row[name] == row[name]:  # a CPU's memory is not known
+        if not math.isnan(row[name]):  # a CPU's memory is not known
             check.note(size, float(row[name]), unit)
 
 

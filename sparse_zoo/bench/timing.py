@@ -17,16 +17,9 @@ import plots  # noqa: F401  for the scripts of this folder, which cannot find it
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from runs import COSTS, RESULTS, fail, import_agent  # noqa: F401
+from runs import COSTS, fail, import_agent, set_threads  # noqa: F401
 
 CPU = torch.device("cpu")
-
-
-def set_threads(module, threads: int | None) -> None:
-    """CPU threads of an agent's kernels and of PyTorch (None: all cores)."""
-    threads = threads or torch.get_num_threads()
-    module.numba.set_num_threads(min(threads, module.numba.config.NUMBA_NUM_THREADS))
-    torch.set_num_threads(threads)  # after numba, whose start sets the number for both
 
 
 def import_reference(folder: str, module: str, name: str):

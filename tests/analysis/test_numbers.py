@@ -206,7 +206,7 @@ def test_transitions_are_drawn_at_random_and_stand_oldest_first():
     drawn = []
     for seed in range(40):
         generator = torch.Generator().manual_seed(seed)
-        batch = gi.draw_batch(sac, None, checkpoint, 12, generator)
+        batch = gi.draw_batch(sac, checkpoint, 12, generator)
         age = (batch.reward - 10) % 40
         assert (age.diff() > 0).all()
         drawn += age.tolist()
