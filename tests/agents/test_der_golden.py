@@ -257,7 +257,8 @@ def test_the_whole_replay_equals_lists(tmp_path):
     """2,400 frames through a ring of 300: lives that end or are cut off, priorities that change."""
     capacity, slack, n, gamma = 240, 60, 4, 0.9
     ring = capacity + slack
-    args = der.Args(n_step=n, gamma=gamma)
+    exponents = {"priority_exponent": 0.7, "importance_exponent": 0.4}
+    args = der.Args(n_step=n, gamma=gamma, **exponents)
     replay = der.PrioritizedReplay(tmp_path / "replay.u8", args, capacity, slack)
     generator = np.random.default_rng(0)
     lives = []  # each: number of its first frame, steps (action, reward) so far, whether it ended
@@ -314,7 +315,7 @@ def test_the_whole_replay_equals_lists(tmp_path):
             passed = expected.cumsum() > (points * expected.sum()).numpy()[:, None]
             places = [int(row.argmax()) for row in passed]
             assert batch.place.tolist() == places
-            weights = np.array([expected[place] ** -0.5 for place in places])
+            weights = np.array([expected[place] ** -0.4 for place in places])
             assert batch.weight.numpy() == pytest.approx(weights / weights.max(), rel=1e-6)
             number_at = {k % ring: k for k in priority}
             for row, place in enumerate(places):
@@ -336,8 +337,8 @@ def test_the_whole_replay_equals_lists(tmp_path):
             losses = torch.from_numpy(generator.exponential(2, 8))
             replay.set_priorities(batch.place, losses)
             for place, loss in zip(places, losses.tolist()):
-                priority[number_at[place]] = (loss + 1e-10) ** 0.5
-            largest = max(largest, *((loss + 1e-10) ** 0.5 for loss in losses.tolist()))
+                priority[number_at[place]] = (loss + 1e-10) ** 0.7
+            largest = max(largest, *((loss + 1e-10) ** 0.7 for loss in losses.tolist()))
             assert replay.largest == pytest.approx(largest)
     assert sampled > 500 and ends > 20 and young > 8 and total >= 8 * ring
 

@@ -490,6 +490,34 @@ def test_networks_that_are_pruned_further_than_asked_for_are_refused():
         tiny_agent(**flags, sparsity=0.8).topology.load_state_dict(saved)
 
 
+def test_when_a_run_changes_its_topology(tmp_path, monkeypatch):
+    """After the update behind each interval; on its batch and noise, seeded by its number."""
+    last = []
+    seen = []
+    update = dynamic.update
+
+    def note_update(agent, batch, *rest):
+        last[:] = [batch, *rest]
+        return update(agent, batch, *rest)
+
+    def note_change(agent, args, progress, seed, batch, noise, *rest):
+        assert torch.equal(batch.obs, last[0].obs) and torch.equal(noise, last[1])
+        seen.append((progress, seed))
+
+    monkeypatch.setattr(dynamic, "update", note_update)
+    monkeypatch.setattr(dynamic, "change_topology", note_change)
+    flags = SHORT | {"topology": "set", "diagnostics_interval": 0, "runs_dir": str(tmp_path)}
+    flags |= {"action_repeat": 2, "updates_per_step": 3, "topology_interval": 7}
+    dynamic.train(dynamic.Args(**flags | {"total_timesteps": 120}))
+    expected = []
+    for decision in range(21, 61):  # the first 20 are the warm-up
+        updates = 3 * (decision - 20)
+        if updates // 7 > (updates - 3) // 7:
+            seed = dynamic.derive_seed(1, dynamic.TOPOLOGY, updates)
+            expected.append((decision / 60, seed))
+    assert seen == expected
+
+
 def test_flags_of_the_schedule_are_checked(main):
     program = dynamic.__file__
     check_error(main(program, "--prune-start", "0.9"), "--prune-end 0.8", "prune_start <")

@@ -440,6 +440,7 @@ def test_ctrl_c(tmp_path, moment):
     while "libtorch" not in maps.read_text() or (
         moment == "training" and not list(tmp_path.glob("runs/*/checkpoint.pt"))
     ):
+        assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate()

@@ -4,6 +4,8 @@ Evaluations and diagnostics are left out here, so they change nothing either. St
 test_stream.py.
 """
 
+import math
+
 import ddpg_simba_sparse as ddpg
 import der_impala_sparse as der
 import drqv2_sparse as drq
@@ -11,7 +13,14 @@ import numpy as np
 import pytest
 import sac_simba_sparse as sac
 import torch
-from conftest import CPU, assert_all_equal, metric_values, succeed
+from conftest import (
+    CPU,
+    assert_all_equal,
+    metric_values,
+    only_run,
+    read_metrics,
+    succeed,
+)
 
 TINY = "--threads 1 --device cpu --sparsity 0.5 --eval-episodes 1 --final-eval-episodes 1"
 
@@ -54,7 +63,7 @@ def assert_equal(saved: dict, expected: dict) -> None:
 def test_simba_agents(agent, order, intervals, run):
     flags = "--env-id Corridor-v0 --action-repeat 1 --total-timesteps 24 --learning-starts 9"
     flags += " --updates-per-step 2 --batch-size 4 --width-scale 0.0625 --reset-interval 6"
-    flags += " --gamma 0.9"
+    flags += " --gamma 0.9 --buffer-size 10"
     args, saved, metrics = run(agent, f"{TINY} {flags} {order} {intervals}")
     lengths = [5, 3, 5, 3, 5]  # and three steps of a sixth episode, which terminates with the last
     decisions_with_updates = 24 - 9 if args.overlap else 24 - 9 + 1
@@ -64,7 +73,7 @@ def test_simba_agents(agent, order, intervals, run):
 
     parts = agent.Agent(args, 2, 1, CPU)
     norm = agent.ObservationNorm(2, CPU)
-    replay = agent.ReplayBuffer(24, 2, 1, CPU)
+    replay = agent.ReplayBuffer(10, 2, 1, CPU)
     env = agent.make_env(args)
 
     def learn():
@@ -142,12 +151,16 @@ def test_drqv2(intervals, run, tmp_path):
         assert_equal(saved[name], getattr(parts, name).state_dict())
 
 
-@pytest.mark.parametrize("intervals", ["", "--eval-interval 640 --diagnostics-interval 320"])
-def test_der(intervals, run, tmp_path):
-    flags = "--env-id ALE/Asterix-v5 --action-repeat 16 --total-timesteps 1440"
+@pytest.mark.parametrize(
+    "flags",
+    ["--no-terminal-on-life-loss", "--eval-interval 640 --diagnostics-interval 320"],
+    ids=["games", "lives"],
+)
+def test_der(flags, run, tmp_path):
+    flags += " --env-id ALE/Asterix-v5 --action-repeat 16 --total-timesteps 1440"
     flags += " --learning-starts 640 --n-step 3 --batch-size 2 --width-scale 0.0625"
     flags += " --updates-per-step 2 --target-interval 30"
-    args, saved, metrics = run(der, f"{TINY} {flags} {intervals}")
+    args, saved, metrics = run(der, f"{TINY} {flags}")
     assert saved["counters"][:2] == (90, 2 * (90 - 40 + 1))
 
     env = der.make_env(args)
@@ -166,7 +179,8 @@ def test_der(intervals, run, tmp_path):
             frame, reward, over, truncated, info = env.step(action)
             assert not truncated
             rewards.append(reward)
-            death, lives, t = over or info["lives"] < lives, info["lives"], t + 1
+            lost = info["lives"] < lives and args.terminal_on_life_loss
+            death, lives, t = over or lost, info["lives"], t + 1
             replay.add(action, np.sign(reward) * min(abs(reward), 1), float(death), frame)
             if death:
                 deaths.append(t)
@@ -186,7 +200,8 @@ def test_der(intervals, run, tmp_path):
             lengths.append(t - start)
             returns.append(sum(rewards[start:t]))
     # All of it has happened
-    assert len(lengths) >= 1 and len(deaths) > len(lengths) + 1 and max(rewards) > 1
+    assert len(lengths) >= 1 and max(rewards) > 1
+    assert args.terminal_on_life_loss == (len(deaths) > len(lengths))
     assert (
         saved["counters"][1:3] == (updates, games)
         and metric_values(metrics, "episode/length") == lengths
@@ -196,3 +211,31 @@ def test_der(intervals, run, tmp_path):
     assert_all_equal(saved["replay"]["columns"], replay.state_dict()["columns"])
     for name in ("network", "target_network"):
         assert_equal(saved[name], getattr(parts, name).state_dict())
+
+
+NAN = torch.tensor([1.0, math.nan])
+BROKEN = {"fine": torch.ones(()), "broken": NAN[1]}
+
+
+@pytest.mark.parametrize(
+    ("agent", "returned", "env_id"),
+    [
+        (sac, BROKEN, "Corridor-v0"),
+        (ddpg, BROKEN, "Corridor-v0"),
+        (drq, BROKEN, "Corridor-v0"),
+        (der, ({}, NAN), "ALE/Asterix-v5"),
+    ],
+    ids=["sac", "ddpg", "drqv2", "der"],
+)
+def test_a_loss_that_is_not_finite_ends_the_run(
+    agent, returned, env_id, monkeypatch, tmp_path, capsys
+):
+    monkeypatch.setattr(agent, "update", lambda *_: returned)
+    flags = {"env_id": env_id, "action_repeat": 1, "max_episode_steps": 30, "threads": 1}
+    flags |= {"total_timesteps": 64, "learning_starts": 9, "batch_size": 2, "width_scale": 0.0625}
+    flags |= {"eval_episodes": 1, "final_eval_episodes": 1, "runs_dir": str(tmp_path)}
+    with pytest.raises(SystemExit, match="3"):
+        agent.train(agent.Args(**flags))
+    assert "error: a value is not finite at agent_step=" in capsys.readouterr().err
+    rows = read_metrics(only_run(tmp_path))
+    assert rows and all(math.isfinite(float(row["value"])) for row in rows)

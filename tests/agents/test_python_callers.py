@@ -52,9 +52,11 @@ def empty_folder(tmp_path, monkeypatch):
 def test_values_of_numpy(tmp_path):
     """Checkpoints are read without code, so they must hold none of NumPy's classes."""
     values = {"sparsity": np.float64(0.5), "seed": np.int64(3), "overlap": np.bool_(False)}
+    values["learning_starts"] = np.int64(0)  # the first update is after the first decision
     sac.train(sac.Args(**FLAGS | values, exp_name=np.str_("named")))
     folder = only_run(tmp_path / "runs")
-    plain = sac.Args(**FLAGS, sparsity=0.5, seed=3, overlap=False, exp_name="named")
+    flags = FLAGS | {"sparsity": 0.5, "seed": 3, "overlap": False, "learning_starts": 0}
+    plain = sac.Args(**flags, exp_name="named")
     assert sac.run_folder(plain).name == folder.name
     policy, env = sac.load_policy(folder)
     assert env.action_space.contains(policy(env.reset(seed=1)[0]))
@@ -99,3 +101,10 @@ def test_a_run_that_failed_can_go_on_in_the_same_process(tmp_path, monkeypatch):
     sac.train(args)
     assert "final/return_mean" in (only_run(tmp_path / "runs") / "metrics.csv").read_text()
     assert kept.value.code == 3
+
+
+def test_threads_are_those_that_are_asked_for():
+    before = torch.get_num_threads()
+    sac.choose_device(sac.Args(threads=before + 1, device="cpu"))
+    assert torch.get_num_threads() == before + 1
+    torch.set_num_threads(before)

@@ -570,7 +570,7 @@ def test_evaluation_is_repeatable_and_leaves_the_agent_alone():
 
 @KERNELS
 @pytest.mark.parametrize(
-    "flags", ["", "--bootstrap-on-truncation --learning-starts 7 --sparsity 0.5"]
+    "flags", ["", "--bootstrap-on-truncation --learning-starts 7 --sparsity 0.5 --gamma 0.9"]
 )
 def test_a_run_learns_once_from_every_transition(kernel, flags, run, corridor):
     common = "--env-id Corridor-v0 --total-timesteps 17 --threads 1 --width-scale 0.125"
@@ -589,7 +589,7 @@ def test_a_run_learns_once_from_every_transition(kernel, flags, run, corridor):
     args = stream.Args(**checkpoint["args"])
     torch.manual_seed(args.seed)
     agent = stream.Agent(args, 2, 1)
-    norm = stream.Normalizer(2, 0.99, 5)
+    norm = stream.Normalizer(2, args.gamma, 5)
     env = Corridor()
     np.random.seed(args.seed)
     t = 0

@@ -9,6 +9,7 @@ import torch
 from analysis import gradient_interference as gi
 from analysis import plasticity, plots, scaling, streaming
 from test_gradient_interference import ACTION_DIM, MODULES, write_run
+from torch.utils._pytree import tree_leaves
 
 NETWORK = {"env_id": "Ant-v4", "width_scale": 1.0, "init": "lecun", "sparsity": 0.0, "seed": 1}
 
@@ -46,12 +47,19 @@ def test_bands_and_dots_of_streaming_figures():
     for width, values in ((1.0, (1.0, 3.0, 8.0)), (4.0, (10.0, 20.0, 60.0))):
         for seed, value in enumerate(values):
             runs.append(make_episodes({950: value}, seed=seed, width_scale=width))
-    episodes = pd.concat(runs)
+    other = make_episodes({950: 99.0}, init="sparse_init", width_scale=4.0)
+    episodes = pd.concat([*runs, other])
     (ax,) = streaming.figure_12(streaming.final_returns(episodes)).axes
     assert ax.lines[0].get_xydata().tolist() == [[1.0, 4.0], [4.0, 30.0]]
     first, _ = streaming.figure_17(streaming.average_bins(episodes, 500)).axes
     assert first.lines[0].get_ydata().tolist() == [4.0]
     assert sorted(set(first.collections[0].get_paths()[0].vertices[:, 1])) == [1.0, 8.0]
+
+    # SparseInit is in Figure 13 only, which has its width
+    bins = streaming.average_bins(episodes, 500)
+    assert [len(ax.collections) for ax in streaming.figure_17(bins).axes] == [1, 1]
+    (ax,) = streaming.figure_13(bins).axes
+    assert "512 hidden units" in ax.get_title() and len(ax.lines) >= 2
 
 
 def test_the_x_axis_is_the_sparsity_of_the_metrics_own_network(tmp_path):
@@ -161,12 +169,23 @@ def test_the_noise_of_gradient_interference_is_that_of_training(name, std, monke
         return measure(*arguments)
 
     monkeypatch.setattr(gi, "measure", note)
-    gi.measure_run(*gi.read_run(tmp_path / "a", 40), 40, seed=0)
+    run = gi.read_run(tmp_path / "a", 40)
+    networks = ["actor", "critic", "target_critic"] + ["temperature"] * (module is sac)
+    saved = {name: run[3][name] for name in networks}
+    for value in tree_leaves(saved):
+        if value.is_floating_point():
+            value += 0.1  # other numbers than those that the seed builds
+    gi.measure_run(*run, 40, seed=0)
     noises = np.concatenate([seen[0][3], seen[0][4]])
     assert noises.shape == (80, ACTION_DIM) and noises.std() == pytest.approx(std, rel=0.2)
     assert not np.array_equal(seen[0][3], seen[0][4])
     # Both stages have the same batch and noise, and two agents
     assert all(a is b for a, b in zip(seen[0][2:5], seen[1][2:5]))
+    # The discount of TD-MPC2's heuristic, and all networks of the checkpoint
+    assert seen[0][5] == seen[1][5] == 0.95
+    for name, state in saved.items():
+        restored = getattr(seen[1][1], name).state_dict()
+        assert all(torch.equal(restored[key], value) for key, value in state.items()), name
 
 
 def test_an_interquartile_mean_leaves_out_a_quarter_at_either_end():

@@ -3,6 +3,8 @@
 import sys
 from pathlib import Path
 
+import der_impala_sparse as der
+import drqv2_sparse as drq
 import numpy as np
 import pandas as pd
 import pytest
@@ -157,6 +159,24 @@ def test_core_hours():
         expected = (updates * update_ms + frames * frame_ms) / 3.6e6
         assert hours(**flags) == pytest.approx(expected), flags
     assert np.isnan(plan.core_hours(plan.Run("", "new_agent", sac.Args(), Path()), costs))
+
+    # DrQ-v2 learns after every second decision; a game of Atari has 6,000 frames
+    law = {"width_scale": 1, "depth_scale": 1, "sparsity": 0, "batch_size": 32, "what": "update"}
+    for agent, flags, updates, episode in (
+        (drq, {"action_repeat": 2, "decisions_per_update": 2}, 10_000 / 2 / 2, 1000),
+        (der, {"action_repeat": 4}, 10_000 / 4, 6000),
+    ):
+        name = agent.__name__
+        costs = pd.DataFrame([{**law, "agent": name, "ms": 100}, {**frame, "agent": name}])
+        flags |= {"env_id": "a", "total_timesteps": 12_000, "learning_starts": 2000}
+        flags |= {"batch_size": 32, "eval_interval": 12_000, "eval_episodes": 1}
+        run = plan.Run("", name, agent.Args(**flags, final_eval_episodes=3), Path())
+        expected = (updates * 100 + (12_000 + 5 * episode) * 2) / 3.6e6
+        assert plan.core_hours(run, costs) == pytest.approx(expected)
+
+
+def test_a_changing_topology_costs_what_a_static_one_costs():
+    costs = pd.read_csv(plan.COSTS)
     same = [
         plan.core_hours(plan.Run("", agent, sac.Args(), Path()), costs)
         for agent in ("sac_simba_sparse", "sac_simba_dynamic")

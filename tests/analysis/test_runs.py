@@ -234,10 +234,14 @@ def test_ctrl_c_is_one_line(tmp_path, early):
     command = [sys.executable, str(SCRIPT.with_name("plan.py")), "status"]
     pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command, cwd=tmp_path, preexec_fn=listen_to_ctrl_c, **pipes)
-    imported = "pandas" if early else "scipy"
-    while imported not in Path(f"/proc/{process.pid}/maps").read_text():
-        time.sleep(0.01)
-    time.sleep(0 if early else 3)
+    asleep = 0
+    while "pandas" not in Path(f"/proc/{process.pid}/maps").read_text() or (
+        not early and asleep < 20
+    ):
+        assert process.poll() is None
+        time.sleep(0.05)
+        state = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0]
+        asleep = asleep + 1 if state == "S" else 0
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1 and err.startswith("interrupted; ") and err.count("\n") == 1

@@ -16,7 +16,7 @@ def test_one_row():
     ratio = dict(re.findall(r"(\w+)=(\S+)", out.splitlines()[-1]))
     sides = re.findall(r"^(?:masked dense twin|ours) +([\d.]+) ms per update +(\d+) MiB", out, re.M)
     (twin_ms, twin_mib), (ours_ms, ours_mib) = [map(float, side) for side in sides]
-    assert float(ratio["time"]) == pytest.approx(ours_ms / twin_ms, rel=0.02)
+    assert float(ratio["time"]) == pytest.approx(ours_ms / twin_ms, rel=0.05)  # rounded
     assert float(ratio["memory"]) == pytest.approx(ours_mib / twin_mib, rel=0.02)
     assert min(twin_ms, ours_ms) > 0.1 and min(twin_mib, ours_mib) > 100
 

@@ -315,9 +315,9 @@ done
     every = succeed(dry_run).splitlines()
     first = plan.parse_command(every[0])
     write_run(first.folder, vars(first.flags), [(1000, "final/return_mean", 1.0)])
-    code, out, err = benchmark(*arguments, "--runner", "slurm", **where)
+    code, out, err = benchmark(*arguments, "--runner", "slurm", "--jobs", "3", **where)
     assert code == 0 and err.startswith("9 runs, 1 of them finished; "), err
-    assert "--array=1-4 " in out
+    assert "--array=1-4%3 --cpus-per-task=1" in out
     tasks = re.split(r"^task \d\n", out.partition("\nwhen it has ended")[0], flags=re.M)[1:]
     dealt = [task.splitlines() for task in tasks]
     assert dealt == [every[number::4] for number in (1, 2, 3, 4)]
