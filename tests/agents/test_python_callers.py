@@ -51,11 +51,11 @@ def empty_folder(tmp_path, monkeypatch):
 
 def test_values_of_numpy(tmp_path):
     """Checkpoints are read without code, so they must hold none of NumPy's classes."""
-    values = {"sparsity": np.float64(0.5), "seed": np.int64(3), "overlap": np.bool_(False)}
+    values = {"sparsity": np.float64(0.5), "seed": np.int64(3), "clipped_double_q": np.bool_(True)}
     values["learning_starts"] = np.int64(0)  # the first update is after the first decision
     sac.train(sac.Args(**FLAGS | values, exp_name=np.str_("named")))
     folder = only_run(tmp_path / "runs")
-    flags = FLAGS | {"sparsity": 0.5, "seed": 3, "overlap": False, "learning_starts": 0}
+    flags = FLAGS | {"sparsity": 0.5, "seed": 3, "clipped_double_q": True, "learning_starts": 0}
     plain = sac.Args(**flags, exp_name="named")
     assert sac.run_folder(plain).name == folder.name
     policy, env = sac.load_policy(folder)
