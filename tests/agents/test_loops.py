@@ -169,6 +169,7 @@ def test_der(flags, run, tmp_path):
     t = updates = games = 0
     lengths, deaths, rewards, black = [], [], [], np.zeros((84, 84, 4), np.uint8)
     returns = []
+    measured = []
     while t < 90:
         frame, info = env.reset(seed=der.derive_seed(args.seed, der.TRAIN, games))
         games, over, lives, stack, start = games + 1, False, info["lives"], black, t
@@ -193,6 +194,12 @@ def test_der(flags, run, tmp_path):
                 updates += 1
                 if updates % 30 == 0:
                     parts.target_network.load_state_dict(parts.network.state_dict())
+            if t % 20 == 0 and replay.ready():
+                seed = der.derive_seed(args.seed, der.DIAGNOSE, t)
+                generator = torch.Generator().manual_seed(seed)
+                batch = replay.sample(2, CPU, generator)
+                noises = [parts.network.draw_noise(generator) for _ in range(2)]
+                measured.append(der.diagnose(parts, batch, *noises)["critic_grad_norm"])
             if death and not over:
                 stack = black
                 replay.begin(frame)
@@ -207,6 +214,9 @@ def test_der(flags, run, tmp_path):
         and metric_values(metrics, "episode/length") == lengths
     )
     assert metric_values(metrics, "episode/return") == returns  # not of clipped rewards
+    if args.diagnostics_interval == 320:
+        assert len(measured) > 2
+        assert metric_values(metrics, "diagnostics/critic_grad_norm") == pytest.approx(measured)
     assert saved["replay"]["counters"] == replay.state_dict()["counters"]
     assert_all_equal(saved["replay"]["columns"], replay.state_dict()["columns"])
     for name in ("network", "target_network"):
