@@ -178,7 +178,20 @@ def test_there_is_nothing_to_sample_before_a_whole_transition(tmp_path):
     assert (restored.added, restored.newest) == (14, 4)
 
 
-def test_a_disk_that_is_too_small_is_an_error(tmp_path, capsys):
+def test_the_frame_file_where_there_is_no_posix_fallocate(tmp_path, monkeypatch):
+    """As on macOS: it has its full size on the disk at once."""
+    monkeypatch.delattr(os, "posix_fallocate")
+    path = tmp_path / "replay.u8"
+    size = 2**24 + 5
+    frames = drq.open_frames(path, (size,), "w+")
+    assert not frames.any() and frames.shape == (size,)
+    assert path.stat().st_size == size and path.stat().st_blocks * 512 >= size
+
+
+@pytest.mark.parametrize("has_fallocate", [True, False])
+def test_a_disk_that_is_too_small_is_an_error(tmp_path, capsys, monkeypatch, has_fallocate):
+    if not has_fallocate:
+        monkeypatch.delattr(os, "posix_fallocate")
     with pytest.raises(SystemExit) as stopped:
         drq.FrameReplay(tmp_path / "replay.u8", 10**12, 0, 1, 3, 0.99)
     check_error((stopped.value.code, *capsys.readouterr()), "GB", "--buffer-size")
