@@ -924,7 +924,8 @@ def fail_in_environment(args, where: str, error: Exception) -> NoReturn:
     if where and "to unpack" in reason:
         hint = f"; {GYMNASIUM}"
     elif "GL" in reason:
-        hint = f"; MUJOCO_GL={os.environ.get('MUJOCO_GL')}: start Python anew, with egl or osmesa"
+        renderers = "egl or osmesa" if sys.platform == "linux" else "glfw"
+        hint = f"; MUJOCO_GL={os.environ.get('MUJOCO_GL')}: start Python anew, with {renderers}"
     elif args.env_kwargs and not where:
         hint = f"; --env-kwargs {args.env_kwargs}"
     name = type(error).__name__

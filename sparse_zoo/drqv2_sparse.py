@@ -775,7 +775,7 @@ LONGER_GOES_ON = False
 
 def open_camera_env(args: Args) -> gym.Env:
     """An environment of --env-id with frames (84, 84, 3) and a bounded Box of actions."""
-    os.environ.setdefault("MUJOCO_GL", "egl")
+    os.environ.setdefault("MUJOCO_GL", "egl" if sys.platform == "linux" else "glfw")
     sys.path.append(os.getcwd())  # for an environment of your own, --env-id module:MyEnv-v0
     camera = args.camera
     picture = {"width": SIZE, "height": SIZE}
@@ -892,7 +892,8 @@ def fail_in_environment(args, where: str, error: Exception) -> NoReturn:
     if where and "to unpack" in reason:
         hint = f"; {GYMNASIUM}"
     elif "GL" in reason:
-        hint = f"; MUJOCO_GL={os.environ.get('MUJOCO_GL')}: start Python anew, with egl or osmesa"
+        renderers = "egl or osmesa" if sys.platform == "linux" else "glfw"
+        hint = f"; MUJOCO_GL={os.environ.get('MUJOCO_GL')}: start Python anew, with {renderers}"
     elif args.env_kwargs and not where:
         hint = f"; --env-kwargs {args.env_kwargs}"
     name = type(error).__name__

@@ -885,7 +885,8 @@ def fail_in_environment(args, where: str, error: Exception) -> NoReturn:
     if where and "to unpack" in reason:
         hint = f"; {GYMNASIUM}"
     elif "GL" in reason:
-        hint = f"; MUJOCO_GL={os.environ.get('MUJOCO_GL')}: start Python anew, with egl or osmesa"
+        renderers = "egl or osmesa" if sys.platform == "linux" else "glfw"
+        hint = f"; MUJOCO_GL={os.environ.get('MUJOCO_GL')}: start Python anew, with {renderers}"
     elif args.env_kwargs and not where:
         hint = f"; --env-kwargs {args.env_kwargs}"
     name = type(error).__name__
@@ -1022,7 +1023,8 @@ class Gate(gym.Wrapper):
 def open_env(args, render_mode: str | None = None) -> gym.Env:
     """The environment of --env-id behind a Gate: flat observations, a bounded Box of actions."""
     # MuJoCo looks for a renderer as soon as it is loaded, and only films need one
-    os.environ.setdefault("MUJOCO_GL", "egl" if args.capture_video else "disabled")
+    renderer = "egl" if sys.platform == "linux" else "glfw"
+    os.environ.setdefault("MUJOCO_GL", renderer if args.capture_video else "disabled")
     sys.path.append(os.getcwd())  # for an environment of your own, --env-id module:MyEnv-v0
     filming = {"render_mode": render_mode} if render_mode else {}
     where = ""

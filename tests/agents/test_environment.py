@@ -1,5 +1,6 @@
 """What the agent sees of real dm-control and Gymnasium environments."""
 
+import os
 import sys
 
 import gymnasium as gym
@@ -177,3 +178,13 @@ def test_a_package_that_is_missing_is_named_with_its_install_line(
     monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
     ended = main(AGENTS / "sac_simba_sparse.py", *flags.split())
     check_error(ended, package, f'pip install "{install}"')
+
+
+@pytest.mark.parametrize(("system", "renderer"), [("linux", "egl"), ("darwin", "glfw")])
+def test_the_renderer_of_films_is_one_that_the_system_has(monkeypatch, system, renderer):
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setitem(os.environ, "MUJOCO_GL", "")  # is put back at the end
+    for filming, expected in ((True, renderer), (False, "disabled")):
+        del os.environ["MUJOCO_GL"]
+        sac.open_env(sac.Args(env_id="Pendulum-v1", capture_video=filming))
+        assert os.environ["MUJOCO_GL"] == expected
