@@ -235,6 +235,7 @@ run() { # run SEEDS AGENT FLAG...: one command for each seed, quoted for a shell
   done
 }
 calc() { LC_ALL=C awk "BEGIN { printf \"%.4g\", $1 }"; }
+count() { awk 'END { print NR }'; } # of lines; wc -l has spaces before it on macOS
 commands() { # commands TARGET...: their runs, shared ones once
   for name in "$@"; do [[ $name == table* ]] || "$name"; done | awk '!seen[$0]++'
 }
@@ -244,7 +245,7 @@ analysis() { $python "sparse_zoo/analysis/$1.py" "${@:2}"; }
 plot() { # plot TARGET: from its finished runs; the others are named
   local out=$results/$1 from large variants bias=$results/$1/bias_$scale
   if [[ $1 == table* ]]; then # beside the paper's values, so with the paper's widths and depths
-    (only="" && set_scale paper && commands $figures) | analysis tables --table "${1#table}" --output "$out"
+    (only=. && set_scale paper && commands $figures) | analysis tables --table "${1#table}" --output "$out"
     return
   fi
   commands "$1" | analysis plan link --output "$out/runs" || return
@@ -360,7 +361,7 @@ describe() { # describe TARGET: a line from the comment at its function
   if [[ $1 == table* ]]; then
     echo "$1: hyperparameters or environments, printed from the code beside the paper's"
   else
-    echo "$1: $(sed -n "s/^$1() {.*# //p" "${BASH_SOURCE[0]##*/}"); $(commands "$1" | wc -l) runs at --scale $scale"
+    echo "$1: $(sed -n "s/^$1() {.*# //p" "${BASH_SOURCE[0]##*/}"); $(commands "$1" | count) runs at --scale $scale"
   fi
 }
 
@@ -402,17 +403,17 @@ if [[ $action != run || $target == list ]]; then
   [[ -z $runner$limit ]] || fail "--runner and --jobs: only for a target that is to be run"
 fi
 runner=${runner:-local}
-[[ $runner =~ ^(local|slurm|dry-run)$ ]] || fail "--runner $runner: must be local, slurm or dry-run"
+[[ " local slurm dry-run " == *" $runner "* ]] || fail "--runner $runner: must be local, slurm or dry-run"
 [[ $target != table* || $runner == local ]] || fail "--runner $runner: a table has no runs"
 set_scale "$scale"
-python=${PYTHON:-python} only=${ONLY:-} runs=${RUNS:-runs/$scale} results=${RESULTS:-results/$scale}
+python=${PYTHON:-python} only=${ONLY:-.} runs=${RUNS:-runs/$scale} results=${RESULTS:-results/$scale}
 runs=${runs/#\~\//$HOME/} results=${results/#\~\//$HOME/}
 FLAGS=${FLAGS:-}
 FLAGS=${FLAGS//[[:space:]]/ }
 [[ $runs$results != *[[:space:]]* ]] || fail "RUNS and RESULTS: no spaces in the names of folders, please"
 [[ $(printf %q "$runs$results$python$FLAGS") != "\$'"* ]] ||
   fail "RUNS, RESULTS, PYTHON and FLAGS: only characters that can be printed, in UTF-8, please"
-[[ "" =~ $only ]] 2>/dev/null || (($? == 1)) || fail "ONLY='$only': not a regular expression (as of grep -E)"
+[[ x =~ $only ]] 2>/dev/null || (($? == 1)) || fail "ONLY='$only': not a regular expression (as of grep -E)"
 [[ -z ${THREADS:-} ]] || number THREADS "$THREADS" 1000
 [[ -z ${MAX_ARRAY:-} ]] || number MAX_ARRAY "$MAX_ARRAY" 4000000
 cores=$(unset OMP_NUM_THREADS OMP_THREAD_LIMIT && nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
@@ -422,7 +423,7 @@ threads=$((cores > jobs ? cores / jobs : 1))
 threads=${THREADS:-$threads}
 targets=$target
 [[ $target != all && $target != list ]] || targets="$tables $figures"
-if [[ -n $only && $target != list && $target != table* && -z $(commands $targets) ]]; then
+if [[ -n ${ONLY:-} && $target != list && $target != table* && -z $(commands $targets) ]]; then
   fail "ONLY='$only': matches no run of $target; --runner dry-run without ONLY shows their commands"
 fi
 
@@ -431,9 +432,9 @@ if [[ -n $help ]]; then
   describe "$target"
 elif [[ $target == list ]]; then
   for name in $tables; do echo "$name: from the code"; done
-  for name in $figures; do echo "$name: $(commands $name | wc -l) runs"; done
-  echo "all: $(commands $figures | wc -l) runs"
-  for name in $extras; do echo "$name: $(commands $name | wc -l) runs, not in the paper"; done
+  for name in $figures; do echo "$name: $(commands $name | count) runs"; done
+  echo "all: $(commands $figures | count) runs"
+  for name in $extras; do echo "$name: $(commands $name | count) runs, not in the paper"; done
 elif [[ $action == run && $runner == dry-run ]]; then
   commands $targets
 elif ! $python -c "import tyro" 2>/dev/null; then

@@ -413,3 +413,15 @@ def test_a_value_behind_an_equals_sign():
     assert succeed(benchmark("fig13", "--scale=smoke", "--runner=dry-run", "--seeds=2")) == succeed(
         benchmark("fig13", "--scale", "smoke", "--runner", "dry-run", "--seeds", "2")
     )
+
+
+def test_it_is_written_for_the_bash_of_macos():
+    """Version 3.2: no words of bash 4, no bare parenthesis behind =~, no empty regular expression.
+
+    An empty one matches nothing on BSD systems.
+    """
+    text = (ROOT / "benchmark.sh").read_text()
+    newer = r"mapfile|readarray|coproc|wait -n|(declare|local) -[An]|&>>|\|&|\$\{\w+(,,|\^\^|@)"
+    assert not re.search(newer, text)
+    assert not re.search(r"=~ [^$\s]*\(", text)
+    assert "only=${ONLY:-.}" in text and 'only=""' not in text
