@@ -11,7 +11,7 @@ echo "$*" >>"$NOTES"
 case $1 in *plan.py | *tables.py) cat >/dev/null ;; esac
 """
 
-OF_SCORES = "--sparsities 0 0.1 0.2 0.3 0.4 0.5 0.6 0.7 0.8 0.9 --threads 3"
+SCORED = "--sparsities 0 0.1 0.2 0.3 0.4 0.5 0.6 0.7 0.8 0.9 --threads 3"
 VARIANTS = "--variants 1:0 5:0 5:0.9"
 PLASTICITY = "--metrics eval/return_mean diagnostics/critic_dormant_ratio"
 # Of each target: script and flags; FROM stands for the folders of runs and of results
@@ -24,7 +24,7 @@ PAPER = {
     "fig6": ["plasticity --figure reset FROM"],
     "fig7": [f"plasticity --figure param-norm FROM {VARIANTS}"],
     "fig8": [
-        f"simplicity_bias --width-scale 5 --grid 300 --inits 10 {OF_SCORES} --output OUT/bias_paper",
+        f"simplicity_bias --width-scale 5 --grid 300 --inits 10 {SCORED} --output OUT/bias_paper",
         "scaling --figure gain FROM --scores OUT/bias_paper/scores.csv",
     ],
     "fig9": ["gradient_interference OUT/runs/* --samples 256 --output OUT"],
@@ -93,5 +93,5 @@ def test_small_scales_draw_their_own_widths(tmp_path):
     call = f"plasticity --figure srank FROM {variants}"
     assert drawn(tmp_path, "fig4", "cpu") == {"fig4": [call]}
     network = "--width-scale 0.5 --reach 31.6 --grid 300 --inits 5"
-    bias = f"{network} {OF_SCORES} --output OUT/bias_cpu"
+    bias = f"{network} {SCORED} --output OUT/bias_cpu"
     assert drawn(tmp_path, "fig8", "cpu")["fig8"][0] == f"simplicity_bias {bias}"
