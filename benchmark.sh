@@ -243,7 +243,7 @@ commands() { # commands TARGET...: their runs, shared ones once
 # === PICTURES AND TABLES ===
 analysis() { $python "sparse_zoo/analysis/$1.py" "${@:2}"; }
 plot() { # plot TARGET: from its finished runs; the others are named
-  local out=$results/$1 from large variants bias=$results/$1/bias_$scale
+  local out=$results/$1 from large variants bias=$results/$1/scores_$scale
   if [[ $1 == table* ]]; then # beside the paper's values, so with the paper's widths and depths
     (only=. && set_scale paper && commands $figures) | analysis tables --table "${1#table}" --output "$out"
     return
@@ -296,7 +296,7 @@ run_local() { # keeps $jobs runs going until all are done; a signal ends them, a
   export -f run_one log_of
   set -m # the runs get a process group of their own, so that a signal can be sent to all of them
   # shellcheck disable=SC2016
-  printf '%s\n' "$all" | tr '\n' '\0' | xargs -0 -n 1 -P "$jobs" bash -c 'run_one "$1" 2>/dev/null' _ &
+  printf '%s\n' "$all" | tr '\n' '\0' | xargs -0 -n 1 -P "$jobs" "$BASH" -c 'run_one "$1" 2>/dev/null' _ &
   last=$! group=$(jobs -p %%)
   set +m # but what follows does not: Ctrl-C has to reach this shell
   trap 'interrupted=1; kill -TERM -- "-$group"' INT TERM HUP

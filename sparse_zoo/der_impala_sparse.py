@@ -38,7 +38,7 @@ and their own code is not published:
     the next life; there, the decision is cut short, and the stack begins anew there too. A life
     lost in the idle decisions before a game is of no account; there, it starts the game anew.
  7. --target-interval counts updates, as in Table 5; there, decisions, warm-up included.
-    --learning-starts counts decisions (as env steps); there, complete n-step transitions.
+    --learning-starts counts env steps; there, complete n-step transitions are counted.
 
 In this file: flags, network, replay, losses, agent, update; then `train`, the whole of training;
 then a compiled loop of the replay, and an appendix that this file shares with the others: sparse
@@ -1688,18 +1688,18 @@ def open_frames(path: Path, frames_shape: tuple[int, ...], mode: str) -> np.ndar
         if not path.exists() or path.stat().st_size != needed:
             fail(f"{path} is not as the checkpoint left it; bring it back, or use --no-resume")
     else:
-        free = shutil.disk_usage(path.parent).free
         try:
             with open(path, "wb") as file:  # in full, so that no other program can take the room
                 if hasattr(os, "posix_fallocate"):
                     os.posix_fallocate(file.fileno(), 0, needed)
-                elif needed > free:
+                elif needed > shutil.disk_usage(path.parent).free:
                     raise OSError(0, "the disk is too full")
                 else:  # macOS, Windows
                     for start in range(0, needed, 2**24):
                         file.write(bytes(min(2**24, needed - start)))
         except OSError as error:
             path.unlink(missing_ok=True)
+            free = shutil.disk_usage(path.parent).free
             leave_no_folder(path.parent)
             fail(
                 f"{path} needs {needed / 1e9:.1f} of {free / 1e9:.1f} GB free "

@@ -7,8 +7,9 @@ of wider networks with equal numbers of active weights (--figure active).
 
 A run's return is that of its trained policy over the last evaluation (final/return_mean). Points
 are what the figure's caption says: the mean over seeds in Figures 10, 15 and 16, in the last two
-with the standard deviation. Where it says nothing they are interquartile means over seeds (and
-tasks). Bars are 95 % bootstrap intervals, resampled within tasks. --statistic chooses another.
+with the standard deviation. Where it says nothing they are interquartile means over seeds; Figure 2
+is the mean over tasks and seeds. Bars are 95 % bootstrap intervals, resampled within tasks.
+--statistic chooses another.
 Unfinished runs are named and left out, and so is a point of Figures 2 and 8 that lacks a whole
 task. The CSV and Markdown tables have all of these numbers. Docs: docs/benchmark.md.
 """

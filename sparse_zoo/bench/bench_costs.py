@@ -9,6 +9,7 @@ agents that were not asked for stay. benchmark.sh estimates core hours from it.
 """
 
 import os
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -151,7 +152,7 @@ def main(args: Args) -> None:
     known = pd.DataFrame(columns=COLUMNS)
     if output.exists():
         known = runs.read_table(output, COLUMNS, "--output")
-    os.environ.setdefault("MUJOCO_GL", "egl")
+    os.environ.setdefault("MUJOCO_GL", "egl" if sys.platform == "linux" else "glfw")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the agents of pixels do
     for agent in args.agents:
         module = timing.import_agent(agent)

@@ -24,8 +24,8 @@ PAPER = {
     "fig6": ["plasticity --figure reset FROM"],
     "fig7": [f"plasticity --figure param-norm FROM {VARIANTS}"],
     "fig8": [
-        f"simplicity_bias --width-scale 5 --grid 300 --inits 10 {SCORED} --output OUT/bias_paper",
-        "scaling --figure gain FROM --scores OUT/bias_paper/scores.csv",
+        f"simplicity_bias --width-scale 5 --grid 300 --inits 10 {SCORED} --output OUT/scores_paper",
+        "scaling --figure gain FROM --scores OUT/scores_paper/scores.csv",
     ],
     "fig9": ["gradient_interference OUT/runs/* --samples 256 --output OUT"],
     "fig10": ["scaling --figure bars FROM"],
@@ -93,5 +93,5 @@ def test_small_scales_draw_their_own_widths(tmp_path):
     call = f"plasticity --figure srank FROM {variants}"
     assert drawn(tmp_path, "fig4", "cpu") == {"fig4": [call]}
     network = "--width-scale 0.5 --reach 31.6 --grid 300 --inits 5"
-    bias = f"{network} {SCORED} --output OUT/bias_cpu"
+    bias = f"{network} {SCORED} --output OUT/scores_cpu"
     assert drawn(tmp_path, "fig8", "cpu")["fig8"][0] == f"simplicity_bias {bias}"
