@@ -404,8 +404,8 @@ class PrioritizedReplay:
         self.terminal = np.zeros(ring, np.float32)
         self.start = np.zeros(ring, np.int64)
         self.priority = np.zeros(ring)
-        kept = [self.action, self.reward, self.terminal, self.start, self.priority]
-        self.columns = kept  # checkpointed
+        # What a checkpoint holds
+        self.columns = [self.action, self.reward, self.terminal, self.start, self.priority]
 
     def begin(self, frame: np.ndarray) -> None:
         """The first frame of a life."""

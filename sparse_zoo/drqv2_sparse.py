@@ -337,7 +337,8 @@ class FrameReplay:
         self.reward = np.zeros(size, np.float32)
         self.terminated = np.zeros(size, np.float32)
         self.start = np.zeros(size, np.int64)
-        self.columns = [self.action, self.reward, self.terminated, self.start]  # checkpointed
+        # What a checkpoint holds
+        self.columns = [self.action, self.reward, self.terminated, self.start]
 
     def begin(self, frame: np.ndarray) -> None:
         """The first frame of an episode."""

@@ -358,9 +358,12 @@ def assert_equal(ours, theirs) -> None:
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
-@pytest.mark.parametrize("kernel", ["auto", pytest.param("dense", marks=pytest.mark.slow)])
-def test_static_is_sac_simba_sparse_bit_for_bit(tmp_path, kernel):
-    flags = SHORT | {"sparse_kernel": kernel, "reset_interval": 100}
+@pytest.mark.parametrize(
+    ("kernel", "overlap"),
+    [("auto", True), ("auto", False), pytest.param("dense", True, marks=pytest.mark.slow)],
+)
+def test_static_is_sac_simba_sparse_bit_for_bit(tmp_path, kernel, overlap):
+    flags = SHORT | {"sparse_kernel": kernel, "overlap": overlap, "reset_interval": 100}
     sac.train(sac.Args(**flags, runs_dir=str(tmp_path / "sparse")))
     args = {**flags, "topology": "static", "topology_interval": 7}
     dynamic.train(dynamic.Args(**args, runs_dir=str(tmp_path / "dynamic")))

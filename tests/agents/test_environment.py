@@ -3,6 +3,7 @@
 import os
 import sys
 
+import drqv2_sparse as drq
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -181,10 +182,13 @@ def test_a_package_that_is_missing_is_named_with_its_install_line(
 
 
 @pytest.mark.parametrize(("system", "renderer"), [("linux", "egl"), ("darwin", "glfw")])
-def test_the_renderer_of_films_is_one_that_the_system_has(monkeypatch, system, renderer):
+def test_the_renderer_is_one_that_the_system_has(monkeypatch, corridor, system, renderer):
     monkeypatch.setattr(sys, "platform", system)
     monkeypatch.setitem(os.environ, "MUJOCO_GL", "")  # is put back at the end
     for filming, expected in ((True, renderer), (False, "disabled")):
         del os.environ["MUJOCO_GL"]
         sac.open_env(sac.Args(env_id="Pendulum-v1", capture_video=filming))
         assert os.environ["MUJOCO_GL"] == expected
+    del os.environ["MUJOCO_GL"]
+    drq.open_camera_env(drq.Args(env_id="Corridor-v0"))
+    assert os.environ["MUJOCO_GL"] == renderer
