@@ -8,7 +8,7 @@ usage="usage: ./benchmark.sh TARGET [--scale paper|cpu|smoke] [--runner local|sl
        ./benchmark.sh TARGET --help                              this, and what the target is
 TARGET: table1 to table5, fig1 to fig18, all (of these), extra-... (not in the paper). Default: --scale cpu --runner local.
 
-scales:      cpu    for a laptop: easier tasks, networks an eighth as wide, fewer env steps and seeds; shows at most the
+scales:      cpu    no GPU needed: easier tasks, networks an eighth as wide, fewer env steps and seeds; shows at most the
                     direction of an effect (fig3: 240 runs, about 116 core hours)
              paper  the paper's protocol, for a cluster (fig3: 1280 runs, about 646000 core hours)
              smoke  tiny runs of a few hundred decisions that test every step; the numbers mean nothing

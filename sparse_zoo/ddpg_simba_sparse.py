@@ -349,7 +349,7 @@ class ReplayBuffer:
         return min(self.added, self.capacity)
 
     def hand_over(self) -> tuple[torch.Tensor, int]:
-        """The newest transition and the row it belongs in, for whoever writes it."""
+        """The newest transition and the row it belongs in; the caller writes it there."""
         self.newest_waits = False
         return self.newest, (self.added - 1) % self.capacity
 
@@ -398,6 +398,7 @@ class ReplayBuffer:
         filled = self.table[: self.filled()].split(self.sizes, dim=1)
         for column, saved in zip(filled, state["columns"]):
             column[:] = saved.view(len(saved), -1)
+        # The next decision sends the newest transition, whether it has been written or not
         self.newest[:] = self.table[(self.added - 1) % self.capacity]
 
 
@@ -534,7 +535,9 @@ class Learner:
     --overlap the updates are started as soon as the action is read, and on a GPU they run while the
     environment steps.
 
-    All that is random is drawn on the CPU: the same numbers on every device.
+    `row.host` is filled on the CPU, and `row.sent` is what the device sees after `row.send()`; on a
+    CPU they share memory. All that is random is drawn on the CPU: the same numbers on every
+    device.
     """
 
     def __init__(
@@ -681,7 +684,7 @@ def load_policy(run_dir: str | Path, render_mode: str | None = None) -> tuple[Ca
 
 def train(args: Args) -> None:
     """A whole run: trains, evaluates, measures and saves, or goes on where it was stopped."""
-    set_up_process(args)
+    set_up_process(args)  # checks the flags, seeds all generators
     device = choose_device(args)
     env = make_env(args)
     eval_env = make_env(args, "rgb_array" if args.capture_video else None)
@@ -737,7 +740,7 @@ def train(args: Args) -> None:
             obs, _ = env.reset(seed=derive_seed(args.seed, TRAIN, run.episode))
             run.episode += 1
 
-        # Reset, not at the very end, where it would lose the trained agent
+        # Reset; at the top of the loop, so that the end of training keeps the trained agent
         if run.due(args.reset_interval) and run.agent_step >= learning_starts:
             agent = Agent(args, obs_dim, action_dim, device)
             learner = Learner(agent, norm, replay, args, gamma, args.exploration_noise, device)

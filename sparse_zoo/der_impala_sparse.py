@@ -750,7 +750,7 @@ def train(args: Args) -> None:
     """A whole run: trains, evaluates, measures and saves, or goes on where it was stopped."""
     # Large memory pages: fewer page faults on Linux; read by PyTorch with its first tensor
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    set_up_process(args)
+    set_up_process(args)  # checks the flags, seeds all generators
     device = choose_device(args)
     env = make_env(args)
     eval_env = make_env(args, "rgb_array" if args.capture_video else None)

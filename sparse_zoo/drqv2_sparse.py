@@ -651,7 +651,7 @@ def load_policy(run_dir: str | Path) -> tuple[Callable, gym.Env]:
 def train(args: Args) -> None:
     """A whole run: trains, evaluates, measures and saves, or goes on where it was stopped."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages: fewer page faults on Linux
-    set_up_process(args)
+    set_up_process(args)  # checks the flags, seeds all generators
     device = choose_device(args)
     env = make_env(args)
     eval_env = make_env(args)

@@ -306,7 +306,7 @@ class Transition(NamedTuple):
     terminal: bool  # no bootstrap from next_state: the task has ended, or (by default) its time
 
 
-# Rounding alone may change: sums may be vectorised; NaN and infinity pass through
+# LLVM's fast-math flags that change rounding alone: sums may be vectorised, NaN and infinity stay
 REORDER = {"reassoc", "contract", "nsz"}
 
 
@@ -548,7 +548,7 @@ def diagnose(agent: Agent, recent: Recent, args: Args) -> dict[str, float]:
 
 def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
     """Flat observations, actions clipped to their bounds; counts returns and lengths."""
-    env = open_env(args, render_mode)  # whose gate clips
+    env = open_env(args, render_mode)  # its Gate (appendix) clips actions
     return gym.wrappers.RecordEpisodeStatistics(env)
 
 
@@ -577,7 +577,7 @@ def load_policy(run_dir: str | Path, render_mode: str | None = None) -> tuple[Ca
 
 def train(args: Args) -> None:
     """A whole run: trains, evaluates, measures and saves, or goes on where it was stopped."""
-    set_up_process(args)
+    set_up_process(args)  # checks the flags, seeds all generators
     torch.set_num_threads(args.threads)
     env = make_env(args)
     eval_env = make_env(args, "rgb_array" if args.capture_video else None)
@@ -609,7 +609,7 @@ def train(args: Args) -> None:
 
     run = Run(args)
     run.restore(parts)
-    if args.init_from and run.agent_step == 0:  # whose rewards may be of another scale
+    if args.init_from and run.agent_step == 0:  # that run's rewards may have another scale
         norm.reward, norm.reward_trace = Statistics(), 0.0
     if args.eval_only:
         run.print_result(evaluation(args.final_eval_episodes, FINAL, run.video()))

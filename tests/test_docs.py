@@ -24,6 +24,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BY_NAME = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 # --help to pytest-xdist, TensorBoard, Slurm, W&B, uv, pip
 OTHER_PROGRAMS = {
+    "--yes",
     "--help",
     "--scale",
     "--runner",

@@ -1,4 +1,4 @@
-"""Every environment that README names, for a few hundred env steps, in a process of its own.
+"""Every environment of docs/environments.md, for a few hundred env steps, in a process of its own.
 
 `python -m pytest -m slow -s tests/agents/test_every_environment.py | grep '^|'` prints the table
 of docs/environments.md.
