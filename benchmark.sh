@@ -22,10 +22,12 @@ environment (folders count from this script's):
              PYTHON (default python), THREADS (CPU threads of a run, default cores / jobs; slurm: 1),
              FLAGS (more flags for every agent, such as '--device cuda', split at spaces),
              ONLY (only runs whose command matches this regular expression: '--width-scale 1 .*--sparsity 0.9 '),
-             SBATCH_OPTIONS (more options for sbatch)"
+             SBATCH_OPTIONS (more options for sbatch), MAX_ARRAY (most tasks in one array job, default 1000)"
 set -feuo pipefail # -f: a * is a character
 { LC_ALL=C.UTF-8; } 2>/dev/null # names are shown as they are
+fail() { echo "error: $1" >&2 && exit "${2:-2}"; } # fail MESSAGE [EXIT_CODE]
 cd "$(dirname "$0")"
+[[ -d sparse_zoo ]] || fail "no sparse_zoo/ beside this script; in a Slurm job: sbatch --wrap './benchmark.sh TARGET'"
 
 # === SCALES ===
 set_scale() {
@@ -338,20 +340,24 @@ run_slurm() { # one array job; Slurm restarts preempted tasks, which resume; sba
 #!/usr/bin/env bash
 #SBATCH --job-name=$target --array=1-$size${limit:+%$limit} --cpus-per-task=$threads
 #SBATCH --requeue --open-mode=append
-cd $(printf %q "$PWD")
+cd $(printf %q "$PWD") || exit 2
+# Compiled loops are kept for each kind of CPU: two kinds that write into one cache at once can mix them up
+cpu=\$(grep -E '^(model name|flags)' /proc/cpuinfo | sort -u | cksum | cut -d ' ' -f 1)
+export NUMBA_CACHE_DIR=\${NUMBA_CACHE_DIR:-$(printf %q "$folder")/compiled/\$cpu}
+commands=\$(sed -n "\$SLURM_ARRAY_TASK_ID~${size}p" $(printf %q "$job.txt")) && [[ -n \$commands ]] || exit 2
 code=0
 while read -r command; do
   eval "\$command" </dev/null || code=\$?
-done < <(sed -n "\$SLURM_ARRAY_TASK_ID~${size}p" $(printf %q "$job.txt"))
+done <<<"\$commands"
 exit \$code
 JOB
   SBATCH_OUTPUT="${job//%/%%}.%a.log" sbatch ${SBATCH_OPTIONS:-} "$job" || return
   echo "when it has ended, with the same FLAGS, ONLY, RUNS and RESULTS:" \
-    "./benchmark.sh plot $target --scale $scale${seeds:+ --seeds $seeds}"
+    "./benchmark.sh plot $target --scale $scale${seeds:+ --seeds $seeds};" \
+    "where tasks have failed or their time was up: this command again"
 }
 
 # === COMMAND LINE ===
-fail() { echo "error: $1" >&2 && exit "${2:-2}"; } # fail MESSAGE [EXIT_CODE]
 number() { # number NAME VALUE MOST
   [[ $2 =~ ^[1-9][0-9]{0,9}$ ]] && (($2 <= $3)) || fail "$1 $2: must be a whole number above 0, at most $3"
 }

@@ -98,7 +98,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
-from filelock import FileLock, SoftFileLock, Timeout
+from filelock import FileLock, Timeout
 from gymnasium.wrappers.utils import RunningMeanStd
 from matplotlib.figure import Figure
 from scipy.stats import trim_mean
@@ -1982,7 +1982,8 @@ class GraphedFunction:
         self.enabled = enabled and device.type == "cuda"
         self.calls = 0
         self.graph = None
-        # Of the first calls and the capture, so that both have the same workspaces
+        # Of the first calls and the capture, so that both have the same workspaces of cuBLAS. No
+        # other graph may use it: PyTorch frees the workspaces of a graph's stream with the graph
         self.stream = torch.cuda.Stream() if self.enabled else None
 
     def __call__(self):
@@ -2140,15 +2141,22 @@ def keep_compiled(loop) -> None:
     except RuntimeError:  # no folder that can be written
         return
     load = loop._cache.load_overload
+    save = loop._cache.save_overload
 
     def load_or_forget(*key):
         try:
             return load(*key)
         except Exception:
-            loop._cache.flush()
+            with contextlib.suppress(OSError):
+                loop._cache.flush()
             return None
 
+    def save_if_possible(*compiled):
+        with contextlib.suppress(OSError):  # such as a full disk, where a run may have another one
+            save(*compiled)
+
     loop._cache.load_overload = load_or_forget
+    loop._cache.save_overload = save_if_possible
 
 
 # === END COMPILED LOOPS ===
@@ -2157,6 +2165,9 @@ def keep_compiled(loop) -> None:
 # === RUNS (identical in every file that has it) ===
 # What a seed derived from (--seed, purpose, ...) is for
 TRAIN, EVAL, FINAL, DIAGNOSE = range(4)
+
+# What ends a run with one line. Slurm sends SIGTERM when it takes a node back or time is up
+STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 LOCKS = []  # train() releases them at its end: a traceback that is kept would keep them locked
 
@@ -2176,16 +2187,22 @@ def fail(message: str, exit_code: int = 2) -> NoReturn:
     sys.exit(exit_code)
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Python's errors, PyTorch's, and those of CUDA's libraries, such as ..._ALLOC_FAILED."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or "alloc" in text or "out of memory" in text
+
+
 def one_line_errors(function: Callable) -> Callable:
     """Decorates a function so that a full disk or memory ends the program with one line.
 
     A caller in Python goes on behind a run that was finished already, and gets back the number of
-    threads and what Ctrl-C does.
+    threads and what signals do.
     """
 
     @wraps(function)
     def guarded(args):
-        on_ctrl_c = signal.getsignal(signal.SIGINT)
+        handlers = {number: signal.getsignal(number) for number in STOPPING}
         on_thread_error = threading.excepthook
         numba_threads = numba.get_num_threads()
         torch_threads = torch.get_num_threads()
@@ -2206,9 +2223,8 @@ def one_line_errors(function: Callable) -> Callable:
                     f"{cause.strerror or cause}{where}; what was saved before is kept, "
                     "and the same command goes on from there"
                 )
-            text = str(error)
-            if isinstance(error, MemoryError) or "alloca" in text or "out of memory" in text:
-                reason = text.partition("\n")[0] or type(error).__name__
+            if is_out_of_memory(error):
+                reason = str(error).partition("\n")[0] or type(error).__name__
                 fail(
                     f"out of memory ({reason}); lower --width-scale, --batch-size or --buffer-size"
                 )
@@ -2220,8 +2236,9 @@ def one_line_errors(function: Callable) -> Callable:
                 numba.set_num_threads(numba_threads)
                 torch.set_num_threads(torch_threads)
                 threading.excepthook = on_thread_error
-                if on_ctrl_c and threading.current_thread() is threading.main_thread():
-                    signal.signal(signal.SIGINT, on_ctrl_c)
+                if threading.current_thread() is threading.main_thread():
+                    for number, handler in handlers.items():
+                        signal.signal(number, handler or signal.SIG_DFL)
 
     return guarded
 
@@ -2345,7 +2362,7 @@ def flag_types(args) -> dict[str, tuple]:
 
 
 def interrupt(*_) -> NoReturn:
-    """What Ctrl-C does."""
+    """What Ctrl-C and SIGTERM do."""
     tqdm.write("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
     sys.exit(1)
 
@@ -2357,7 +2374,7 @@ def ignore_disk_errors(failure) -> None:
 
 
 def set_up_process(args) -> None:
-    """Checks the flags; seeds the global generators; makes Ctrl-C end with one line."""
+    """Checks the flags; seeds the global generators; makes Ctrl-C and SIGTERM end with one line."""
     check_flags(args)
     if args.run_dir:
         take_flags(args)
@@ -2367,7 +2384,8 @@ def set_up_process(args) -> None:
     torch.manual_seed(args.seed)
     warnings.filterwarnings("ignore", module="gymnasium")  # precision of Box bounds, age of tasks
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, interrupt)
+        for number in STOPPING:
+            signal.signal(number, interrupt)
 
 
 def run_folder(args) -> Path:
@@ -2597,12 +2615,8 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             path = self.folder / ".lock"
             owner = self.folder / ".owner"
-            try:
-                lock = FileLock(path)
-                lock.acquire(timeout=0)
-            except NotImplementedError:  # a file system without flock
-                lock = SoftFileLock(path)
-                lock.acquire(timeout=0)
+            lock = FileLock(path)
+            lock.acquire(timeout=0)
             LOCKS.append(lock)
             owner.write_text(f"process {os.getpid()} on {platform.node()}")
         except Timeout:
@@ -2661,6 +2675,8 @@ class Run:
             try:
                 part.load_state_dict(self.checkpoint.pop(name))  # its memory is freed
             except Exception as error:
+                if is_out_of_memory(error):
+                    raise
                 fail(
                     f"{self.folder}: {name} in the checkpoint does not fit ({in_short(error)}); "
                     "a changed file needs another --exp-name"

@@ -13,6 +13,7 @@ SAC and DDPG run whole. DrQ-v2 and DER need packages for their environments; of 
 the same state are made twice and compared. Stream AC runs on CPUs only.
 """
 
+import gc
 import importlib.metadata
 import math
 import subprocess
@@ -525,6 +526,8 @@ def main(args: Args) -> None:
             check.note("FAILED", " ".join(f"{type(error).__name__}: {error}".split()))
             if device.type == "cuda":  # a capture that fails leaves its own stream behind
                 torch.cuda.set_stream(torch.cuda.default_stream())
+                gc.collect()  # the error holds agent and graph in a circle
+                check.note("memory in later parts", "not reliable after an error: run them again")
         check.note("took", time.monotonic() - start, "s")
         write(check)
     try:

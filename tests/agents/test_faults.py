@@ -1,6 +1,7 @@
 """What goes wrong in environments, files and disks: one line, the right exit code, nothing lost."""
 
 import importlib.util
+import os
 import re
 import shutil
 import signal
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import der_impala_sparse as der
 import gymnasium as gym
@@ -292,6 +294,7 @@ def test_an_environment_says_itself_how_long_its_episodes_can_be():
         (MemoryError(), "MemoryError"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "DefaultCPUAllocator"),
         (torch.OutOfMemoryError("CUDA out of memory.\nOf the allocated memory"), "CUDA"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `x`"), "CUDA error"),
     ],
 )
 def test_memory_that_runs_out(error, reason, capsys):
@@ -301,6 +304,15 @@ def test_memory_that_runs_out(error, reason, capsys):
     with pytest.raises(SystemExit, match="2"):
         sac.one_line_errors(train)(None)
     check_error((2, *capsys.readouterr()), f"out of memory ({reason}", "lower --width-scale")
+
+
+def test_memory_that_runs_out_is_no_fault_of_the_checkpoint():
+    def load_state_dict(state):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    run = SimpleNamespace(checkpoint={"actor": {}}, folder="runs/x")
+    with pytest.raises(torch.OutOfMemoryError):
+        sac.Run.load(run, {"actor": SimpleNamespace(load_state_dict=load_state_dict)})
 
 
 def test_other_errors_about_memory_keep_their_traceback():
@@ -386,6 +398,19 @@ def test_compiled_code_of_another_name_or_damaged_is_compiled_again(tmp_path, on
     assert all(file.stat().st_size > 0 for file in index)
 
 
+def test_compiled_code_that_finds_no_room_is_not_kept(tmp_path, one_thread):
+    path = Path(shutil.copy(sac.__file__, tmp_path))
+    cache = tmp_path / "__pycache__"
+    cache.mkdir()
+    if subprocess.run(f"mount -t tmpfs -o size=8k tmpfs {cache}", shell=True).returncode:
+        pytest.skip("needs the right to mount a small disk")
+    try:
+        load_as("full", path)
+        assert sum(file.stat().st_size for file in cache.iterdir()) <= 8192
+    finally:
+        subprocess.run(["umount", cache], check=True)
+
+
 def test_a_folder_and_a_home_that_cannot_be_written(tmp_path):
     if subprocess.run(f"mount -t tmpfs tmpfs {tmp_path}", shell=True).returncode:
         pytest.skip("needs the right to mount a small disk")
@@ -430,19 +455,45 @@ def test_a_runs_folder_at_home(run, tmp_path, monkeypatch):
     assert only_run(tmp_path / "home" / "x").is_dir() and not (tmp_path / "~").exists()
 
 
-@pytest.mark.parametrize("moment", ["imports", "training"])
-def test_ctrl_c(tmp_path, moment):
+NO_FLOCK = """
+import errno, fcntl
+
+def flock(*_):
+    raise OSError(errno.ENOSYS, "Function not implemented")
+
+fcntl.flock = flock
+"""
+
+
+@pytest.mark.parametrize(
+    "moment, stop, flock",
+    [
+        ("imports", signal.SIGINT, True),
+        ("training", signal.SIGINT, True),
+        ("training", signal.SIGTERM, True),
+        ("training", signal.SIGTERM, False),
+    ],
+)
+def test_an_interruption(tmp_path, moment, stop, flock):
+    """Ctrl-C, and what Slurm sends: one line; another node can go on, without flock as well."""
     (tmp_path / "weird.py").write_text(WEIRD)
+    (tmp_path / "sitecustomize.py").write_text("" if flock else NO_FLOCK)
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     flags = [*AGENT_FLAGS["sac_simba_sparse"].split(), "--total-timesteps", "100000"]
     command = [sys.executable, AGENTS / "sac_simba_sparse.py", *flags]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
+    )
     maps = Path(f"/proc/{process.pid}/maps")
     while "libtorch" not in maps.read_text() or (
         moment == "training" and not list(tmp_path.glob("runs/*/checkpoint.pt"))
     ):
         assert process.poll() is None
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
+    lock = "" if moment == "imports" else only_run(tmp_path / "runs") / ".lock"
+    assert flock or lock.read_text(), "without flock, what is in the file is the lock"
+    process.send_signal(stop)
     _, err = process.communicate()
     assert process.returncode == 1 and "Traceback" not in err, err
     assert any(line.startswith("interrupted") for line in re.split(r"[\n\r]", err)), err
+    assert flock or not lock.exists()

@@ -80,16 +80,18 @@ def test_from_a_thread(tmp_path):
 
 def test_a_caller_gets_back_what_was_his():
     def mine(*_):
-        """What Ctrl-C does."""
+        """What signals do."""
 
-    before = signal.signal(signal.SIGINT, mine)
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, mine) for number in numbers]
     torch.set_num_threads(2)
     try:
         sac.train(sac.Args(**FLAGS))
-        assert signal.getsignal(signal.SIGINT) is mine
+        assert all(signal.getsignal(number) is mine for number in numbers)
         assert torch.get_num_threads() == 2
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in zip(numbers, before):
+            signal.signal(number, handler)
 
 
 def test_a_run_that_failed_can_go_on_in_the_same_process(tmp_path, monkeypatch):

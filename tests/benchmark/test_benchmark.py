@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import sys
 from functools import cache
 from pathlib import Path
@@ -321,6 +322,18 @@ done
     tasks = re.split(r"^task \d\n", out.partition("\nwhen it has ended")[0], flags=re.M)[1:]
     dealt = [task.splitlines() for task in tasks]
     assert dealt == [every[number::4] for number in (1, 2, 3, 4)]
+
+    # A task whose list is gone has failed, and says so
+    (commands,) = (tmp_path / "runs" / "slurm").glob("*.txt")
+    commands.unlink()
+    code, _, err = call("bash", commands.with_suffix(""), env=environment(SLURM_ARRAY_TASK_ID="1"))
+    assert code == 2 and commands.name in err, err
+
+
+def test_a_script_that_slurm_has_copied_elsewhere(tmp_path):
+    script = shutil.copy(ROOT / "benchmark.sh", tmp_path / "slurm_script")
+    check_error(call("bash", script, "list"), "sbatch --wrap")
+    assert not (tmp_path / "runs").exists()
 
 
 def test_status_has_a_line_for_each_run(tmp_path):
