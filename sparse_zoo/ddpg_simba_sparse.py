@@ -20,8 +20,9 @@ Papers: Network Sparsity Unlocks the Scaling Potential of Deep RL (Ma, Li et al.
 (Lee et al., 2024), arXiv:2410.09754; Continuous Control with Deep RL (Lillicrap et al., 2015),
 arXiv:1509.02971.
 
-Differences from the official (JAX) code (which differs itself from Lillicrap et al.: no target
-actor, white noise, and noise in the actor loss and in the TD target too):
+Differences from the official (JAX) code, https://github.com/lilucse/SparseNetwork4DRL. (It differs
+itself from Lillicrap et al.: no target actor, white noise, and noise in the actor loss and in the
+TD target too.)
  1. A pruned weight is not stored: values, gradients, AdamW moments and the target network are
     vectors over the active weights, elementwise equal to training a masked dense network.
  2. Every layer keeps an exact number of weights (a random permutation); there, one Bernoulli draw
@@ -32,14 +33,15 @@ actor, white noise, and noise in the actor loss and in the TD target too):
  5. The masks of actor and critic come from independent generators; there, both start from the run
     seed.
  6. The training environment is seeded anew at every reset from (seed, episode), so that a resumed
-    run repeats the uninterrupted one in any environment; there, one generator runs on.
+    run repeats the uninterrupted one in any environment whose seed decides everything; there, one
+    generator runs on.
  7. Evaluations draw their initial states from (seed, decision), so that they leave training
     untouched.
  8. Exploration noise is drawn step by step; there, white noise for a whole episode at once, of the
     same law.
  9. A decision updates first and steps the environment then, so that a GPU learns while the
     environment steps: a transition is learned from one decision later. --no-overlap updates after
-    the step, as there; results before this flag were made so.
+    the step, as there.
 
 In this file: flags, networks, replay, losses, agent, update, learner; then `train`, the whole of
 training; then an appendix that this file shares with the others: sparse layers, diagnostics, runs.
@@ -459,7 +461,7 @@ class Agent:
         check_encoder(self.actor, "encoder", obs)
         check_encoder(self.critic, "encoders.0", torch.cat([obs, action], -1))
 
-        # The memo lets the target critic share the critic's index buffers: masks are stored once
+        # deepcopy's second argument lets the target critic share the critic's index buffers
         shared = {id(buffer): buffer for buffer in self.critic.buffers()}
         self.target_critic = copy.deepcopy(self.critic, shared)
         self.target_critic.requires_grad_(False)
@@ -531,9 +533,9 @@ class Learner:
     """Acts and learns in training: a decision sends one row to the device, and reads one action.
 
     The row holds the observation and its noise, and all that the updates of this decision need: the
-    newest transition, its place in replay, statistics, the rows of each batch, and noise. With
-    --overlap the updates are started as soon as the action is read, and on a GPU they run while the
-    environment steps.
+    newest transition, its place in replay, statistics, the replay indices of each batch, and noise.
+    With --overlap the updates are started as soon as the action is read, and on a GPU they run
+    while the environment steps.
 
     `row.host` is filled on the CPU, and `row.sent` is what the device sees after `row.send()`; on a
     CPU they share memory. All that is random is drawn on the CPU: the same numbers on every
@@ -580,7 +582,7 @@ class Learner:
         self.losses = {}
 
     def act(self, obs: np.ndarray, then_learn: bool) -> np.ndarray:
-        """Action (action_dim,) for a raw observation. On a GPU the updates go on behind it."""
+        """Action (action_dim,) for a raw observation; a GPU may still be updating afterwards."""
         host = self.row.host
         mean, std = self.norm.mean_and_std()
         host.obs[0] = (torch.as_tensor(obs, dtype=torch.float32) - mean) / std
@@ -599,7 +601,7 @@ class Learner:
         self.losses = self.update_all()
 
     def draw_updates(self) -> None:
-        """Fills in what updates need: statistics, the newest transition, rows, noise."""
+        """Fills in what updates need: statistics, the newest transition, replay indices, noise."""
         host = self.row.host
         host.mean_and_std[:] = self.norm.mean_and_std()
         host.transition[:], host.place[0] = self.replay.hand_over()
@@ -751,7 +753,8 @@ def train(args: Args) -> None:
             action = (2 * torch.rand(action_dim) - 1).numpy()
         else:
             action = learner.act(obs, then_learn=args.overlap)
-            run.update_step += args.updates_per_step if args.overlap else 0
+            if args.overlap:
+                run.update_step += args.updates_per_step
         next_obs, reward, terminated, truncated, info = env.step(action)
         replay.add(obs, action, reward, next_obs, terminated)  # a time limit is no termination
         obs = next_obs
@@ -1798,8 +1801,8 @@ def is_out_of_memory(error: Exception) -> bool:
 def one_line_errors(function: Callable) -> Callable:
     """Decorates a function so that a full disk or memory ends the program with one line.
 
-    A caller in Python goes on behind a run that was finished already, and gets back the number of
-    threads and what signals do.
+    For a caller in Python, a run that is finished already returns and does not exit, and the numbers
+    of threads and what signals do are as they were.
     """
 
     @wraps(function)

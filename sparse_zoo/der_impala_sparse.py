@@ -22,7 +22,9 @@ to Use Parametric Models in Reinforcement Learning? (van Hasselt et al., 2019), 
 Rainbow (Hessel et al., 2018), arXiv:1710.02298; IMPALA (Espeholt et al., 2018), arXiv:1802.01561.
 
 Differences from Dopamine (github.com/google/dopamine); the paper's Atari experiments build on it,
-and their own code is not published:
+and their own code is not published. (Dopamine differs itself from Hessel et al.: the importance
+exponent stays at 0.5, there it grows from 0.4 to 1; priorities are cross-entropies, there KL
+divergences.)
  1. A pruned weight is not stored: values, noise scales, gradients, Adam moments and the target
     network are vectors over the active weights.
  2. The noise scale starts at 0.5 / sqrt(fan-in), as in Table 5; there, at 0.1 / sqrt(fan-in)
@@ -35,9 +37,9 @@ and their own code is not published:
     repeats the uninterrupted one; there, one generator runs on. Evaluations draw from
     (seed, decision), so that they leave training untouched.
  6. A decision in which a life is lost has all its frames, and in evaluations the stack runs on into
-    the next life; there, the decision is cut short, and the stack begins anew there too. A life
+    the next life; there, the decision ends with the life, and the stack begins anew in both. A life
     lost in the idle decisions before a game is of no account; there, it starts the game anew.
- 7. --target-interval counts updates, as in Table 5; there, decisions, warm-up included.
+ 7. --target-interval counts updates (Table 5 gives no unit); there, decisions, warm-up included.
     --learning-starts counts env steps; there, complete n-step transitions are counted.
 
 In this file: flags, network, replay, losses, agent, update; then `train`, the whole of training;
@@ -145,7 +147,7 @@ class Args:
     terminal_on_life_loss: bool = True
     """in training, the loss of a life ends the returns; the game goes on"""
 
-    # Algorithm (Table 5 of the paper)
+    # Algorithm (Table 5 of the paper; what it leaves open is Dopamine's)
     learning_starts: Annotated[int, "x >= 0"] = 6_400
     """env steps before the first update; the noisy network acts from the start"""
     updates_per_step: Annotated[int, "1 <= x <= 10**6"] = 1
@@ -171,9 +173,9 @@ class Args:
     noisy_sigma: Annotated[float, "0 <= x < inf"] = 0.5
     """noise scale of the weights at the start, times 1 / sqrt(fan-in)"""
     priority_exponent: Annotated[float, "0 <= x <= 1"] = 0.5
-    """a transition is replayed in proportion to its last loss to this power"""
+    """a transition is replayed in proportion to its last loss to the power of this"""
     importance_exponent: Annotated[float, "0 <= x <= 1"] = 0.5
-    """the loss of a replayed transition counts in proportion to its probability to minus this"""
+    """importance weight of a replayed transition: its probability to the power of minus this"""
     eval_epsilon: Annotated[float, "0 <= x <= 1"] = 0.001
     """probability of a random action in evaluations, which have no noise on the weights"""
 
@@ -216,7 +218,7 @@ class Args:
 
 SIZE = 84  # pixels of a side
 STACK = 4  # frames in an observation
-MOST_IDLE = 29  # decisions without action at the start of a game, in training and evaluation
+NOOP_MAX = 29  # decisions without action at the start of a game, in training and evaluation
 BLACK = np.zeros((SIZE, SIZE, STACK), np.uint8)  # the stack before a life begins
 IMAGES_AT_ONCE = 16  # that are encoded at a time on a CPU
 LONGEST_GAME = 108_000  # env steps after which ALE cuts a game off
@@ -256,13 +258,13 @@ def impala(width_scale: float, blocks: int) -> nn.Sequential:
     channels = [STACK, *(round(width_scale * count) for count in (16, 32, 32))]
     modules = []
     size = SIZE
-    for fan_in, fan_out in pairwise(channels):
-        conv = nn.Conv2d(fan_in, fan_out, 3, padding=1)
+    for inputs, outputs in pairwise(channels):
+        conv = nn.Conv2d(inputs, outputs, 3, padding=1)
         nn.init.xavier_uniform_(conv.weight)
         nn.init.zeros_(conv.bias)
         border = size % 2  # with ceil_mode, the border of JAX's padding="SAME"
         pool = nn.MaxPool2d(3, 2, padding=border, ceil_mode=True)
-        modules += [conv, pool, *(ResidualBlock(fan_out) for _ in range(blocks))]
+        modules += [conv, pool, *(ResidualBlock(outputs) for _ in range(blocks))]
         size = math.ceil(size / 2)
     return nn.Sequential(*modules, nn.ReLU())
 
@@ -379,12 +381,12 @@ class PrioritizedReplay:
 
     Frame number k (0, 1, ... over the whole run) is followed by action[k], reward[k], terminal[k]
     and frame k + 1, if it is not the last of its life; start[k] is the first frame of its life. A
-    frame gets a priority, and is sampled, as soon as n_step steps of its life lie behind it, or a
+    frame gets a priority, and is sampled, as soon as n_step steps of its life follow it, or a
     terminal. Stacks never reach over the start of a life.
 
-    The last `capacity` frames are sampled. The ring holds `slack` more, so that what a checkpoint
-    counts on is not overwritten before the next ones are written: a killed run finds its replay as
-    it was. Priorities: Schaul et al. 2016, arXiv:1511.05952, proportional.
+    The last `capacity` frames are sampled. The ring holds `slack` more: a killed run goes back to a
+    checkpoint and must find the frames that were in use then. Priorities: Schaul et al. 2016,
+    arXiv:1511.05952, proportional.
     """
 
     def __init__(self, path: Path, args: Args, capacity: int, slack: int, mode: str = "w+"):
@@ -426,7 +428,7 @@ class PrioritizedReplay:
         self.priority[np.arange(first, end) % len(self.frames)] = self.largest
 
     def append(self, frame: np.ndarray, start: int) -> None:
-        """Puts a frame behind the others; the one `capacity` frames back is sampled no more."""
+        """Appends a frame; the one `capacity` frames back is sampled no more."""
         new = self.added % len(self.frames)
         self.frames[new] = frame
         self.start[new] = start
@@ -488,7 +490,7 @@ class PrioritizedReplay:
         self.largest = max(self.largest, priorities.max())
 
     def state_dict(self) -> dict:
-        """All but the frames, which are brought to the disk where they are."""
+        """Everything except the frames: they stay in their file, which is written to the disk."""
         self.frames.base.flush()
         saved = [torch.from_numpy(column[: self.added].copy()) for column in self.columns]
         return {"counters": (self.added, float(self.largest)), "columns": saved}
@@ -504,7 +506,8 @@ def open_replay(args: Args, path: Path, resumed: bool) -> PrioritizedReplay:
     decisions = math.ceil(args.total_timesteps / args.action_repeat)
     frames = 2 * decisions  # at most: a life of T decisions has T + 1 frames
     capacity = min(args.buffer_size, frames)
-    # Two checkpoints' worth, each up to the longest game late, with room for starts of lives
+    # A killed run goes back by two checkpoints at most (the newest one may be damaged), each late
+    # by a game at most; one more longest game each for the first frames of lives
     slack = 2 * (args.checkpoint_interval + 2 * LONGEST_GAME) // args.action_repeat
     slack = min(slack, frames - capacity)
     replay = PrioritizedReplay(path, args, capacity, slack, "r+" if resumed else "w+")
@@ -522,13 +525,13 @@ def project(points, probabilities, support):
     points = points.clamp(support[0], support[-1])
     spacing = support[1] - support[0]
     distance = (points[:, None, :] - support[:, None]).abs() / spacing  # (batch, support, points)
-    share = (1 - distance).clamp(min=0)  # of each atom in each point
+    share = (1 - distance).clamp(min=0)  # of a point that an atom gets
     return (share * probabilities[:, None, :]).sum(-1)  # (batch, support)
 
 
 @torch.no_grad()
 def target_distribution(network, target_network, batch, support, noise):
-    """Of R_n + gamma^n Z_target(s_n, argmax_a E Z(s_n, a)), on the support: (batch, atoms)"""
+    """Projects R_n + gamma^n Z_target(s_n, argmax_a E Z(s_n, a)): (batch, atoms)"""
     value = network(batch.next_obs, noise).softmax(-1) @ support  # (batch, actions)
     action = value.argmax(1)  # (batch,)
     probabilities = target_network(batch.next_obs, noise).softmax(-1)  # (batch, actions, atoms)
@@ -585,7 +588,7 @@ class Agent:
         check_shape("network", logits, batch=3, actions=actions, atoms=args.atoms)
         check_encoder(self.network, "body", features)
 
-        # The memo lets the target network share the index buffers: masks are stored once
+        # deepcopy's second argument lets the target network share the index buffers
         shared = {id(buffer): buffer for buffer in self.network.buffers()}
         self.target_network = copy.deepcopy(self.network, shared)
         self.target_network.requires_grad_(False)
@@ -669,7 +672,7 @@ def evaluate(
 def diagnose(agent: Agent, batch: Batch, noise, next_noise) -> dict[str, float]:
     """Plasticity measurements on a batch (section 4 of the paper).
 
-    Ranks and units of the hidden layer behind the CNN; gradients and norms of all weights.
+    Ranks and units of the hidden layer after the CNN; gradients and norms of all weights.
     """
     target = target_distribution(
         agent.network, agent.target_network, batch, agent.support, next_noise
@@ -683,12 +686,12 @@ def diagnose(agent: Agent, batch: Batch, noise, next_noise) -> dict[str, float]:
     return {f"critic_{metric}": value for metric, value in plasticity.items()}
 
 
-class IdleStart(gym.Wrapper):
-    """A game begins with 0 to MOST_IDLE decisions of doing nothing, drawn from its seed."""
+class NoopStart(gym.Wrapper):
+    """A game begins with 0 to NOOP_MAX decisions of doing nothing, drawn from its seed."""
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         frame, info = self.env.reset(seed=seed, options=options)
-        for _ in range(self.unwrapped.np_random.integers(MOST_IDLE + 1)):
+        for _ in range(self.unwrapped.np_random.integers(NOOP_MAX + 1)):
             frame, _, terminated, truncated, info = self.env.step(0)
             if terminated or truncated:
                 frame, info = self.env.reset()
@@ -717,9 +720,9 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
             **read_env_kwargs(args),
         )
         repeat = args.action_repeat
-        env = gym.wrappers.AtariPreprocessing(env, 0, frame_skip=repeat, screen_size=SIZE)
-        # Counts no idle frames
-        env = Gate(IdleStart(env), args, frames_per_step=repeat, longest=LONGEST_GAME)
+        env = gym.wrappers.AtariPreprocessing(env, noop_max=0, frame_skip=repeat, screen_size=SIZE)
+        # Idle decisions come before the gate counts; AtariPreprocessing's own are single frames
+        env = Gate(NoopStart(env), args, frames_per_step=repeat, longest=LONGEST_GAME)
     except (gym.error.Error, ModuleNotFoundError, ValueError) as error:
         fail(f"--env-id {args.env_id}: {error}")
     except Exception as error:
@@ -1785,8 +1788,8 @@ def is_out_of_memory(error: Exception) -> bool:
 def one_line_errors(function: Callable) -> Callable:
     """Decorates a function so that a full disk or memory ends the program with one line.
 
-    A caller in Python goes on behind a run that was finished already, and gets back the number of
-    threads and what signals do.
+    For a caller in Python, a run that is finished already returns and does not exit, and the numbers
+    of threads and what signals do are as they were.
     """
 
     @wraps(function)

@@ -140,7 +140,7 @@ class Args:
     env_kwargs: str | None = None
     """arguments of the environment as JSON, such as '{"reset_noise_scale": 0.2}'"""
 
-    # Algorithm (Table 4 of the paper)
+    # Algorithm (Table 4 of the paper; what it leaves open is the original's)
     learning_starts: Annotated[int, "x >= 0"] = 4_000
     """env steps of uniformly random actions before the first update"""
     decisions_per_update: Annotated[int, "x >= 1"] = 2
@@ -164,7 +164,8 @@ class Args:
     std_end: Annotated[float, "0 <= x < inf"] = 0.1
     """std of the exploration noise from env step --std-decay on"""
     std_decay: Annotated[int, "x >= 1"] = 1_000_000
-    """env steps from --std-start to --std-end (easy tasks 200,000, hard ones 4,000,000)"""
+    """env steps from --std-start to --std-end (Table 4: 500,000 decisions; in the original, easy
+    tasks have 200,000 env steps and hard ones 4,000,000)"""
     noise_clip: Annotated[float, "0 <= x < inf"] = 0.3
     """largest noise in the actor loss and in the TD target"""
 
@@ -275,7 +276,7 @@ class Actor(nn.Module):
         mean = torch.tanh(self.head(self.body(self.trunk(features))))  # (batch, action_dim)
         action = mean + noise
         inside = action.clamp(-1 + 1e-6, 1 - 1e-6)
-        # The values of `inside` with the gradient of `action`, which a cut would stop
+        # Straight-through: the values of `inside` with the gradient of `action`
         return inside.detach() + (action - action.detach())
 
 
@@ -331,7 +332,7 @@ class FrameReplay:
         self.n_step = n_step
         self.gamma = gamma
         self.added = 0
-        self.newest = -1  # the last frame with n_step steps of its episode behind it
+        self.last_start = -1  # the last frame that n_step steps of its episode follow
         self.frames = open_frames(path, (size, SIZE, SIZE, 3), mode)
         self.action = np.zeros((size, action_dim), np.float32)
         self.reward = np.zeros(size, np.float32)
@@ -352,7 +353,7 @@ class FrameReplay:
         self.terminated[last] = terminated
         start = self.start[last]
         if self.added - start >= self.n_step:
-            self.newest = self.added - self.n_step
+            self.last_start = self.added - self.n_step
         self.append(frame, start)
 
     def append(self, frame: np.ndarray, start: int) -> None:
@@ -367,12 +368,12 @@ class FrameReplay:
 
     def ready(self) -> bool:
         """Whether there is a transition to sample; episodes shorter than n_step have none."""
-        return self.newest >= self.oldest()
+        return self.last_start >= self.oldest()
 
     def sample(
         self, batch_size: int, device: torch.device, generator: torch.Generator | None = None
     ) -> Batch:
-        """Uniform over the frames with n_step steps of their episode behind them, if ready()."""
+        """Uniform over the frames that n_step steps of their episode follow; only if ready()."""
         ring = len(self.frames)
         end = self.added - self.n_step
         index = np.zeros(0, np.int64)
@@ -402,13 +403,13 @@ class FrameReplay:
         return Batch(*(to_device(column, device) for column in columns))
 
     def state_dict(self) -> dict:
-        """All but the frames, which are brought to the disk where they are."""
+        """Everything except the frames: they stay in their file, which is written to the disk."""
         self.frames.base.flush()
         saved = [torch.from_numpy(column[: self.added].copy()) for column in self.columns]
-        return {"counters": (self.added, self.newest), "columns": saved}
+        return {"counters": (self.added, self.last_start), "columns": saved}
 
     def load_state_dict(self, state: dict) -> None:
-        self.added, self.newest = state["counters"]
+        self.added, self.last_start = state["counters"]
         for column, saved in zip(self.columns, state["columns"]):
             column[: len(saved)] = saved.numpy()
 
@@ -490,7 +491,7 @@ class Agent:
         check_encoder(self.actor, "body", actor_inputs)
         check_encoder(self.critic, "bodies.0", critic_inputs)
 
-        # The memo lets the target critic share the critic's index buffers: masks are stored once
+        # deepcopy's second argument lets the target critic share the critic's index buffers
         shared = {id(buffer): buffer for buffer in self.critic.buffers()}
         self.target_critic = copy.deepcopy(self.critic, shared)
         self.target_critic.requires_grad_(False)
@@ -585,7 +586,7 @@ def evaluate(
 def diagnose(agent: Agent, batch: Batch, noise, next_noise) -> dict[str, float]:
     """Plasticity measurements on a batch (section 4 of the paper).
 
-    Of the hidden layers behind the trunks, the critic's in its first Q-function; gradients and
+    Of the hidden layers after the trunks, the critic's in its first Q-function; gradients and
     parameter norms of the whole actor and critic.
     """
     with torch.no_grad():
@@ -1770,8 +1771,8 @@ def is_out_of_memory(error: Exception) -> bool:
 def one_line_errors(function: Callable) -> Callable:
     """Decorates a function so that a full disk or memory ends the program with one line.
 
-    A caller in Python goes on behind a run that was finished already, and gets back the number of
-    threads and what signals do.
+    For a caller in Python, a run that is finished already returns and does not exit, and the numbers
+    of threads and what signals do are as they were.
     """
 
     @wraps(function)

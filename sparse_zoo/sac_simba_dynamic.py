@@ -27,7 +27,7 @@ SET (Mocanu et al., 2018), arXiv:1707.04780; RigL (Evci et al., 2020), arXiv:191
 magnitude pruning (Zhu and Gupta, 2017), arXiv:1710.01878; all three with SAC: The State of Sparse
 Training in Deep RL (Graesser et al., 2022), arXiv:2206.10369.
 
-Differences from the official (JAX) code:
+Differences from the official (JAX) code, https://github.com/lilucse/SparseNetwork4DRL:
  1. A pruned weight is not stored: values, gradients, AdamW moments and the target network are
     vectors over the active weights, elementwise equal to training a masked dense network.
  2. Every layer keeps an exact number of weights (a random permutation); there, one Bernoulli draw
@@ -38,12 +38,13 @@ Differences from the official (JAX) code:
  5. The masks of actor and critic come from independent generators; there, both start from the run
     seed.
  6. The training environment is seeded anew at every reset from (seed, episode), so that a resumed
-    run repeats the uninterrupted one in any environment; there, one generator runs on.
+    run repeats the uninterrupted one in any environment whose seed decides everything; there, one
+    generator runs on.
  7. Evaluations draw their initial states from (seed, decision), so that they leave training
     untouched.
  8. A decision updates first and steps the environment then, so that a GPU learns while the
     environment steps: a transition is learned from one decision later. --no-overlap updates after
-    the step, as there; results before this flag were made so.
+    the step, as there.
 Differences from the code of RigL and of its RL experiments (google-research/rigl):
  9. A place that was dropped cannot grow in the same change; there, it can, and keeps its value.
  10. A change comes after an update, on its batch; in their SAC, before the last parts of one
@@ -52,6 +53,12 @@ Differences from the code of RigL and of its RL experiments (google-research/rig
     are left.
  12. The first change comes after one interval, and the schedule counts all of training; in their
     SAC, the first update makes a change, and the schedule counts updates.
+Differences from the papers of SET and of gradual magnitude pruning:
+ 13. SET is that of RigL's code: the smallest weights are dropped, fewer and fewer, until
+    --topology-end; there, a constant fraction of the positive and of the negative weights, after
+    each epoch.
+ 14. A weight that magnitude pruning has removed is gone; there, it is masked, keeps its value and
+    can come back.
 
 In this file: flags, networks, replay, losses, agent, topology, update, learner; then `train`, the
 whole of training; then an appendix shared with the other files: sparse layers, diagnostics, runs.
@@ -519,7 +526,7 @@ class Agent:
         check_encoder(self.actor, "encoder", obs)
         check_encoder(self.critic, "encoders.0", torch.cat([obs, action], -1))
 
-        # The memo lets the target critic share the critic's index buffers: masks are stored once
+        # deepcopy's second argument lets the target critic share the critic's index buffers
         shared = {id(buffer): buffer for buffer in self.critic.buffers()}
         self.target_critic = copy.deepcopy(self.critic, shared)
         self.target_critic.requires_grad_(False)
@@ -575,8 +582,8 @@ def count_changes(args: Args, progress: float, active: int, final: int, total: i
     active, final, total: the layer's weights that exist now, at the end of pruning, and if dense
 
     set, rigl: drop_fraction / 2 * (1 + cos(pi * progress / topology_end)) of them, rounded down
-    (Evci et al. 2020), and at most as many as can grow. magnitude: down to `final` and a share
-    (1 - (progress - start) / (end - start))^3 of the others (Zhu and Gupta 2017).
+    (Evci et al. 2020), and at most as many as can grow. magnitude: as many as there are above
+    final + (1 - (progress - start) / (end - start))^3 * (total - final) (Zhu and Gupta 2017).
     """
     if args.topology == "magnitude":
         done = (progress - args.prune_start) / (args.prune_end - args.prune_start)
@@ -634,7 +641,7 @@ class Topology(nn.Module):
         layer = layers[0]
         overwrite(layer.active, places.int())  # which the target's copy shares, as well as index
 
-        # sparsify's choice
+        # As in sparsify: packed on a CPU as soon as few places are active
         few = len(places) <= PACKED_DENSITY * math.prod(layer.shape)
         cheaper = places.device.type == "cpu" and few
         possible = layer.bias is not None
@@ -694,7 +701,9 @@ class Topology(nn.Module):
     def measure(self) -> dict[str, float]:
         """Metrics of actor and critic, over their sparse layers. Static: none."""
         measured = {}
-        for network in () if self.static else ("actor", "critic"):
+        if self.static:
+            return measured
+        for network in ("actor", "critic"):
             names = [name for name in self.layers if name.startswith(network)]
             counts = dict.fromkeys(["active", "total", "ever", "first", "overlap"], 0)
             for name in names:
@@ -752,7 +761,7 @@ def overwrite(tensor: torch.Tensor, new: torch.Tensor) -> None:
 
 
 def layer_gradients(layers: list[nn.Module], loss: Callable[[], torch.Tensor]) -> dict:
-    """Of each layer: its inputs, and the gradients of a loss for its outputs; (batch, units) each.
+    """For each layer its inputs, and the gradients of a loss for its outputs; (batch, units) each.
 
     The gradient of its dense weight is a product of the two.
     """
@@ -898,9 +907,9 @@ class Learner:
     """Acts and learns in training: a decision sends one row to the device, and reads one action.
 
     The row holds the observation and its noise, and all that the updates of this decision need: the
-    newest transition, its place in replay, statistics, the rows of each batch, and noise. With
-    --overlap the updates are started as soon as the action is read, and on a GPU they run while the
-    environment steps.
+    newest transition, its place in replay, statistics, the replay indices of each batch, and noise.
+    With --overlap the updates are started as soon as the action is read, and on a GPU they run
+    while the environment steps.
 
     `row.host` is filled on the CPU, and `row.sent` is what the device sees after `row.send()`; on a
     CPU they share memory. All that is random is drawn on the CPU: the same numbers on every
@@ -947,7 +956,7 @@ class Learner:
         self.losses = {}
 
     def act(self, obs: np.ndarray, then_learn: bool) -> np.ndarray:
-        """Action (action_dim,) for a raw observation. On a GPU the updates go on behind it."""
+        """Action (action_dim,) for a raw observation; a GPU may still be updating afterwards."""
         host = self.row.host
         mean, std = self.norm.mean_and_std()
         host.obs[0] = (torch.as_tensor(obs, dtype=torch.float32) - mean) / std
@@ -966,7 +975,7 @@ class Learner:
         self.losses = self.update_all()
 
     def draw_updates(self) -> None:
-        """Fills in what updates need: statistics, the newest transition, rows, noise."""
+        """Fills in what updates need: statistics, the newest transition, replay indices, noise."""
         host = self.row.host
         host.mean_and_std[:] = self.norm.mean_and_std()
         host.transition[:], host.place[0] = self.replay.hand_over()
@@ -1131,7 +1140,8 @@ def train(args: Args) -> None:
             action = (2 * torch.rand(action_dim) - 1).numpy()
         else:
             action = learner.act(obs, then_learn=args.overlap)
-            run.update_step += args.updates_per_step if args.overlap else 0
+            if args.overlap:
+                run.update_step += args.updates_per_step
         next_obs, reward, terminated, truncated, info = env.step(action)
         replay.add(obs, action, reward, next_obs, terminated)  # a time limit is no termination
         obs = next_obs
@@ -1144,8 +1154,7 @@ def train(args: Args) -> None:
             run.update_step += args.updates_per_step
 
         # Change the topology, after every --topology-interval updates, on the batch of the last one
-        before = run.update_step - args.updates_per_step
-        due = run.update_step // args.topology_interval > before // args.topology_interval
+        due = run.update_step % args.topology_interval < args.updates_per_step
         if args.topology != "static" and due and learner.losses:  # none yet in the warm-up
             progress = run.agent_step / total_steps
             seed = derive_seed(args.seed, TOPOLOGY, run.update_step)
@@ -1154,7 +1163,7 @@ def train(args: Args) -> None:
                 for network, rows in layer_tables().items():
                     print_layer_table(network, rows)
                 write_args(run.folder, args, layer_tables())
-            if args.topology == "magnitude":  # vectors have become shorter: captured anew
+            if args.topology == "magnitude":  # vectors may have become shorter: captured anew
                 learner.choose.graph = None
                 learner.update_all.graph = None
 
@@ -2196,8 +2205,8 @@ def is_out_of_memory(error: Exception) -> bool:
 def one_line_errors(function: Callable) -> Callable:
     """Decorates a function so that a full disk or memory ends the program with one line.
 
-    A caller in Python goes on behind a run that was finished already, and gets back the number of
-    threads and what signals do.
+    For a caller in Python, a run that is finished already returns and does not exit, and the numbers
+    of threads and what signals do are as they were.
     """
 
     @wraps(function)

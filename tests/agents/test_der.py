@@ -422,7 +422,7 @@ class Clock(gym.Env):
 
 
 def test_games_begin_with_0_to_29_idle_decisions():
-    env = gym.wrappers.RecordEpisodeStatistics(der.IdleStart(Clock(short=False)))
+    env = gym.wrappers.RecordEpisodeStatistics(der.NoopStart(Clock(short=False)))
     idle = []
     for seed in range(600):
         frame, info = env.reset(seed=seed)
@@ -436,8 +436,8 @@ def test_games_begin_with_0_to_29_idle_decisions():
 
 
 def test_a_game_that_ends_while_idle_begins_anew():
-    env = der.IdleStart(Clock(short=True))
-    long = der.IdleStart(Clock(short=False))
+    env = der.NoopStart(Clock(short=True))
+    long = der.NoopStart(Clock(short=False))
     for seed in range(100):
         idle, _ = long.reset(seed=seed)
         frame, info = env.reset(seed=seed)

@@ -175,7 +175,7 @@ def test_there_is_nothing_to_sample_before_a_whole_transition(tmp_path):
         tmp_path / "replay.u8", 6, 4, action_dim=1, n_step=3, gamma=0.5, mode="r+"
     )
     restored.load_state_dict(replay.state_dict())
-    assert (restored.added, restored.newest) == (14, 4)
+    assert (restored.added, restored.last_start) == (14, 4)
 
 
 def test_the_frame_file_where_there_is_no_posix_fallocate(tmp_path, monkeypatch):
