@@ -1788,8 +1788,8 @@ def is_out_of_memory(error: Exception) -> bool:
 def one_line_errors(function: Callable) -> Callable:
     """Decorates a function so that a full disk or memory ends the program with one line.
 
-    For a caller in Python, a run that is finished already returns and does not exit, and the numbers
-    of threads and what signals do are as they were.
+    For a caller in Python, a run that is finished already returns and does not exit. The numbers of
+    threads, and what signals do, are as they were.
     """
 
     @wraps(function)
