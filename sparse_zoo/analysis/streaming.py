@@ -260,25 +260,30 @@ def figure_13(data: pd.DataFrame) -> Figure:
 
 
 def figure_12(final: pd.DataFrame) -> Figure:
-    """Final return against width, a line for each sparsity, a dot for each seed."""
+    """Final return against width, a line for each sparsity, a dash for each seed."""
     final = final[final.init == "lecun"]
     tasks = sorted(final.env_id.unique())
+    sparsities = sorted(final.sparsity.unique())
     figure, axes = plots.make_grid(1, len(tasks), 4, 3.4)
     for ax, task in zip(axes[0], tasks):
         for sparsity, network in final[final.env_id == task].groupby("sparsity"):
+            aside = 1.06 ** sparsities.index(sparsity)  # so that bars do not cover each other
             colour = plots.sparsity_colour(sparsity)
             points = network.groupby("width_scale")["return"].agg(
                 middle="mean", low="min", high="max", seeds="size"
             )
-            plots.draw_points(ax, points.index, points, colour, ms=6)
-            label = f"{plots.sparsity_name(sparsity)} ({plots.count_seeds(*points.seeds)})"
-            ax.plot([], [], color=colour, marker="o", label=label)
-            ax.plot(network.width_scale, network["return"], "_", color=colour, ms=8)
+            plots.draw_points(ax, points.index * aside, points, colour, ms=6)
+            ax.plot(network.width_scale * aside, network["return"], "_", color=colour, ms=8)
         ax.set_xscale("log", base=2)
         plots.mark_values(ax, sorted(final.width_scale.unique()))
         ax.set(title=task, xlabel="width scale", ylabel="training return, last tenth")
-        title = "mean, lowest to highest; a dash for each seed"
-        ax.legend(fontsize=8, title=title, title_fontsize=8)
+    handles = []
+    for sparsity in sparsities:
+        style = {"color": plots.sparsity_colour(sparsity), "marker": "o"}
+        handles.append(Line2D([], [], label=plots.sparsity_name(sparsity), **style))
+    seeds = plots.count_seeds(*final.groupby(KEYS).seed.nunique())
+    title = f"mean, lowest to highest, a dash for each seed; {seeds} (hollow: one)"
+    plots.add_legend(figure, handles, title)
     return figure
 
 
