@@ -2298,6 +2298,8 @@ class Run:
                 if not reason and (isinstance(part, nn.Module) or name == "norm"):
                     part.load_state_dict(learned[name])
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             reason = f"{path} does not fit ({in_short(error)})"
             if learned:
                 reason += "; environment, sizes, sparsity and masks must be those of that run"

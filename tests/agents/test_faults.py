@@ -315,6 +315,16 @@ def test_memory_that_runs_out_is_no_fault_of_the_checkpoint():
         sac.Run.load(run, {"actor": SimpleNamespace(load_state_dict=load_state_dict)})
 
 
+def test_memory_that_runs_out_is_no_fault_of_the_networks_to_start_from(monkeypatch):
+    def read_checkpoint(path):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(sac, "read_checkpoint", read_checkpoint)
+    run = SimpleNamespace(args=sac.Args(init_from="runs/x"), folder="runs/y")
+    with pytest.raises(torch.OutOfMemoryError):
+        sac.Run.start_from_networks(run, {})
+
+
 def test_other_errors_about_memory_keep_their_traceback():
     def train(args):
         torch.zeros(1).expand(2).add_(1)
