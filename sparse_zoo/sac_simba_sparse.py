@@ -73,7 +73,7 @@ from functools import partial, wraps
 from importlib.metadata import distributions
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Literal, NamedTuple, NoReturn, get_args, get_origin, get_type_hints
+from typing import Annotated, Literal, NamedTuple, NoReturn, get_args, get_type_hints
 
 import gymnasium as gym
 import numba
@@ -1235,6 +1235,17 @@ def check_mask(layer: nn.Module, saved: torch.Tensor) -> None:
         )
 
 
+def check_convolution(name: str, layer: nn.Conv2d, convolution: type | None) -> None:
+    """Raises NetworkError, in one sentence, if a convolution cannot be made sparse."""
+    if convolution is None:
+        raise NetworkError(
+            f"{name}: this file has no sparse convolutions; copy SparseConv2d from "
+            "drqv2_sparse.py and give it to sparsify as convolution="
+        )
+    if layer.padding_mode != "zeros":
+        raise NetworkError(f"{name}: a sparse convolution can only be padded with zeros")
+
+
 def sparsify(
     network: nn.Module,
     sparsity: float,
@@ -1264,8 +1275,8 @@ def sparsify(
     spread = {"erdos_renyi": erdos_renyi, "uniform": uniform}[distribution]
     layer_sparsity = spread(shapes, sparsity)
     generator = torch.Generator().manual_seed(mask_seed)
-    prunable = nn.Linear | nn.Conv2d
-    names = [name for name, layer in network.named_modules() if isinstance(layer, prunable)]
+    prunable = (nn.Linear, nn.Conv2d)  # a class derived from them multiplies in its own way
+    names = [name for name, layer in network.named_modules() if type(layer) in prunable]
     for name in names:
         layer = network.get_submodule(name)  # one at a time, so that dense weights are freed early
         total = layer.weight.numel()
@@ -1275,6 +1286,7 @@ def sparsify(
         active = rule(tuple(layer.weight.shape), density, generator)
         check_places(name, active, total)
         if isinstance(layer, nn.Conv2d):
+            check_convolution(name, layer, convolution)
             sparse = convolution(layer, active)
         else:
             cheaper = device.type == "cpu" and len(active) <= PACKED_DENSITY * total
@@ -1836,8 +1848,8 @@ def fail(message: str, exit_code: int = 2) -> NoReturn:
 
 def is_out_of_memory(error: Exception) -> bool:
     """Python's errors, PyTorch's, and those of CUDA's libraries, such as ..._ALLOC_FAILED."""
-    text = str(error).lower()
-    return isinstance(error, MemoryError) or "alloc" in text or "out of memory" in text
+    words = "out of memory|allocate memory|bad_alloc|alloc(ation)?_failed"
+    return isinstance(error, MemoryError) or bool(re.search(words, str(error), re.IGNORECASE))
 
 
 def one_line_errors(function: Callable) -> Callable:
@@ -1940,27 +1952,35 @@ def describe_flags(flags: type) -> str:
     usage = f"usage: python {sys.argv[0]} [--FLAG VALUE] ..."
     lines = [usage, "", *wrap(summary), f"Its page: {page}"]
 
+    def shown(kind) -> str:  # a type, or a word of a Literal
+        if kind is str:
+            return "TEXT"
+        return kind.__name__.upper() if isinstance(kind, type) else str(kind)
+
     # In the class: a comment right above a flag begins a group; its docstring is its help
-    hints = get_type_hints(flags)
+    types = flag_types(flags)
     class_code = inspect.getsource(flags)
-    for group, name, text in re.findall(
-        r'(?:^ +# ([^\n]+)\n)?^    (\w+): [^\n]+\n    """(.+?)"""', class_code, re.M | re.S
-    ):
-        hint, default = hints[name], getattr(flags, name)
+    statements = ast.parse(class_code).body[0].body
+    for statement, below in zip(statements, [*statements[1:], None]):
+        if not isinstance(statement, ast.AnnAssign):
+            continue
+        name = statement.target.id
         flag = f"--{name.replace('_', '-')}"
-        if group:
-            lines += ["", group]
-        if hint is bool:
+        default = getattr(flags, name, None)
+        above = class_code.splitlines()[statement.lineno - 2].strip()
+        if above.startswith("# "):
+            lines += ["", above[2:]]
+        if types[name] == (bool,):
             lines.append(f"  {flag}, --no-{flag[2:]}")
             default = "yes" if default else "no"
-        elif get_origin(hint) is Literal:
-            lines.append(f"  {flag} {'|'.join(map(str, get_args(hint)))}")
         else:
-            kind = (get_args(hint) or (hint,))[0]  # int of int | None
-            lines.append(f"  {flag} {'TEXT' if kind is str else kind.__name__.upper()}")
-        text = " ".join(text.split())
+            kinds = [kind for kind in types[name] if kind is not type(None)]
+            lines.append(f"  {flag} {'|'.join(map(shown, kinds))}")
+        text = ""
+        if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
+            text = " ".join(str(below.value.value).split())
         if default is not None:  # else the text says what happens
-            text += f" (default: {default})"
+            text = f"{text} (default: {default})".strip()
         indent = " " * 8
         lines += wrap(text, initial_indent=indent, subsequent_indent=indent)
     return "\n".join(lines)
@@ -1971,7 +1991,7 @@ def check_flags(args) -> None:
 
     Values of NumPy become Python's.
     """
-    types = flag_types(args)
+    types = flag_types(type(args))
     for name, hint in get_type_hints(type(args), include_extras=True).items():
         value = getattr(args, name)
         flag = f"--{name.replace('_', '-')}"
@@ -1999,13 +2019,13 @@ def check_flags(args) -> None:
         fail(f"--exp-name {args.exp_name}: is part of a folder's name and cannot contain /")
 
 
-def flag_types(args) -> dict[str, tuple]:
+def flag_types(flags: type) -> dict[str, tuple]:
     """The types that each flag can have, or its values if it takes one of some words."""
 
     def spread(hint) -> tuple:  # of a union its types, of a Literal its words
         return sum(map(spread, get_args(hint)), ()) or (hint,)
 
-    return {name: spread(hint) for name, hint in get_type_hints(type(args)).items()}
+    return {name: spread(hint) for name, hint in get_type_hints(flags).items()}
 
 
 def interrupt(*_) -> NoReturn:
@@ -2062,7 +2082,7 @@ def run_folder(args) -> Path:
 def result_flags(args) -> dict:
     """The flags that tell runs apart."""
     others = EXECUTION_FLAGS | ({"total_timesteps"} if LONGER_GOES_ON else set())
-    types = flag_types(args)
+    types = flag_types(type(args))
     return {
         name: float(value) if type(value) is int and float in types[name] else value
         for name, value in asdict(args).items()

@@ -295,6 +295,7 @@ def test_an_environment_says_itself_how_long_its_episodes_can_be():
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "DefaultCPUAllocator"),
         (torch.OutOfMemoryError("CUDA out of memory.\nOf the allocated memory"), "CUDA"),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `x`"), "CUDA error"),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_..._DEVICE_ALLOCATION_FAILED"), "cuDNN error"),
     ],
 )
 def test_memory_that_runs_out(error, reason, capsys):
@@ -331,6 +332,7 @@ def test_other_errors_about_memory_keep_their_traceback():
 
     with pytest.raises(RuntimeError, match="single memory location"):
         sac.one_line_errors(train)(None)
+    assert not sac.is_out_of_memory(RuntimeError("assert failed at CUDACachingAllocator.cpp:1"))
 
 
 def test_ctrl_c_while_a_checkpoint_is_written(tmp_path, monkeypatch):

@@ -175,3 +175,51 @@ def test_a_layer_without_bias_is_not_packed():
     network = nn.Sequential(nn.Linear(20, 30, bias=False))
     sac.sparsify(network, 0.9, "uniform", 1, "packed", CPU, packed=sac.PackedProduct)
     assert network[0].kernel == "dense" and network(torch.ones(2, 20)).shape == (2, 30)
+
+
+def test_a_sparse_convolution_is_the_one_that_it_replaces():
+    """Stride, padding, dilation and groups; pruned places count as zero."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(4, 6, 3, stride=2, padding="valid", dilation=2, groups=2)
+    network = nn.Sequential(conv)
+    drq.sparsify(network, 0.5, "uniform", 1, "auto", CPU, convolution=drq.SparseConv2d)
+    sparse, images = network[0], torch.randn(3, 4, 11, 11)
+    assert isinstance(sparse, drq.SparseConv2d)
+    kept = torch.zeros(conv.weight.numel(), dtype=torch.bool).index_fill(0, sparse.index, True)
+    with torch.no_grad():
+        conv.weight *= kept.view_as(conv.weight)
+    torch.testing.assert_close(network(images), conv(images))
+
+
+@pytest.mark.parametrize(
+    "agent,mode,words",
+    [
+        (sac, "zeros", "0.0: this file has no sparse convolutions; copy SparseConv2d from drqv2"),
+        (drq, "circular", "0.0: a sparse convolution can only be padded with zeros"),
+    ],
+    ids=["another_file", "padding"],
+)
+def test_a_convolution_that_cannot_be_sparse_is_refused(agent, mode, words):
+    network = nn.Sequential(nn.Sequential(nn.Conv2d(4, 6, 3, padding=1, padding_mode=mode)))
+    convolution = getattr(agent, "SparseConv2d", None)
+    agent.sparsify(network, 0.0, "uniform", 1, "auto", CPU, convolution=convolution)  # stays dense
+    with pytest.raises(agent.NetworkError, match=words):
+        agent.sparsify(network, 0.5, "uniform", 1, "auto", CPU, convolution=convolution)
+
+
+def test_a_class_derived_from_a_layer_stays_dense():
+    """It multiplies in its own way, which a sparse layer would not."""
+
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    network = nn.Sequential(Doubled(20, 30), nn.ReLU(), nn.Linear(30, 4))
+    attention = nn.MultiheadAttention(8, 2)  # has such a class inside
+    sac.sparsify(network, 0.5, "uniform", 1, "auto", CPU, packed=sac.PackedProduct)
+    sac.sparsify(attention, 0.5, "uniform", 1, "auto", CPU, packed=sac.PackedProduct)
+    assert type(network[0]) is Doubled and type(network[2]) is sac.SparseLinear
+    x = torch.ones(3, 8)
+    assert attention(x, x, x)[0].shape == (3, 8)
+    dense, sparse, _ = sac.layer_table(network)
+    assert (dense["active"], sparse["active"]) == (600, 60)

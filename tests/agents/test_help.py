@@ -65,6 +65,28 @@ def test_what_the_agent_is_and_where_its_page_stands(agent, main):
     assert (ROOT / page).stem == agent and (ROOT / page).exists()
 
 
+def test_flags_of_a_fork(main, tmp_path):
+    """However they are written: over two lines, a word or nothing, without a text."""
+    source = tmp_path / "my_sac.py"
+    mine = """
+    word: Literal["one", "two"] | None = None
+    \"\"\"a word of two\"\"\"
+    bare: int | str = 3
+    wrapped: Annotated[
+        float,
+        "x > 0",
+    ] = 0.5
+    \"\"\"a number
+    of two lines\"\"\"
+"""
+    text = (AGENTS / "sac_simba_sparse.py").read_text()
+    source.write_text(text.replace("    # Checkpoints\n", mine + "\n    # Checkpoints\n"))
+    out = succeed(main(source, "--help"))
+    assert "  --word one|two\n        a word of two\n" in out
+    assert "  --bare INT|TEXT\n        (default: 3)\n" in out
+    assert "  --wrapped FLOAT\n        a number of two lines (default: 0.5)\n\nCheckpoints\n" in out
+
+
 def test_the_end_of_the_pipe_may_be_closed():
     agent = AGENTS / "sac_simba_sparse.py"
     code, _, error = call("bash", "-c", f"set -o pipefail; python {agent} --help | true")
