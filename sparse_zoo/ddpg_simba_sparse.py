@@ -37,8 +37,8 @@ TD target too.)
     generator runs on.
  7. Evaluations draw their initial states from (seed, decision), so that they leave training
     untouched.
- 8. Exploration noise is drawn step by step; there, white noise for a whole episode at once, of the
-    same law.
+ 8. Exploration noise is drawn step by step; there, white noise for a whole episode at once,
+    with the same distribution.
  9. A decision updates first and steps the environment then, so that a GPU learns while the
     environment steps: a transition is learned from one decision later. --no-overlap updates after
     the step, as there.
@@ -101,7 +101,8 @@ from tqdm import tqdm
 
 @dataclass
 class Args:
-    # A condition beside a type is checked at the start; x is the flag's value.
+    # A condition beside a type is checked at the start; x is the flag's value. A flag that you add
+    # gives a run another folder, unless EXECUTION_FLAGS (below train) has its name.
 
     # Experiment
     exp_name: str = "ddpg_simba_sparse"
@@ -335,7 +336,7 @@ class ReplayBuffer:
         self.sizes = [obs_dim, action_dim, 1, obs_dim, 1]
         self.table = torch.empty(capacity, sum(self.sizes), device=device)
         self.newest = torch.zeros(1, sum(self.sizes))
-        self.newest_waits = False  # on the CPU
+        self.newest_waits = False  # whether `newest` is not yet in `table`
         self.added = 0
 
     def add(self, obs, action, reward, next_obs, terminated) -> None:
@@ -517,13 +518,13 @@ def act(agent: Agent, norm: ObservationNorm, obs: np.ndarray, noise=None) -> np.
     return choose_action(agent, obs, noise)[0].cpu().numpy()
 
 
-def learn(
+def update_all(
     agent: Agent, replay: ReplayBuffer, sent: SimpleNamespace, gamma: float, tau: float
 ) -> dict[str, torch.Tensor]:
     """All updates of a decision, from what was sent to the device; the losses of the last one."""
     replay.write(sent.transition, sent.place)
     mean, std = sent.mean_and_std
-    for index, (noise, next_noise) in zip(sent.index, sent.noises):
+    for index, (noise, next_noise) in zip(sent.index, sent.update_noises):
         batch = replay.batch(index, mean, std)
         losses = update(agent, batch, noise, next_noise, gamma, tau)
     return losses
@@ -560,25 +561,20 @@ class Learner:
             device,
             mean_and_std=(2, obs_dim),
             obs=(1, obs_dim),
-            noise=(1, action_dim),
+            action_noise=(1, action_dim),
             transition=(1, sum(replay.sizes)),
-            noises=(args.updates_per_step, 2, args.batch_size, action_dim),
+            update_noises=(args.updates_per_step, 2, args.batch_size, action_dim),
             place=(1,),
             index=(args.updates_per_step, args.batch_size),
             integers=["place", "index"],
         )
-        # A CUDA graph needs the optimisers' step counts on the GPU ("capturable"). Set here, after
-        # loading, since a checkpoint brings back the setting of the device it was made on
-        for part in vars(agent).values():
-            if isinstance(part, torch.optim.Optimizer):
-                for group in part.param_groups:
-                    group["capturable"] = device.type == "cuda"
+        set_capturable(agent, device)
 
         sent = self.row.sent
-        choose = partial(choose_action, agent, sent.obs, sent.noise)
-        update_all = partial(learn, agent, replay, sent, gamma, args.tau)
+        choose = partial(choose_action, agent, sent.obs, sent.action_noise)
+        updates = partial(update_all, agent, replay, sent, gamma, args.tau)
         self.choose = GraphedFunction(choose, device, args.cuda_graph)
-        self.update_all = GraphedFunction(update_all, device, args.cuda_graph)
+        self.update_all = GraphedFunction(updates, device, args.cuda_graph)
         self.losses = {}
 
     def act(self, obs: np.ndarray, then_learn: bool) -> np.ndarray:
@@ -586,7 +582,7 @@ class Learner:
         host = self.row.host
         mean, std = self.norm.mean_and_std()
         host.obs[0] = (torch.as_tensor(obs, dtype=torch.float32) - mean) / std
-        host.noise[0] = self.noise_std * torch.randn(host.noise.shape[1])
+        host.action_noise[0] = self.noise_std * torch.randn(host.action_noise.shape[1])
         if then_learn:
             self.draw_updates()
         self.row.send()
@@ -605,7 +601,7 @@ class Learner:
         host = self.row.host
         host.mean_and_std[:] = self.norm.mean_and_std()
         host.transition[:], host.place[0] = self.replay.hand_over()
-        for index, noises in zip(host.index, host.noises):
+        for index, noises in zip(host.index, host.update_noises):
             index[:] = torch.randint(self.replay.filled(), index.shape)
             noises[:] = self.noise_std * torch.randn(noises.shape)
 
@@ -704,6 +700,7 @@ def train(args: Args) -> None:
     norm = ObservationNorm(obs_dim, device)
     capacity = min(args.buffer_size, total_steps)
     replay = ReplayBuffer(capacity, obs_dim, action_dim, device)
+    run = Run(args, args.action_repeat)
 
     def parts() -> dict:
         """What a checkpoint holds, in this order; a reset replaces the agent."""
@@ -722,7 +719,6 @@ def train(args: Args) -> None:
         seed_key = (args.seed, purpose, run.agent_step)
         return evaluate(agent, norm, eval_env, episodes, seed_key, video)
 
-    run = Run(args, args.action_repeat)
     run.restore(parts())
     if args.eval_only:
         run.print_result(evaluation(args.final_eval_episodes, FINAL, run.video()))
@@ -1585,6 +1581,17 @@ class DeviceRow:
             self.left.record()
 
 
+def set_capturable(agent, device: torch.device) -> None:
+    """Keeps the optimisers' step counts on a GPU, where a CUDA graph needs them.
+
+    For after loading: a checkpoint brings back the setting of the device it was made on.
+    """
+    for part in vars(agent).values():
+        if isinstance(part, torch.optim.Optimizer):
+            for group in part.param_groups:
+                group["capturable"] = device.type == "cuda"
+
+
 class GraphedFunction:
     """Calls a function; on CUDA, from the fourth call on, as one CUDA graph.
 
@@ -1599,8 +1606,8 @@ class GraphedFunction:
         self.enabled = enabled and device.type == "cuda"
         self.calls = 0
         self.graph = None
-        # Of the first calls and the capture, so that both have the same workspaces of cuBLAS. No
-        # other graph may use it: PyTorch frees the workspaces of a graph's stream with the graph
+        # One stream for the first calls and the capture, so that both use the same workspaces of
+        # cuBLAS. No other graph may use it: PyTorch frees them with the graph of their stream
         self.stream = torch.cuda.Stream() if self.enabled else None
 
     def __call__(self):
@@ -1993,7 +2000,7 @@ def interrupt(*_) -> NoReturn:
 
 
 def ignore_disk_errors(failure) -> None:
-    """Of TensorBoard's thread, which hands them to the main thread as well."""
+    """Silences a full disk in TensorBoard's thread, which tells the main thread as well."""
     if not issubclass(failure.exc_type, OSError):
         threading.__excepthook__(failure)
 

@@ -101,7 +101,8 @@ from tqdm import tqdm
 
 @dataclass
 class Args:
-    # A condition beside a type is checked at the start; x is the flag's value.
+    # A condition beside a type is checked at the start; x is the flag's value. A flag that you add
+    # gives a run another folder, unless EXECUTION_FLAGS (below train) has its name.
 
     # Experiment
     exp_name: str = "der_impala_sparse"
@@ -272,8 +273,8 @@ def impala(width_scale: float, blocks: int) -> nn.Sequential:
 class NoisyLinear(nn.Module):
     """A linear layer with factorised Gaussian noise on its weights.
 
-    `mean` is an ordinary layer, which `sparsify` may prune. After that, add_noise gives a noise
-    scale to each of its active weights and to each bias: a pruned weight has neither.
+    `mean` is an ordinary layer, which `sparsify` may prune. After that, create_noise_scales gives a
+    noise scale to each of its active weights and to each bias: a pruned weight has neither.
     Fortunato et al. 2018, arXiv:1706.10295.
     """
 
@@ -284,7 +285,7 @@ class NoisyLinear(nn.Module):
         # PyTorch's default: weights and biases uniform in +-1 / sqrt(in_features), as in the paper
         self.mean = nn.Linear(in_features, out_features)
 
-    def add_noise(self, sigma: float) -> None:
+    def create_noise_scales(self, sigma: float) -> None:
         """Called once, after pruning."""
         self.weight_name = "values" if isinstance(self.mean, SparseLinear) else "weight"
         weight = getattr(self.mean, self.weight_name)
@@ -398,7 +399,7 @@ class PrioritizedReplay:
         self.priority_exponent = args.priority_exponent
         self.importance_exponent = args.importance_exponent
         self.added = 0
-        self.largest = 1.0  # priority so far
+        self.largest_priority = 1.0  # so far
         ring = capacity + slack
         self.frames = open_frames(path, (ring, SIZE, SIZE), mode)
         self.action = np.zeros(ring, np.int64)
@@ -425,7 +426,7 @@ class PrioritizedReplay:
         newest = self.added - 1
         first = max(self.start[last], newest - self.n_step, newest - self.capacity + 1)
         end = newest if terminal else newest - self.n_step + 1
-        self.priority[np.arange(first, end) % len(self.frames)] = self.largest
+        self.priority[np.arange(first, end) % len(self.frames)] = self.largest_priority
 
     def append(self, frame: np.ndarray, start: int) -> None:
         """Appends a frame; the one `capacity` frames back is sampled no more."""
@@ -487,16 +488,16 @@ class PrioritizedReplay:
         """Priorities (loss + 1e-10)^priority_exponent of a sampled batch; 1e-10 is Dopamine's."""
         priorities = (loss.double().numpy() + 1e-10) ** self.priority_exponent
         self.priority[place.numpy()] = priorities
-        self.largest = max(self.largest, priorities.max())
+        self.largest_priority = max(self.largest_priority, priorities.max())
 
     def state_dict(self) -> dict:
         """Everything except the frames: they stay in their file, which is written to the disk."""
         self.frames.base.flush()
         saved = [torch.from_numpy(column[: self.added].copy()) for column in self.columns]
-        return {"counters": (self.added, float(self.largest)), "columns": saved}
+        return {"counters": (self.added, float(self.largest_priority)), "columns": saved}
 
     def load_state_dict(self, state: dict) -> None:
-        self.added, self.largest = state["counters"]
+        self.added, self.largest_priority = state["counters"]
         for column, saved in zip(self.columns, state["columns"]):
             column[: len(saved)] = saved.numpy()
 
@@ -574,7 +575,7 @@ class Agent:
         # Before noise scales are added, which would count as other parameters
         self.layers = layer_table(self.network)
         for layer in self.network.noisy_layers():
-            layer.add_noise(args.noisy_sigma)
+            layer.create_noise_scales(args.noisy_sigma)
         self.network.encoder.to(memory_format=torch.channels_last)  # as stacks lie in memory
 
         # Check what losses and diagnostics rely on: a changed network fails here, in one sentence
@@ -763,13 +764,13 @@ def train(args: Args) -> None:
         agent = Agent(args, int(env.action_space.n), device)
     except NetworkError as error:
         fail(str(error))
+    run = Run(args, args.action_repeat)
 
     def evaluation(games: int, purpose: int, video: Path | None = None) -> dict[str, float]:
         eval_env.set_wrapper_attr("env_step", run.env_step)  # for error messages
         seed_key = (args.seed, purpose, run.agent_step)
         return evaluate(args, agent, eval_env, games, seed_key, video)
 
-    run = Run(args, args.action_repeat)
     parts = {  # what a checkpoint holds, in this order, and the replay
         "network": agent.network,
         "target_network": agent.target_network,
@@ -1979,7 +1980,7 @@ def interrupt(*_) -> NoReturn:
 
 
 def ignore_disk_errors(failure) -> None:
-    """Of TensorBoard's thread, which hands them to the main thread as well."""
+    """Silences a full disk in TensorBoard's thread, which tells the main thread as well."""
     if not issubclass(failure.exc_type, OSError):
         threading.__excepthook__(failure)
 

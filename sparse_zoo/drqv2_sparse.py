@@ -94,7 +94,8 @@ from tqdm import tqdm
 
 @dataclass
 class Args:
-    # A condition beside a type is checked at the start; x is the flag's value.
+    # A condition beside a type is checked at the start; x is the flag's value. A flag that you add
+    # gives a run another folder, unless EXECUTION_FLAGS (below train) has its name.
 
     # Experiment
     exp_name: str = "drqv2_sparse"
@@ -223,7 +224,7 @@ def orthogonal(layer: nn.Module, gain: float = 1.0) -> nn.Module:
 class Encoder(nn.Module):
     """Four convolutions, for images of SIZE x SIZE."""
 
-    features = 32 * 35 * 35  # 84 -> 41 -> 39 -> 37 -> 35 pixels of a side
+    out_features = 32 * 35 * 35  # 84 -> 41 -> 39 -> 37 -> 35 pixels of a side
 
     def __init__(self):
         super().__init__()
@@ -235,7 +236,7 @@ class Encoder(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, obs: torch.Tensor, bf16: bool = False) -> torch.Tensor:
-        """Stacks of uint8 (batch, SIZE, SIZE, 3 STACK) -> (batch, features), float32"""
+        """Stacks of uint8 (batch, SIZE, SIZE, 3 STACK) -> (batch, out_features), float32"""
         at_once = 32 if obs.device.type == "cpu" else len(obs)  # activations fit a CPU's cache
         features = []
         for part in obs.split(at_once):
@@ -248,8 +249,8 @@ class Encoder(nn.Module):
 
 
 def trunk(feature_dim: int) -> nn.Sequential:
-    """Stands between encoder and head: (batch, Encoder.features) -> (batch, feature_dim)"""
-    linear = orthogonal(nn.Linear(Encoder.features, feature_dim))
+    """Stands between encoder and head: (batch, Encoder.out_features) -> (batch, feature_dim)"""
+    linear = orthogonal(nn.Linear(Encoder.out_features, feature_dim))
     return nn.Sequential(linear, nn.LayerNorm(feature_dim), nn.Tanh())
 
 
@@ -272,7 +273,7 @@ class Actor(nn.Module):
         self.head = orthogonal(nn.Linear(1024, action_dim))
 
     def forward(self, features, noise=0.0):
-        """features (batch, Encoder.features), noise (batch, action_dim) -> actions in (-1, 1)."""
+        """(batch, Encoder.out_features), noise (batch, action_dim) -> actions in (-1, 1)"""
         mean = torch.tanh(self.head(self.body(self.trunk(features))))  # (batch, action_dim)
         action = mean + noise
         inside = action.clamp(-1 + 1e-6, 1 - 1e-6)
@@ -291,7 +292,7 @@ class Critic(nn.Module):
         self.heads = nn.ModuleList(orthogonal(nn.Linear(hidden, 1)) for _ in range(2))
 
     def forward(self, features, action):
-        """(batch, Encoder.features), (batch, action_dim) -> Q-values (2, batch)"""
+        """(batch, Encoder.out_features), (batch, action_dim) -> Q-values (2, batch)"""
         x = torch.cat([self.trunk(features), action], -1)
         values = [head(body(x)) for body, head in zip(self.bodies, self.heads)]
         return torch.stack(values).squeeze(-1)
@@ -332,7 +333,7 @@ class FrameReplay:
         self.n_step = n_step
         self.gamma = gamma
         self.added = 0
-        self.last_start = -1  # the last frame that n_step steps of its episode follow
+        self.newest_ready = -1  # the newest frame that n_step steps of its episode follow
         self.frames = open_frames(path, (size, SIZE, SIZE, 3), mode)
         self.action = np.zeros((size, action_dim), np.float32)
         self.reward = np.zeros(size, np.float32)
@@ -353,7 +354,7 @@ class FrameReplay:
         self.terminated[last] = terminated
         start = self.start[last]
         if self.added - start >= self.n_step:
-            self.last_start = self.added - self.n_step
+            self.newest_ready = self.added - self.n_step
         self.append(frame, start)
 
     def append(self, frame: np.ndarray, start: int) -> None:
@@ -368,7 +369,7 @@ class FrameReplay:
 
     def ready(self) -> bool:
         """Whether there is a transition to sample; episodes shorter than n_step have none."""
-        return self.last_start >= self.oldest()
+        return self.newest_ready >= self.oldest()
 
     def sample(
         self, batch_size: int, device: torch.device, generator: torch.Generator | None = None
@@ -406,10 +407,10 @@ class FrameReplay:
         """Everything except the frames: they stay in their file, which is written to the disk."""
         self.frames.base.flush()
         saved = [torch.from_numpy(column[: self.added].copy()) for column in self.columns]
-        return {"counters": (self.added, self.last_start), "columns": saved}
+        return {"counters": (self.added, self.newest_ready), "columns": saved}
 
     def load_state_dict(self, state: dict) -> None:
-        self.added, self.last_start = state["counters"]
+        self.added, self.newest_ready = state["counters"]
         for column, saved in zip(self.columns, state["columns"]):
             column[: len(saved)] = saved.numpy()
 
@@ -482,7 +483,7 @@ class Agent:
         obs = torch.zeros(3, SIZE, SIZE, 3 * STACK, dtype=torch.uint8, device=device)
         with torch.no_grad():
             features = self.encoder(obs)
-            check_shape("encoder", features, batch=3, features=Encoder.features)
+            check_shape("encoder", features, batch=3, features=Encoder.out_features)
             action = self.actor(features)
             check_shape("actor", action, batch=3, action_dim=action_dim)
             check_shape("critic", self.critic(features, action), critics=2, batch=3)
@@ -510,7 +511,7 @@ def update(
     noise, next_noise (batch, action_dim): with the scheduled std, and clipped.
     """
     # Critic and encoder
-    features = agent.encoder(batch.obs, bf16)  # (batch, Encoder.features)
+    features = agent.encoder(batch.obs, bf16)  # (batch, Encoder.out_features)
     with torch.no_grad():
         next_features = agent.encoder(batch.next_obs, bf16)
     target = td_target(agent.actor, agent.target_critic, batch, next_features, next_noise)
@@ -664,6 +665,7 @@ def train(args: Args) -> None:
         agent = Agent(args, action_dim, device)
     except NetworkError as error:
         fail(str(error))
+    run = Run(args, args.action_repeat)
     trained = [*agent.encoder.parameters(), *agent.actor.parameters(), *agent.critic.parameters()]
 
     # What a checkpoint holds, in this order; the replay is added below
@@ -682,7 +684,6 @@ def train(args: Args) -> None:
         seed_key = (args.seed, purpose, run.agent_step)
         return evaluate(agent, eval_env, episodes, seed_key, video)
 
-    run = Run(args, args.action_repeat)
     if args.eval_only:
         run.restore(parts)
         run.print_result(evaluation(args.final_eval_episodes, FINAL, run.video()))
@@ -710,7 +711,7 @@ def train(args: Args) -> None:
             losses = {}
 
         # Act: at random at first, then by the policy and noise
-        env_step = run.env_step  # before this decision: all noise below has the std of here
+        env_step = run.env_step  # before this decision; all noise below depends on it
         learning = env_step >= args.learning_starts
         if learning:
             std = exploration_std(args, env_step)
@@ -1962,7 +1963,7 @@ def interrupt(*_) -> NoReturn:
 
 
 def ignore_disk_errors(failure) -> None:
-    """Of TensorBoard's thread, which hands them to the main thread as well."""
+    """Silences a full disk in TensorBoard's thread, which tells the main thread as well."""
     if not issubclass(failure.exc_type, OSError):
         threading.__excepthook__(failure)
 

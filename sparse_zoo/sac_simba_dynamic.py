@@ -61,7 +61,8 @@ Differences from the papers of SET and of gradual magnitude pruning:
     can come back.
 
 In this file: flags, networks, replay, losses, agent, topology, update, learner; then `train`, the
-whole of training; then an appendix shared with the other files: sparse layers, diagnostics, runs.
+whole of training; then where the topology is kept; then an appendix shared with the other files:
+sparse layers, diagnostics, runs.
 """
 
 import contextlib
@@ -118,7 +119,8 @@ from tqdm import tqdm
 
 @dataclass
 class Args:
-    # A condition beside a type is checked at the start; x is the flag's value.
+    # A condition beside a type is checked at the start; x is the flag's value. A flag that you add
+    # gives a run another folder, unless EXECUTION_FLAGS (below train) has its name.
 
     # Experiment
     exp_name: str = "sac_simba_dynamic"
@@ -379,7 +381,7 @@ class ReplayBuffer:
         self.sizes = [obs_dim, action_dim, 1, obs_dim, 1]
         self.table = torch.empty(capacity, sum(self.sizes), device=device)
         self.newest = torch.zeros(1, sum(self.sizes))
-        self.newest_waits = False  # on the CPU
+        self.newest_waits = False  # whether `newest` is not yet in `table`
         self.added = 0
 
     def add(self, obs, action, reward, next_obs, terminated) -> None:
@@ -595,6 +597,459 @@ def count_changes(args: Args, progress: float, active: int, final: int, total: i
     return min(int(fraction * active), total - active)
 
 
+def layer_gradients(layers: list[nn.Module], loss: Callable[[], torch.Tensor]) -> dict:
+    """For each layer its inputs, and the gradients of a loss for its outputs; (batch, units) each.
+
+    The gradient of its dense weight is a product of the two.
+    """
+    if not layers:
+        return {}
+    seen = []
+    handles = [layer.register_forward_hook(lambda *what: seen.append(what)) for layer in layers]
+    value = loss()
+    for handle in handles:
+        handle.remove()
+    gradients = torch.autograd.grad(value, [output for _, _, output in seen])
+    return {
+        layer: (inputs[0].detach(), gradient)
+        for (layer, inputs, _), gradient in zip(seen, gradients)
+    }
+
+
+def change_topology(
+    agent: Agent, args: Args, progress: float, seed: int, batch: Batch, noise, next_noise, gamma
+) -> bool:
+    """Changes the topology of every sparse layer by the rule of --topology.
+
+    progress: the fraction of training that is done; seed: of what is drawn at random; the others:
+    those of an update. True if pruning has just ended.
+    """
+    topology = agent.topology
+    counts = {}
+    for name, (layer, *_) in topology.layers.items():
+        sizes = (len(layer.active), topology.final_counts[name], math.prod(layer.shape))
+        counts[name] = count_changes(args, progress, *sizes)
+    if not any(counts.values()):
+        return False
+
+    recorded = {}
+    if args.topology in NEEDS_GRADIENT:
+        alpha = agent.alpha().detach()
+        target = td_target(agent.actor, agent.target_critic, alpha, batch, gamma, next_noise)
+        losses = {
+            "actor": lambda: actor_loss(agent.actor, agent.critic, alpha, batch.obs, noise)[0],
+            "critic": lambda: critic_loss(agent.critic, batch, target),
+        }
+        for network, loss in losses.items():
+            recorded |= layer_gradients(topology.layers_of(network), loss)
+
+    generator = torch.Generator().manual_seed(seed)
+    for name, count in counts.items():
+        layer = topology.layers[name][0]
+        gradient = None
+        if layer in recorded:  # a dense gradient exists for one layer at a time
+            inputs, output_gradient = recorded.pop(layer)
+            gradient = (output_gradient.t() @ inputs).flatten()
+        active = topology.active_mask(name)
+        inactive = (~active).nonzero().squeeze(1)
+        values = layer.values.detach()
+        dropped, grown = RULES[args.topology](values, inactive, count, gradient, generator)
+        twice = len(dropped.unique()) < len(dropped) or len(grown.unique()) < len(grown)
+        if twice or active[grown].any():
+            fail(
+                f"--topology {args.topology}: its rule must return distinct weights to drop, "
+                f"and distinct inactive places to grow; for {name} it did not"
+            )
+        initial = values.new_zeros(len(grown))
+        if args.grow_init == "normal":
+            noise_of_grown = torch.randn(len(grown), generator=generator).to(values.device)
+            initial = math.sqrt(2 / layer.shape[1]) * noise_of_grown
+        topology.move(name, dropped, grown, initial)
+    return args.topology == "magnitude" and topology.finished()
+
+
+def update(
+    agent: Agent, batch: Batch, noise, next_noise, gamma: float, tau: float
+) -> dict[str, torch.Tensor]:
+    """One gradient update of everything; noise (batch, action_dim) is standard normal."""
+    # Actor, against the critic of the last update, whose weights need no gradient here
+    agent.critic.requires_grad_(False)
+    alpha = agent.alpha().detach()
+    loss_actor, entropy = actor_loss(agent.actor, agent.critic, alpha, batch.obs, noise)
+    agent.actor_optimizer.zero_grad()
+    loss_actor.backward()
+    agent.actor_optimizer.step()
+    agent.critic.requires_grad_(True)
+
+    # Temperature, towards an entropy of -|A|/2
+    target_entropy = -0.5 * noise.shape[1]
+    loss_temperature = agent.alpha() * (entropy - target_entropy)
+    agent.temperature_optimizer.zero_grad()
+    loss_temperature.backward()
+    agent.temperature_optimizer.step()
+
+    # Critic, with the new actor and the new temperature, as in the official code
+    alpha = agent.alpha().detach()
+    target = td_target(agent.actor, agent.target_critic, alpha, batch, gamma, next_noise)
+    loss_critic = critic_loss(agent.critic, batch, target)
+    agent.critic_optimizer.zero_grad()
+    loss_critic.backward()
+    agent.critic_optimizer.step()
+
+    # Target critic, slowly behind the critic
+    with torch.no_grad():
+        slow = list(agent.target_critic.parameters())
+        fast = list(agent.critic.parameters())
+        torch._foreach_lerp_(slow, fast, tau)
+
+    return {
+        "actor_loss": loss_actor.detach(),
+        "critic_loss": loss_critic.detach(),
+        "td_target": target.mean(),
+        "alpha": alpha,
+        "entropy": entropy,
+    }
+
+
+@torch.no_grad()
+def choose_action(agent: Agent, obs: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
+    """Actions (batch, action_dim) for normalised obs: sampled with noise, or the policy's mode."""
+    if noise is None:
+        mean, _ = agent.actor(obs)
+        return torch.tanh(mean)
+    action, _ = agent.actor.sample(obs, noise)
+    return action
+
+
+def act(agent: Agent, norm: ObservationNorm, obs: np.ndarray, noise=None) -> np.ndarray:
+    """Action (action_dim,) for a raw observation: sampled with `noise`, or the policy's mode."""
+    obs = norm(torch.as_tensor(obs, dtype=torch.float32)[None])  # (1, obs_dim)
+    noise = None if noise is None else noise.to(obs.device)
+    return choose_action(agent, obs, noise)[0].cpu().numpy()
+
+
+def update_all(
+    agent: Agent, replay: ReplayBuffer, sent: SimpleNamespace, gamma: float, tau: float
+) -> dict[str, torch.Tensor]:
+    """All updates of a decision, from what was sent to the device; the losses of the last one."""
+    replay.write(sent.transition, sent.place)
+    mean, std = sent.mean_and_std
+    for index, (noise, next_noise) in zip(sent.index, sent.update_noises):
+        batch = replay.batch(index, mean, std)
+        losses = update(agent, batch, noise, next_noise, gamma, tau)
+    return losses
+
+
+class Learner:
+    """Acts and learns in training: a decision sends one row to the device, and reads one action.
+
+    The row holds the observation and its noise, and all that the updates of this decision need: the
+    newest transition, its place in replay, statistics, the replay indices of each batch, and noise.
+    With --overlap the updates are started as soon as the action is read, and on a GPU they run
+    while the environment steps.
+
+    `row.host` is filled on the CPU, and `row.sent` is what the device sees after `row.send()`; on a
+    CPU they share memory. All that is random is drawn on the CPU: the same numbers on every
+    device.
+    """
+
+    def __init__(
+        self,
+        agent: Agent,
+        norm: ObservationNorm,
+        replay: ReplayBuffer,
+        args: Args,
+        gamma: float,
+        noise_std: float,
+        device: torch.device,
+    ):
+        self.norm = norm
+        self.replay = replay
+        self.noise_std = noise_std
+        obs_dim, action_dim, *_ = replay.sizes
+        self.row = DeviceRow(
+            device,
+            mean_and_std=(2, obs_dim),
+            obs=(1, obs_dim),
+            action_noise=(1, action_dim),
+            transition=(1, sum(replay.sizes)),
+            update_noises=(args.updates_per_step, 2, args.batch_size, action_dim),
+            place=(1,),
+            index=(args.updates_per_step, args.batch_size),
+            integers=["place", "index"],
+        )
+        set_capturable(agent, device)
+
+        sent = self.row.sent
+        choose = partial(choose_action, agent, sent.obs, sent.action_noise)
+        updates = partial(update_all, agent, replay, sent, gamma, args.tau)
+        self.choose = GraphedFunction(choose, device, args.cuda_graph)
+        self.update_all = GraphedFunction(updates, device, args.cuda_graph)
+        self.losses = {}
+
+    def act(self, obs: np.ndarray, then_learn: bool) -> np.ndarray:
+        """Action (action_dim,) for a raw observation; a GPU may still be updating afterwards."""
+        host = self.row.host
+        mean, std = self.norm.mean_and_std()
+        host.obs[0] = (torch.as_tensor(obs, dtype=torch.float32) - mean) / std
+        host.action_noise[0] = self.noise_std * torch.randn(host.action_noise.shape[1])
+        if then_learn:
+            self.draw_updates()
+        self.row.send()
+        action = self.choose()[0].cpu().numpy()
+        if then_learn:
+            self.losses = self.update_all()
+        return action
+
+    def learn(self) -> None:
+        self.draw_updates()
+        self.row.send()
+        self.losses = self.update_all()
+
+    def draw_updates(self) -> None:
+        """Fills in what updates need: statistics, the newest transition, replay indices, noise."""
+        host = self.row.host
+        host.mean_and_std[:] = self.norm.mean_and_std()
+        host.transition[:], host.place[0] = self.replay.hand_over()
+        for index, noises in zip(host.index, host.update_noises):
+            index[:] = torch.randint(self.replay.filled(), index.shape)
+            noises[:] = self.noise_std * torch.randn(noises.shape)
+
+
+def last_batch(learner: Learner) -> tuple[Batch, torch.Tensor, torch.Tensor]:
+    """The batch of a decision's last update, and its two noises: still where they were sent."""
+    sent = learner.row.sent
+    return learner.replay.batch(sent.index[-1], *sent.mean_and_std), *sent.update_noises[-1]
+
+
+def evaluate(
+    agent: Agent,
+    norm: ObservationNorm,
+    env: gym.Env,
+    episodes: int,
+    seed_key: tuple,
+    video: Path | None = None,
+) -> dict[str, float]:
+    """Returns of the deterministic policy, mean, std and interquartile mean.
+
+    seed_key: what the episodes' seeds are derived from
+    video: where to put a film of the first episode, one frame a decision
+    """
+    returns = np.zeros(episodes)
+    frames = []
+    for episode in range(episodes):
+        obs, _ = env.reset(seed=derive_seed(*seed_key, episode))
+        done = False
+        while not done:
+            if video and episode == 0 and len(frames) < LONGEST_FILM:
+                frames.append(env.render())
+            obs, reward, terminated, truncated, _ = env.step(act(agent, norm, obs))
+            returns[episode] += reward
+            done = terminated or truncated
+    if video:
+        write_video(video, frames)
+    return summary(returns)
+
+
+def diagnose(agent: Agent, batch: Batch, noise, next_noise, gamma: float) -> dict[str, float]:
+    """Plasticity measurements of actor and critic on a batch (section 4 of the paper)."""
+    alpha = agent.alpha().detach()
+    target = td_target(agent.actor, agent.target_critic, alpha, batch, gamma, next_noise)
+    loss_actor, _ = actor_loss(agent.actor, agent.critic, alpha, batch.obs, noise)
+    loss_critic = critic_loss(agent.critic, batch, target)
+    obs_action = torch.cat([batch.obs, batch.action], -1)
+    measured = {}
+    for name, loss, encoder, inputs in (
+        ("actor", loss_actor, agent.actor.encoder, batch.obs),
+        ("critic", loss_critic, agent.critic.encoders[0], obs_action),
+    ):
+        parameters = list(getattr(agent, name).parameters())
+        gradients = torch.autograd.grad(loss, parameters)
+        plasticity = measure_plasticity(encoder, inputs, parameters, gradients)
+        measured |= {f"{name}_{metric}": value for metric, value in plasticity.items()}
+    return measured | agent.topology.measure()
+
+
+def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
+    """Flat observations, actions in [-1, 1], each repeated; counts returns and lengths."""
+    env = open_env(args, render_mode)
+    env = gym.wrappers.RescaleAction(env, -1.0, 1.0)
+    env = gym.wrappers.RepeatAction(env, args.action_repeat)  # rewards summed
+    return gym.wrappers.RecordEpisodeStatistics(env)
+
+
+def default_gamma(env: gym.Env, action_repeat: int) -> float:
+    """TD-MPC2's heuristic: (T/5 - 1) / (T/5) within [0.95, 0.995] for T decisions an episode."""
+    gamma = 1 - 5 * action_repeat / episode_limit(env)
+    return min(max(gamma, 0.95), 0.995)
+
+
+def load_policy(run_dir: str | Path, render_mode: str | None = None) -> tuple[Callable, gym.Env]:
+    """The policy of a trained run without noise, obs -> action, and its environment."""
+    run = open_run(run_dir, render_mode)
+    env = make_env(run.args, render_mode)
+    (obs_dim,) = env.observation_space.shape
+    (action_dim,) = env.action_space.shape
+    device = torch.device("cpu")
+    agent = Agent(run.args, obs_dim, action_dim, device)
+    norm = ObservationNorm(obs_dim, device)
+    run.load({"topology": agent.topology, "actor": agent.actor, "norm": norm})
+    return partial(act, agent, norm), env
+
+
+def train(args: Args) -> None:
+    """A whole run: trains, evaluates, measures and saves, or goes on where it was stopped."""
+    set_up_process(args)  # checks the flags, seeds all generators
+    device = choose_device(args)
+    env = make_env(args)
+    eval_env = make_env(args, "rgb_array" if args.capture_video else None)
+    (obs_dim,) = env.observation_space.shape
+    (action_dim,) = env.action_space.shape
+    gamma = default_gamma(env, args.action_repeat) if args.gamma is None else args.gamma
+    total_steps = math.ceil(args.total_timesteps / args.action_repeat)  # in decisions
+    # In decisions; one at least, so that replay holds a transition before the first update
+    learning_starts = max(math.ceil(args.learning_starts / args.action_repeat), 1)
+
+    try:
+        agent = Agent(args, obs_dim, action_dim, device)
+    except NetworkError as error:
+        fail(str(error))
+    norm = ObservationNorm(obs_dim, device)
+    capacity = min(args.buffer_size, total_steps)
+    replay = ReplayBuffer(capacity, obs_dim, action_dim, device)
+    run = Run(args, args.action_repeat)
+
+    def parts() -> dict:
+        """What a checkpoint holds, in this order; a reset replaces the agent."""
+        return {
+            "topology": agent.topology,
+            "actor": agent.actor,
+            "critic": agent.critic,
+            "target_critic": agent.target_critic,
+            "temperature": agent.temperature,
+            "actor_optimizer": agent.actor_optimizer,
+            "critic_optimizer": agent.critic_optimizer,
+            "temperature_optimizer": agent.temperature_optimizer,
+            "norm": norm,
+            "replay": replay,
+        }
+
+    def evaluation(episodes: int, purpose: int, video: Path | None = None) -> dict[str, float]:
+        eval_env.set_wrapper_attr("env_step", run.env_step)  # for error messages
+        seed_key = (args.seed, purpose, run.agent_step)
+        return evaluate(agent, norm, eval_env, episodes, seed_key, video)
+
+    run.restore(parts())
+    if args.eval_only:
+        run.print_result(evaluation(args.final_eval_episodes, FINAL, run.video()))
+        return
+
+    def layer_tables() -> dict[str, list[dict]]:
+        return {"actor": layer_table(agent.actor), "critic": layer_table(agent.critic)}
+
+    run.begin(layer_tables())
+    env.set_wrapper_attr("env_step", run.env_step)  # for error messages
+    learner = Learner(agent, norm, replay, args, gamma, noise_std=1.0, device=device)
+    episode_over = True
+    if run.agent_step == 0:
+        run.log("eval", evaluation(args.eval_episodes, EVAL))
+
+    while run.agent_step < total_steps:
+        if episode_over:
+            if run.checkpoint_due():
+                run.save(parts())
+            obs, _ = env.reset(seed=derive_seed(args.seed, TRAIN, run.episode))
+            run.episode += 1
+
+        # Reset; at the top of the loop, so that the end of training keeps the trained agent
+        if run.due(args.reset_interval) and run.agent_step >= learning_starts:
+            agent = Agent(args, obs_dim, action_dim, device)
+            learner = Learner(agent, norm, replay, args, gamma, noise_std=1.0, device=device)
+
+        # Act: at random at first, then by the policy
+        norm.update(obs)
+        if run.agent_step < learning_starts:
+            action = (2 * torch.rand(action_dim) - 1).numpy()
+        else:
+            action = learner.act(obs, then_learn=args.overlap)
+            if args.overlap:
+                run.update_step += args.updates_per_step
+        next_obs, reward, terminated, truncated, info = env.step(action)
+        replay.add(obs, action, reward, next_obs, terminated)  # a time limit is no termination
+        obs = next_obs
+        episode_over = terminated or truncated
+        run.count_decision()
+
+        # Learn, if not begun before the step
+        if not args.overlap and run.agent_step >= learning_starts:
+            learner.learn()
+            run.update_step += args.updates_per_step
+
+        # Change the topology, after every --topology-interval updates, on the batch of the last one
+        due = run.update_step % args.topology_interval < args.updates_per_step
+        if args.topology != "static" and due and learner.losses:  # none yet in the warm-up
+            progress = run.agent_step / total_steps
+            seed = derive_seed(args.seed, TOPOLOGY, run.update_step)
+            if change_topology(agent, args, progress, seed, *last_batch(learner), gamma):
+                print(f"pruning ended at env step {run.env_step}")
+                for network, rows in layer_tables().items():
+                    print_layer_table(network, rows)
+                write_args(run.folder, args, layer_tables())
+            if args.topology == "magnitude":  # vectors may have become shorter: captured anew
+                learner.choose.graph = None
+                learner.update_all.graph = None
+
+        # Measure
+        if episode_over or run.due(args.eval_interval) or run.due(args.diagnostics_interval):
+            weights = [*agent.actor.parameters(), *agent.critic.parameters()]
+            stop_unless_finite(run.agent_step, *learner.losses.values(), get_total_norm(weights))
+        if run.due(args.eval_interval):
+            run.log_evaluation(evaluation(args.eval_episodes, EVAL))
+        if run.due(args.diagnostics_interval):
+            # A generator of its own: measuring leaves training untouched
+            seed = derive_seed(args.seed, DIAGNOSE, run.agent_step)
+            generator = torch.Generator().manual_seed(seed)
+            batch = replay.sample(args.batch_size, norm, generator)
+            noises = torch.randn(2, args.batch_size, action_dim, generator=generator).to(device)
+            run.log("diagnostics", diagnose(agent, batch, *noises, gamma))
+
+        if episode_over:
+            run.log_episode(info["episode"], learner.losses)
+
+    if args.topology == "magnitude":
+        write_args(run.folder, args, layer_tables())  # as they are after the last reset, too
+        if not agent.topology.finished():
+            print("warning: pruning has not ended; lower --topology-interval, or reset earlier")
+    run.save(parts())  # a kill in the last evaluation costs no training
+    run.finish(parts(), evaluation(args.final_eval_episodes, FINAL, run.video()))
+
+
+# Flags that change results by rounding at most: a run may go on with others.
+# All other flags are in the name of the run's folder, as a hash.
+EXECUTION_FLAGS = {
+    "device",
+    "threads",
+    "matmul_precision",
+    "cuda_graph",
+    "runs_dir",
+    "resume",
+    "eval_only",
+    "run_dir",
+    "capture_video",
+    "sparse_kernel",
+    "track",
+    "wandb_project",
+    "wandb_entity",
+    "checkpoint_interval",
+}
+
+# The changes of the topology depend on --total-timesteps: more is another run.
+LONGER_GOES_ON = False
+
+
+# Where the topology is kept: the places of every sparse layer, and what moves with them
+
+
 class Topology(nn.Module):
     """The sparse layers of actor and critic: which places are active, and which have ever been.
 
@@ -758,461 +1213,6 @@ def overwrite(tensor: torch.Tensor, new: torch.Tensor) -> None:
         tensor.copy_(new)
     else:
         tensor.data = new
-
-
-def layer_gradients(layers: list[nn.Module], loss: Callable[[], torch.Tensor]) -> dict:
-    """For each layer its inputs, and the gradients of a loss for its outputs; (batch, units) each.
-
-    The gradient of its dense weight is a product of the two.
-    """
-    if not layers:
-        return {}
-    seen = []
-    handles = [layer.register_forward_hook(lambda *what: seen.append(what)) for layer in layers]
-    value = loss()
-    for handle in handles:
-        handle.remove()
-    gradients = torch.autograd.grad(value, [output for _, _, output in seen])
-    return {
-        layer: (inputs[0].detach(), gradient)
-        for (layer, inputs, _), gradient in zip(seen, gradients)
-    }
-
-
-def change_topology(
-    agent: Agent, args: Args, progress: float, seed: int, batch: Batch, noise, next_noise, gamma
-) -> bool:
-    """Changes the topology of every sparse layer by the rule of --topology.
-
-    progress: the fraction of training that is done; seed: of what is drawn at random; the others:
-    those of an update. True if pruning has just ended.
-    """
-    topology = agent.topology
-    counts = {}
-    for name, (layer, *_) in topology.layers.items():
-        sizes = (len(layer.active), topology.final_counts[name], math.prod(layer.shape))
-        counts[name] = count_changes(args, progress, *sizes)
-    if not any(counts.values()):
-        return False
-
-    recorded = {}
-    if args.topology in NEEDS_GRADIENT:
-        alpha = agent.alpha().detach()
-        target = td_target(agent.actor, agent.target_critic, alpha, batch, gamma, next_noise)
-        losses = {
-            "actor": lambda: actor_loss(agent.actor, agent.critic, alpha, batch.obs, noise)[0],
-            "critic": lambda: critic_loss(agent.critic, batch, target),
-        }
-        for network, loss in losses.items():
-            recorded |= layer_gradients(topology.layers_of(network), loss)
-
-    generator = torch.Generator().manual_seed(seed)
-    for name, count in counts.items():
-        layer = topology.layers[name][0]
-        gradient = None
-        if layer in recorded:  # a dense gradient exists for one layer at a time
-            inputs, output_gradient = recorded.pop(layer)
-            gradient = (output_gradient.t() @ inputs).flatten()
-        active = topology.active_mask(name)
-        inactive = (~active).nonzero().squeeze(1)
-        values = layer.values.detach()
-        dropped, grown = RULES[args.topology](values, inactive, count, gradient, generator)
-        twice = len(dropped.unique()) < len(dropped) or len(grown.unique()) < len(grown)
-        if twice or active[grown].any():
-            fail(
-                f"--topology {args.topology}: its rule must return distinct weights to drop, "
-                f"and distinct inactive places to grow; for {name} it did not"
-            )
-        initial = values.new_zeros(len(grown))
-        if args.grow_init == "normal":
-            noise_of_grown = torch.randn(len(grown), generator=generator).to(values.device)
-            initial = math.sqrt(2 / layer.shape[1]) * noise_of_grown
-        topology.move(name, dropped, grown, initial)
-    return args.topology == "magnitude" and topology.finished()
-
-
-def update(
-    agent: Agent, batch: Batch, noise, next_noise, gamma: float, tau: float
-) -> dict[str, torch.Tensor]:
-    """One gradient update of everything; noise (batch, action_dim) is standard normal."""
-    # Actor, against the critic of the last update, whose weights need no gradient here
-    agent.critic.requires_grad_(False)
-    alpha = agent.alpha().detach()
-    loss_actor, entropy = actor_loss(agent.actor, agent.critic, alpha, batch.obs, noise)
-    agent.actor_optimizer.zero_grad()
-    loss_actor.backward()
-    agent.actor_optimizer.step()
-    agent.critic.requires_grad_(True)
-
-    # Temperature, towards an entropy of -|A|/2
-    target_entropy = -0.5 * noise.shape[1]
-    loss_temperature = agent.alpha() * (entropy - target_entropy)
-    agent.temperature_optimizer.zero_grad()
-    loss_temperature.backward()
-    agent.temperature_optimizer.step()
-
-    # Critic, with the new actor and the new temperature, as in the official code
-    alpha = agent.alpha().detach()
-    target = td_target(agent.actor, agent.target_critic, alpha, batch, gamma, next_noise)
-    loss_critic = critic_loss(agent.critic, batch, target)
-    agent.critic_optimizer.zero_grad()
-    loss_critic.backward()
-    agent.critic_optimizer.step()
-
-    # Target critic, slowly behind the critic
-    with torch.no_grad():
-        slow = list(agent.target_critic.parameters())
-        fast = list(agent.critic.parameters())
-        torch._foreach_lerp_(slow, fast, tau)
-
-    return {
-        "actor_loss": loss_actor.detach(),
-        "critic_loss": loss_critic.detach(),
-        "td_target": target.mean(),
-        "alpha": alpha,
-        "entropy": entropy,
-    }
-
-
-@torch.no_grad()
-def choose_action(agent: Agent, obs: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
-    """Actions (batch, action_dim) for normalised obs: sampled with noise, or the policy's mode."""
-    if noise is None:
-        mean, _ = agent.actor(obs)
-        return torch.tanh(mean)
-    action, _ = agent.actor.sample(obs, noise)
-    return action
-
-
-def act(agent: Agent, norm: ObservationNorm, obs: np.ndarray, noise=None) -> np.ndarray:
-    """Action (action_dim,) for a raw observation: sampled with `noise`, or the policy's mode."""
-    obs = norm(torch.as_tensor(obs, dtype=torch.float32)[None])  # (1, obs_dim)
-    noise = None if noise is None else noise.to(obs.device)
-    return choose_action(agent, obs, noise)[0].cpu().numpy()
-
-
-def learn(
-    agent: Agent, replay: ReplayBuffer, sent: SimpleNamespace, gamma: float, tau: float
-) -> dict[str, torch.Tensor]:
-    """All updates of a decision, from what was sent to the device; the losses of the last one."""
-    replay.write(sent.transition, sent.place)
-    mean, std = sent.mean_and_std
-    for index, (noise, next_noise) in zip(sent.index, sent.noises):
-        batch = replay.batch(index, mean, std)
-        losses = update(agent, batch, noise, next_noise, gamma, tau)
-    return losses
-
-
-class Learner:
-    """Acts and learns in training: a decision sends one row to the device, and reads one action.
-
-    The row holds the observation and its noise, and all that the updates of this decision need: the
-    newest transition, its place in replay, statistics, the replay indices of each batch, and noise.
-    With --overlap the updates are started as soon as the action is read, and on a GPU they run
-    while the environment steps.
-
-    `row.host` is filled on the CPU, and `row.sent` is what the device sees after `row.send()`; on a
-    CPU they share memory. All that is random is drawn on the CPU: the same numbers on every
-    device.
-    """
-
-    def __init__(
-        self,
-        agent: Agent,
-        norm: ObservationNorm,
-        replay: ReplayBuffer,
-        args: Args,
-        gamma: float,
-        noise_std: float,
-        device: torch.device,
-    ):
-        self.norm = norm
-        self.replay = replay
-        self.noise_std = noise_std
-        obs_dim, action_dim, *_ = replay.sizes
-        self.row = DeviceRow(
-            device,
-            mean_and_std=(2, obs_dim),
-            obs=(1, obs_dim),
-            noise=(1, action_dim),
-            transition=(1, sum(replay.sizes)),
-            noises=(args.updates_per_step, 2, args.batch_size, action_dim),
-            place=(1,),
-            index=(args.updates_per_step, args.batch_size),
-            integers=["place", "index"],
-        )
-        # A CUDA graph needs the optimisers' step counts on the GPU ("capturable"). Set here, after
-        # loading, since a checkpoint brings back the setting of the device it was made on
-        for part in vars(agent).values():
-            if isinstance(part, torch.optim.Optimizer):
-                for group in part.param_groups:
-                    group["capturable"] = device.type == "cuda"
-
-        sent = self.row.sent
-        choose = partial(choose_action, agent, sent.obs, sent.noise)
-        update_all = partial(learn, agent, replay, sent, gamma, args.tau)
-        self.choose = GraphedFunction(choose, device, args.cuda_graph)
-        self.update_all = GraphedFunction(update_all, device, args.cuda_graph)
-        self.losses = {}
-
-    def act(self, obs: np.ndarray, then_learn: bool) -> np.ndarray:
-        """Action (action_dim,) for a raw observation; a GPU may still be updating afterwards."""
-        host = self.row.host
-        mean, std = self.norm.mean_and_std()
-        host.obs[0] = (torch.as_tensor(obs, dtype=torch.float32) - mean) / std
-        host.noise[0] = self.noise_std * torch.randn(host.noise.shape[1])
-        if then_learn:
-            self.draw_updates()
-        self.row.send()
-        action = self.choose()[0].cpu().numpy()
-        if then_learn:
-            self.losses = self.update_all()
-        return action
-
-    def learn(self) -> None:
-        self.draw_updates()
-        self.row.send()
-        self.losses = self.update_all()
-
-    def draw_updates(self) -> None:
-        """Fills in what updates need: statistics, the newest transition, replay indices, noise."""
-        host = self.row.host
-        host.mean_and_std[:] = self.norm.mean_and_std()
-        host.transition[:], host.place[0] = self.replay.hand_over()
-        for index, noises in zip(host.index, host.noises):
-            index[:] = torch.randint(self.replay.filled(), index.shape)
-            noises[:] = self.noise_std * torch.randn(noises.shape)
-
-
-def last_batch(learner: Learner) -> tuple[Batch, torch.Tensor, torch.Tensor]:
-    """The batch of a decision's last update, and its two noises: still where they were sent."""
-    sent = learner.row.sent
-    return learner.replay.batch(sent.index[-1], *sent.mean_and_std), *sent.noises[-1]
-
-
-def evaluate(
-    agent: Agent,
-    norm: ObservationNorm,
-    env: gym.Env,
-    episodes: int,
-    seed_key: tuple,
-    video: Path | None = None,
-) -> dict[str, float]:
-    """Returns of the deterministic policy, mean, std and interquartile mean.
-
-    seed_key: what the episodes' seeds are derived from
-    video: where to put a film of the first episode, one frame a decision
-    """
-    returns = np.zeros(episodes)
-    frames = []
-    for episode in range(episodes):
-        obs, _ = env.reset(seed=derive_seed(*seed_key, episode))
-        done = False
-        while not done:
-            if video and episode == 0 and len(frames) < LONGEST_FILM:
-                frames.append(env.render())
-            obs, reward, terminated, truncated, _ = env.step(act(agent, norm, obs))
-            returns[episode] += reward
-            done = terminated or truncated
-    if video:
-        write_video(video, frames)
-    return summary(returns)
-
-
-def diagnose(agent: Agent, batch: Batch, noise, next_noise, gamma: float) -> dict[str, float]:
-    """Plasticity measurements of actor and critic on a batch (section 4 of the paper)."""
-    alpha = agent.alpha().detach()
-    target = td_target(agent.actor, agent.target_critic, alpha, batch, gamma, next_noise)
-    loss_actor, _ = actor_loss(agent.actor, agent.critic, alpha, batch.obs, noise)
-    loss_critic = critic_loss(agent.critic, batch, target)
-    obs_action = torch.cat([batch.obs, batch.action], -1)
-    measured = {}
-    for name, loss, encoder, inputs in (
-        ("actor", loss_actor, agent.actor.encoder, batch.obs),
-        ("critic", loss_critic, agent.critic.encoders[0], obs_action),
-    ):
-        parameters = list(getattr(agent, name).parameters())
-        gradients = torch.autograd.grad(loss, parameters)
-        plasticity = measure_plasticity(encoder, inputs, parameters, gradients)
-        measured |= {f"{name}_{metric}": value for metric, value in plasticity.items()}
-    return measured | agent.topology.measure()
-
-
-def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
-    """Flat observations, actions in [-1, 1], each repeated; counts returns and lengths."""
-    env = open_env(args, render_mode)
-    env = gym.wrappers.RescaleAction(env, -1.0, 1.0)
-    env = gym.wrappers.RepeatAction(env, args.action_repeat)  # rewards summed
-    return gym.wrappers.RecordEpisodeStatistics(env)
-
-
-def default_gamma(env: gym.Env, action_repeat: int) -> float:
-    """TD-MPC2's heuristic: (T/5 - 1) / (T/5) within [0.95, 0.995] for T decisions an episode."""
-    gamma = 1 - 5 * action_repeat / episode_limit(env)
-    return min(max(gamma, 0.95), 0.995)
-
-
-def load_policy(run_dir: str | Path, render_mode: str | None = None) -> tuple[Callable, gym.Env]:
-    """The policy of a trained run without noise, obs -> action, and its environment."""
-    run = open_run(run_dir, render_mode)
-    env = make_env(run.args, render_mode)
-    (obs_dim,) = env.observation_space.shape
-    (action_dim,) = env.action_space.shape
-    device = torch.device("cpu")
-    agent = Agent(run.args, obs_dim, action_dim, device)
-    norm = ObservationNorm(obs_dim, device)
-    run.load({"topology": agent.topology, "actor": agent.actor, "norm": norm})
-    return partial(act, agent, norm), env
-
-
-def train(args: Args) -> None:
-    """A whole run: trains, evaluates, measures and saves, or goes on where it was stopped."""
-    set_up_process(args)  # checks the flags, seeds all generators
-    device = choose_device(args)
-    env = make_env(args)
-    eval_env = make_env(args, "rgb_array" if args.capture_video else None)
-    (obs_dim,) = env.observation_space.shape
-    (action_dim,) = env.action_space.shape
-    gamma = default_gamma(env, args.action_repeat) if args.gamma is None else args.gamma
-    total_steps = math.ceil(args.total_timesteps / args.action_repeat)  # in decisions
-    # In decisions; one at least, so that replay holds a transition before the first update
-    learning_starts = max(math.ceil(args.learning_starts / args.action_repeat), 1)
-
-    try:
-        agent = Agent(args, obs_dim, action_dim, device)
-    except NetworkError as error:
-        fail(str(error))
-    norm = ObservationNorm(obs_dim, device)
-    capacity = min(args.buffer_size, total_steps)
-    replay = ReplayBuffer(capacity, obs_dim, action_dim, device)
-
-    def parts() -> dict:
-        """What a checkpoint holds, in this order; a reset replaces the agent."""
-        return {
-            "topology": agent.topology,
-            "actor": agent.actor,
-            "critic": agent.critic,
-            "target_critic": agent.target_critic,
-            "temperature": agent.temperature,
-            "actor_optimizer": agent.actor_optimizer,
-            "critic_optimizer": agent.critic_optimizer,
-            "temperature_optimizer": agent.temperature_optimizer,
-            "norm": norm,
-            "replay": replay,
-        }
-
-    def evaluation(episodes: int, purpose: int, video: Path | None = None) -> dict[str, float]:
-        eval_env.set_wrapper_attr("env_step", run.env_step)  # for error messages
-        seed_key = (args.seed, purpose, run.agent_step)
-        return evaluate(agent, norm, eval_env, episodes, seed_key, video)
-
-    run = Run(args, args.action_repeat)
-    run.restore(parts())
-    if args.eval_only:
-        run.print_result(evaluation(args.final_eval_episodes, FINAL, run.video()))
-        return
-
-    def layer_tables() -> dict[str, list[dict]]:
-        return {"actor": layer_table(agent.actor), "critic": layer_table(agent.critic)}
-
-    run.begin(layer_tables())
-    env.set_wrapper_attr("env_step", run.env_step)  # for error messages
-    learner = Learner(agent, norm, replay, args, gamma, noise_std=1.0, device=device)
-    episode_over = True
-    if run.agent_step == 0:
-        run.log("eval", evaluation(args.eval_episodes, EVAL))
-
-    while run.agent_step < total_steps:
-        if episode_over:
-            if run.checkpoint_due():
-                run.save(parts())
-            obs, _ = env.reset(seed=derive_seed(args.seed, TRAIN, run.episode))
-            run.episode += 1
-
-        # Reset; at the top of the loop, so that the end of training keeps the trained agent
-        if run.due(args.reset_interval) and run.agent_step >= learning_starts:
-            agent = Agent(args, obs_dim, action_dim, device)
-            learner = Learner(agent, norm, replay, args, gamma, noise_std=1.0, device=device)
-
-        # Act: at random at first, then by the policy
-        norm.update(obs)
-        if run.agent_step < learning_starts:
-            action = (2 * torch.rand(action_dim) - 1).numpy()
-        else:
-            action = learner.act(obs, then_learn=args.overlap)
-            if args.overlap:
-                run.update_step += args.updates_per_step
-        next_obs, reward, terminated, truncated, info = env.step(action)
-        replay.add(obs, action, reward, next_obs, terminated)  # a time limit is no termination
-        obs = next_obs
-        episode_over = terminated or truncated
-        run.count_decision()
-
-        # Learn, if not begun before the step
-        if not args.overlap and run.agent_step >= learning_starts:
-            learner.learn()
-            run.update_step += args.updates_per_step
-
-        # Change the topology, after every --topology-interval updates, on the batch of the last one
-        due = run.update_step % args.topology_interval < args.updates_per_step
-        if args.topology != "static" and due and learner.losses:  # none yet in the warm-up
-            progress = run.agent_step / total_steps
-            seed = derive_seed(args.seed, TOPOLOGY, run.update_step)
-            if change_topology(agent, args, progress, seed, *last_batch(learner), gamma):
-                print(f"pruning ended at env step {run.env_step}")
-                for network, rows in layer_tables().items():
-                    print_layer_table(network, rows)
-                write_args(run.folder, args, layer_tables())
-            if args.topology == "magnitude":  # vectors may have become shorter: captured anew
-                learner.choose.graph = None
-                learner.update_all.graph = None
-
-        # Measure
-        if episode_over or run.due(args.eval_interval) or run.due(args.diagnostics_interval):
-            weights = [*agent.actor.parameters(), *agent.critic.parameters()]
-            stop_unless_finite(run.agent_step, *learner.losses.values(), get_total_norm(weights))
-        if run.due(args.eval_interval):
-            run.log_evaluation(evaluation(args.eval_episodes, EVAL))
-        if run.due(args.diagnostics_interval):
-            # A generator of its own: measuring leaves training untouched
-            seed = derive_seed(args.seed, DIAGNOSE, run.agent_step)
-            generator = torch.Generator().manual_seed(seed)
-            batch = replay.sample(args.batch_size, norm, generator)
-            noises = torch.randn(2, args.batch_size, action_dim, generator=generator).to(device)
-            run.log("diagnostics", diagnose(agent, batch, *noises, gamma))
-
-        if episode_over:
-            run.log_episode(info["episode"], learner.losses)
-
-    if args.topology == "magnitude":
-        write_args(run.folder, args, layer_tables())  # as they are after the last reset, too
-        if not agent.topology.finished():
-            print("warning: pruning has not ended; lower --topology-interval, or reset earlier")
-    run.save(parts())  # a kill in the last evaluation costs no training
-    run.finish(parts(), evaluation(args.final_eval_episodes, FINAL, run.video()))
-
-
-# Flags that change results by rounding at most: a run may go on with others.
-# All other flags are in the name of the run's folder, as a hash.
-EXECUTION_FLAGS = {
-    "device",
-    "threads",
-    "matmul_precision",
-    "cuda_graph",
-    "runs_dir",
-    "resume",
-    "eval_only",
-    "run_dir",
-    "capture_video",
-    "sparse_kernel",
-    "track",
-    "wandb_project",
-    "wandb_entity",
-    "checkpoint_interval",
-}
-
-# The changes of the topology depend on --total-timesteps: more is another run.
-LONGER_GOES_ON = False
 
 
 # Appendix: the same in every file that has it
@@ -1989,6 +1989,17 @@ class DeviceRow:
             self.left.record()
 
 
+def set_capturable(agent, device: torch.device) -> None:
+    """Keeps the optimisers' step counts on a GPU, where a CUDA graph needs them.
+
+    For after loading: a checkpoint brings back the setting of the device it was made on.
+    """
+    for part in vars(agent).values():
+        if isinstance(part, torch.optim.Optimizer):
+            for group in part.param_groups:
+                group["capturable"] = device.type == "cuda"
+
+
 class GraphedFunction:
     """Calls a function; on CUDA, from the fourth call on, as one CUDA graph.
 
@@ -2003,8 +2014,8 @@ class GraphedFunction:
         self.enabled = enabled and device.type == "cuda"
         self.calls = 0
         self.graph = None
-        # Of the first calls and the capture, so that both have the same workspaces of cuBLAS. No
-        # other graph may use it: PyTorch frees the workspaces of a graph's stream with the graph
+        # One stream for the first calls and the capture, so that both use the same workspaces of
+        # cuBLAS. No other graph may use it: PyTorch frees them with the graph of their stream
         self.stream = torch.cuda.Stream() if self.enabled else None
 
     def __call__(self):
@@ -2397,7 +2408,7 @@ def interrupt(*_) -> NoReturn:
 
 
 def ignore_disk_errors(failure) -> None:
-    """Of TensorBoard's thread, which hands them to the main thread as well."""
+    """Silences a full disk in TensorBoard's thread, which tells the main thread as well."""
     if not issubclass(failure.exc_type, OSError):
         threading.__excepthook__(failure)
 

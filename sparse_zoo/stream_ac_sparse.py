@@ -31,7 +31,8 @@ Differences from the original:
  4. Actions are drawn from numpy's generator, there from torch's: no run repeats one of theirs
     number by number.
  5. The training environment is seeded anew at every reset from (seed, episode), so that a resumed
-    run repeats the uninterrupted one in any environment; there, one generator runs on.
+    run repeats the uninterrupted one in any environment whose seed decides everything; there, one
+    generator runs on.
  6. The deterministic policy is evaluated now and then, in an environment of its own; there, only
     the returns of training are looked at (here: episode/return).
 
@@ -92,7 +93,8 @@ from tqdm import tqdm
 
 @dataclass
 class Args:
-    # A condition beside a type is checked at the start; x is the flag's value.
+    # A condition beside a type is checked at the start; x is the flag's value. A flag that you add
+    # gives a run another folder, unless EXECUTION_FLAGS (below train) has its name.
 
     # Experiment
     exp_name: str = "stream_ac_sparse"
@@ -533,14 +535,14 @@ def diagnose(agent: Agent, recent: Recent, args: Args) -> dict[str, float]:
     samples = zip(outputs.numpy(), columns.action.numpy(), delta.sign().numpy())
     actor_grad = [policy_gradient(*sample, args.entropy_coefficient) for sample in samples]
     measured = {}
-    for name, grad in (
+    for name, output_grad in (
         ("actor", torch.tensor(np.array(actor_grad))),
         ("critic", -torch.ones(len(state), 1)),
     ):
         mlp = getattr(agent, name).mlp
         parameters = list(mlp.parameters())
-        grad = delta[:, None] * grad / len(state)  # (transitions, outputs)
-        gradients = torch.autograd.grad(mlp(state), parameters, grad)
+        mean_grad = delta[:, None] * output_grad / len(state)  # (transitions, outputs)
+        gradients = torch.autograd.grad(mlp(state), parameters, mean_grad)
         plasticity = measure_plasticity(mlp.encoder, state, parameters, gradients)
         measured |= {f"{name}_{metric}": value for metric, value in plasticity.items()}
     return measured
@@ -590,6 +592,7 @@ def train(args: Args) -> None:
         fail(str(error))
     norm = Normalizer(obs_dim, args.gamma, episode_limit(env))
     recent = Recent()
+    run = Run(args)
 
     # What a checkpoint holds, in this order; no traces, which are zero between two episodes
     parts = {
@@ -607,7 +610,6 @@ def train(args: Args) -> None:
     def check_weights() -> None:
         check_numbers(run.agent_step, agent.actor.weights.sum(), agent.critic.weights.sum())
 
-    run = Run(args)
     run.restore(parts)
     if args.init_from and run.agent_step == 0:  # that run's rewards may have another scale
         norm.reward, norm.reward_trace = Statistics(), 0.0
@@ -634,12 +636,13 @@ def train(args: Args) -> None:
             first_update = run.update_step
 
         # Act: at random at first, then by the policy
-        if run.agent_step < args.learning_starts:
-            part = np.random.random(action_dim)  # of the way from low to high
-            action = (1 - part) * env.action_space.low + part * env.action_space.high
-        else:
+        learning = run.agent_step >= args.learning_starts
+        if learning:
             action, output = act(agent, state, np.random.standard_normal(action_dim))
             check_numbers(run.agent_step, output.sum())
+        else:
+            part = np.random.random(action_dim)  # of the way from low to high
+            action = (1 - part) * env.action_space.low + part * env.action_space.high
         obs, reward, terminated, truncated, info = env.step(action)
         length += 1
         episode_over = terminated or truncated
@@ -652,7 +655,7 @@ def train(args: Args) -> None:
         run.count_decision()
 
         # Learn, where the policy has acted
-        if run.agent_step > args.learning_starts:
+        if learning:
             delta, actor_step, critic_step = update(agent, transition, output, episode_over, args)
             check_numbers(run.agent_step, delta)
             absolute_errors += abs(delta)
@@ -817,7 +820,7 @@ def forward(hidden, heads, state):
     x = state
     for layer in hidden:
         y = linear(layer, x)
-        inverse_std = layer[-1]
+        _, _, _, _, _, _, _, inverse_std = layer
         y -= y.mean()
         inverse_std[0] = 1 / np.sqrt((y * y).mean() + 1e-5)  # PyTorch's epsilon
         y *= inverse_std[0]
@@ -831,16 +834,16 @@ def forward(hidden, heads, state):
 @numba.njit(fastmath=REORDER)
 def backward(hidden, heads, grad_output, decay):
     """traces <- decay * traces + the gradient of <grad_output, output> of the last forward pass"""
-    x = heads[0][-2]  # the features that the heads were given
+    _, _, _, _, _, _, x, _ = heads[0]  # the features that the heads were given
     grad = np.zeros_like(x)
     first = 0
     for head in heads:
-        outputs = len(head[2])  # of its bias
+        _, _, bias, _, _, _, _, _ = head
+        outputs = len(bias)
         grad += linear_backward(head, grad_output[first : first + outputs], decay)
         first += outputs
     for i in range(len(hidden) - 1, -1, -1):
-        last_x = hidden[i][-2]
-        inverse_std = hidden[i][-1]
+        _, _, _, _, _, _, last_x, inverse_std = hidden[i]
         slope = np.where(x > 0, np.float32(1), np.float32(0.01))  # of the leaky ReLU
         normed = x / slope
         grad *= slope
@@ -1676,7 +1679,7 @@ def interrupt(*_) -> NoReturn:
 
 
 def ignore_disk_errors(failure) -> None:
-    """Of TensorBoard's thread, which hands them to the main thread as well."""
+    """Silences a full disk in TensorBoard's thread, which tells the main thread as well."""
     if not issubclass(failure.exc_type, OSError):
         threading.__excepthook__(failure)
 

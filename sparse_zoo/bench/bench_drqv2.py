@@ -81,7 +81,7 @@ def linear_side(args: Args, masked: bool) -> Callable[[], None]:
     if masked:
         for network in (agent.critic, agent.target_critic):
             timing.mask_network(drq, network, args.sparsity)
-    features = torch.rand(args.batch_size, drq.Encoder.features)
+    features = torch.rand(args.batch_size, drq.Encoder.out_features)
     agent.encoder = lambda obs, bf16: features
     agent.encoder_optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
     shape = (args.batch_size, ACTION_DIM)

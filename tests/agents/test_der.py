@@ -139,7 +139,7 @@ def test_sampling_follows_priorities_and_weights_undo_it(replay):
     loss = torch.full((3,), 1e-12)
     loss[1] = 16.0
     replay.set_priorities(torch.tensor([0, 1, 2]), loss)
-    assert replay.largest == pytest.approx(4.0)
+    assert replay.largest_priority == pytest.approx(4.0)
     batch = replay.sample(20_000, CPU)
     share = torch.bincount(batch.place, minlength=19) / 20_000
     total = 4 + 8 * 1.0 + 2 * math.sqrt(1e-12 + 1e-10)
@@ -215,7 +215,7 @@ def test_noise_has_the_variance_of_its_scales(sparsity):
     network.layer = layer = der.NoisyLinear(64, 32)
     if sparsity:
         der.sparsify(network, sparsity, "uniform", 0, "packed", CPU, packed=der.PackedProduct)
-    layer.add_noise(0.5)
+    layer.create_noise_scales(0.5)
     count = 64 * 32 if not sparsity else round(64 * 32 * (1 - sparsity))
     assert layer.sigma.numel() == count and layer.bias_sigma.numel() == 32
     assert layer.sigma.unique().tolist() == layer.bias_sigma.unique().tolist() == [0.5 / 8]

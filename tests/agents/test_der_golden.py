@@ -339,7 +339,7 @@ def test_the_whole_replay_equals_lists(tmp_path):
             for place, loss in zip(places, losses.tolist()):
                 priority[number_at[place]] = (loss + 1e-10) ** 0.7
             largest = max(largest, *((loss + 1e-10) ** 0.7 for loss in losses.tolist()))
-            assert replay.largest == pytest.approx(largest)
+            assert replay.largest_priority == pytest.approx(largest)
     assert sampled > 500 and ends > 20 and young > 8 and total >= 8 * ring
 
 

@@ -175,7 +175,7 @@ def test_there_is_nothing_to_sample_before_a_whole_transition(tmp_path):
         tmp_path / "replay.u8", 6, 4, action_dim=1, n_step=3, gamma=0.5, mode="r+"
     )
     restored.load_state_dict(replay.state_dict())
-    assert (restored.added, restored.last_start) == (14, 4)
+    assert (restored.added, restored.newest_ready) == (14, 4)
 
 
 def test_the_frame_file_where_there_is_no_posix_fallocate(tmp_path, monkeypatch):
@@ -226,7 +226,10 @@ def test_losses_by_hand():
 
 def test_the_gradient_passes_where_an_action_is_cut_off():
     actor = drq.Actor(2, 50)
-    features, noise = torch.randn(4, drq.Encoder.features), torch.tensor([[3.0, 0.0]]).expand(4, 2)
+    features, noise = (
+        torch.randn(4, drq.Encoder.out_features),
+        torch.tensor([[3.0, 0.0]]).expand(4, 2),
+    )
     action = actor(features, noise)
     assert (action[:, 0] == 1 - 1e-6).all() and action[:, 1].abs().max() < 1
     (with_cut,) = torch.autograd.grad(action[:, 0].sum(), actor.head.bias, retain_graph=True)
