@@ -27,6 +27,7 @@ ANALYSIS = AGENTS / "analysis"
 BENCH = AGENTS / "bench"
 DATA = ROOT / "tests" / "data"
 CPU = torch.device("cpu")
+FIGURES = [f"fig{number}" for number in range(1, 19)]  # of the paper, as targets of benchmark.sh
 Ended = tuple[int, str, str]  # exit code, stdout and stderr of a program
 
 
@@ -230,8 +231,8 @@ def count_parameters(*networks) -> int:
 
 
 def count_weights(rows: list[dict]) -> tuple[int, int]:
-    """Active weights in the rows of a layer table, and all."""
-    return sum(row["active"] for row in rows), sum(row["total"] for row in rows)
+    """All weights in the rows of a layer table, and the active ones, as Run.count_weights."""
+    return sum(row["total"] for row in rows), sum(row["active"] for row in rows)
 
 
 BY_KERNEL = pytest.mark.parametrize("kernel", ["packed", "dense"])

@@ -194,6 +194,8 @@ def read_run(run_dir: Path, samples: int) -> tuple:
     parts = {"args", "actor", "critic", "replay", "norm"}
     if not isinstance(checkpoint, dict) or not parts <= checkpoint.keys():
         fail(f"{path} is not of sac_simba_sparse.py or ddpg_simba_sparse.py")
+    if "topology" in checkpoint:
+        fail(f"{path} is of sac_simba_dynamic.py; give a run whose masks do not change")
     if not checkpoint["finished"]:
         fail(f"{path} was written before the end of training; run the run's command again")
     module = sac if "temperature" in checkpoint else ddpg

@@ -30,7 +30,7 @@ from typing import Annotated, NoReturn, get_type_hints
 # Ctrl-C while packages load is one line too: so scripts import this file first (pyproject.toml)
 OWN = Path(sys.argv[0]).resolve().parent.name in ("analysis", "bench")
 if OWN and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    interrupted = "interrupted; nothing was written, the same command starts again"
+    interrupted = "interrupted; the same command starts again"
     signal.signal(signal.SIGINT, lambda *_: sys.exit(interrupted))
 
 import pandas as pd
@@ -176,7 +176,7 @@ def read_table(
             data = file.read()
         if data and not data.endswith(b"\n"):
             raise ValueError("its last line is cut off")
-        table = pd.read_csv(io.BytesIO(data))[columns]
+        table = pd.read_csv(io.BytesIO(data), dtype={"run": str})[columns]
         for name in {"value", *finite} & set(columns):
             numbers = table[name].astype(float)
             if name in finite and not numbers.abs().lt(2**63).all():
@@ -213,7 +213,7 @@ def read_agents() -> dict[str, frozenset[str]]:
 
 
 def execution_flags(agent: str) -> frozenset[str]:
-    """Flags that do not change an agent's results; of an unknown one, those of all agents."""
+    """Flags that do not change results (of an unknown agent those that all agents share)."""
     agents = read_agents()
     return agents.get(agent) or frozenset.intersection(*agents.values())
 
@@ -327,7 +327,7 @@ def load_run(folder: Path, needed: tuple[str, ...] = ()) -> Run:
         if not fits(flags.get(name), KINDS[name]) and not (optional and flags[name] is None):
             bad.append(name)
     if bad:
-        raise UnusableError(f"args.json has no {', '.join(sorted(bad))}")
+        raise UnusableError(f"args.json: {', '.join(sorted(bad))} missing or unusable")
     return Run(folder, flags, record.get("layers"), read_metrics(folder))
 
 
@@ -343,7 +343,7 @@ def load_runs(
     """
     runs = []
     left_out = []
-    for folder in sorted(Path(runs_dir).glob("[!.]*")):
+    for folder in sorted(Path(runs_dir).expanduser().glob("[!.]*")):
         if not folder.is_dir() or folder.name in NOT_RUNS:
             continue
         try:

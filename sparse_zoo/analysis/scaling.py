@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter
-from plots import bootstrap_interval, interquartile_mean
+from plots import bootstrap_interval, interquartile_mean, mean_of_tasks
 
 SCENARIO = ["algorithm", "env_id"]
 SIZE = ["width_scale", "depth_scale"]
@@ -88,7 +88,7 @@ def load(
     steps is known.
     """
     found, left_out = runs.load_runs(runs_dir)
-    runs.fail_if_mixed(found, POINT)
+    runs.fail_if_mixed(found, [*POINT, "actor_sparsity", "critic_sparsity"])
     rows = []
     for run in found:
         actor, critic = runs.network_sparsities(run.flags)
@@ -144,14 +144,14 @@ def summarise(table: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     for key, group in table.groupby(keys, sort=False):
         tasks = [task["return"].to_numpy() for _, task in group.groupby("env_id")]
         low, high = bootstrap_interval(tasks)
-        mean_low, mean_high = bootstrap_interval(tasks, mean_over_tasks)
+        mean_low, mean_high = bootstrap_interval(tasks, mean_of_tasks)
         row = {
             "weights": group.weights.mean(),
             "active": group.active.mean(),
             "iqm": interquartile_mean(*tasks),
             "low": low,
             "high": high,
-            "mean": mean_over_tasks(*tasks),
+            "mean": mean_of_tasks(*tasks),
             "mean_low": mean_low,
             "mean_high": mean_high,
             "std": group["return"].std(),
@@ -161,11 +161,6 @@ def summarise(table: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
         }
         rows.append(dict(zip(keys, key)) | row)
     return pd.DataFrame(rows)
-
-
-def mean_over_tasks(*tasks: np.ndarray, axis: int = -1) -> np.ndarray:
-    """Each task counts the same, however many seeds it has."""
-    return np.mean([values.mean(axis) for values in tasks], 0)
 
 
 def without_gaps(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
@@ -463,7 +458,7 @@ def draw_aggregate(points: pd.DataFrame, statistic: str) -> Figure:
     seeds = plots.count_seeds(*points.seeds_min, *points.seeds_max)
     bars = ", 95 % stratified bootstrap interval"
     if points.seeds_max.max() == 1:
-        seeds, bars = "one seed", ""
+        bars = ""
     what = {
         "iqm": f"interquartile mean{bars}",
         "mean": f"mean{bars}",

@@ -63,6 +63,9 @@ def load(runs_dir: str, earlier: tuple[str, ...] = ()) -> pd.DataFrame:
     tables = [pd.DataFrame(columns=[*COLUMNS, "run"])]
     for run in found:
         episodes = run.metrics[run.metrics.metric.isin(["episode/return", "episode/length"])]
+        if episodes.empty:
+            left_out.append(f"{run.name}: no episode has ended")
+            continue
         episodes = episodes.pivot_table(index="env_step", columns="metric", values="value")
         episodes = episodes.rename(columns=lambda name: name.removeprefix("episode/"))
         flags = {name: run.flags[name] for name in [*RUN, "total_timesteps"]}

@@ -67,7 +67,7 @@ def sweep(module, commands: str, flag: str) -> list:
     if not own:
         fail(
             f"no command of {module.__name__}.py on standard input; "
-            "pipe ./benchmark.sh all --runner dry-run into this"
+            "pipe ./benchmark.sh all --scale paper --runner dry-run into this"
         )
     pattern = f"--{flag.replace('_', '-')} (\\S+)"
     return sorted({float(match) for line in own for match in re.findall(pattern, line)})

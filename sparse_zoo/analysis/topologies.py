@@ -37,7 +37,7 @@ NETWORK = ["env_id", "width_scale", "depth_scale", "sparsity", "topology"]
 MEASURED = ["return", "active_weights", "tflop", "steps_per_second", "ever_active", "first_overlap"]
 COLUMNS = ["run", *NETWORK, "seed", "env_steps", *MEASURED]
 # Flags that may differ between runs of one figure; what is drawn has names of its own
-FREE = [*NETWORK, "actor_sparsity", "critic_sparsity", "mask_seed", *runs.MEASURING]
+FREE = [*NETWORK, "actor_sparsity", "critic_sparsity", *runs.MEASURING]
 
 
 @dataclass
@@ -154,12 +154,9 @@ def draw_lines(ax: Axes, summary: pd.DataFrame, column: str) -> None:
     summary = summary.assign(place=plots.move_apart(summary.active_weights))
     for topology, colour in COLOURS.items():
         line = summary[summary.topology == topology].sort_values("active_weights")
-        if column == "return":
-            middle = line["return"]
-            points = line.assign(middle=middle, low=line.low.fillna(middle))
-            points["high"] = line.high.fillna(middle)
-        else:
-            points = line.assign(middle=line[column], low=line[column], high=line[column])
+        points = line.assign(middle=line[column])
+        if column != "return":
+            points = points.assign(low=line[column], high=line[column])
         if len(line):
             plots.draw_points(ax, line.place, points, colour)
     plots.label_apart(ax, summary.active_weights, summary.place, "active weights")

@@ -94,19 +94,6 @@ class Stopwatch:
         return run
 
 
-@contextlib.contextmanager
-def replaced(owner, **attributes):
-    """Other attributes of a module or class, for as long as the context lasts."""
-    before = {name: getattr(owner, name) for name in attributes}
-    try:
-        for name, value in attributes.items():
-            setattr(owner, name, value)
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(owner, name, value)
-
-
 def make_flags(module, args: Args, folder: str):
     """A run that learns after 100 decisions, and is measured and saved only at its ends."""
     repeat = module.Args.action_repeat
@@ -175,7 +162,7 @@ def measure(args: Args) -> dict[str, float]:
     said = io.StringIO()
     with (
         tempfile.TemporaryDirectory() as folder,
-        replaced(
+        timing.replaced(
             module, Learner=TimedLearner, Run=TimedRun, make_env=make_env, stop_unless_finite=check
         ),
     ):
@@ -188,11 +175,16 @@ def measure(args: Args) -> dict[str, float]:
     return {part: found.get(part, 0.0) for part in PARTS}
 
 
-def main(args: Args) -> None:
+def steps_per_second(args: Args, spent: dict[str, float]) -> float:
+    """Env steps per second of the timed decisions."""
     module = timing.import_agent(f"{args.agent}_simba_sparse")
+    return args.decisions * module.Args.action_repeat / sum(spent.values())
+
+
+def main(args: Args) -> None:
     spent = measure(args)
     seconds = sum(spent.values())
-    speed = args.decisions * module.Args.action_repeat / seconds
+    speed = steps_per_second(args, spent)
     size = f"width scale {args.width_scale:g}, sparsity {args.sparsity:g}"
     print(f"{args.agent}, {args.env_id}, {size}, {args.device}: {speed:.1f} env steps per second")
     rows = [

@@ -5,9 +5,9 @@
 Both take turns in one process, on one thread and one batch (humanoid: 67 observations, 21 actions).
 Times are medians over the turns of CPU time, which other programs on the machine disturb little.
 SET and RigL make their first change, which is the largest. Gradual magnitude pruning goes from a
-dense network to --sparsity in as many changes as there are turns, so that updates become cheaper in
-between. The share is that of changes in all of training at the default --topology-interval, if all
-were as large.
+dense network to --sparsity, one change a turn (and one before, not counted), so that updates become
+cheaper in between. The share is that of changes in all of training at the default
+--topology-interval, if all were as large.
 """
 
 import time

@@ -381,7 +381,8 @@ def measure_sides(
         for side, mode in modes.items():
             memory.peak()  # what building needed does not count
             found = measure_side(args, module, flags, agent, mode, backend)
-            size = {"width_scale": args.width_scale, "sparsity": args.sparsity, "side": side}
+            sparsity = 0.0 if network == "dense" else args.sparsity
+            size = {"width_scale": args.width_scale, "sparsity": sparsity, "side": side}
             yield {**size, **found, "peak_mib": memory.peak()}
         del agent
 
@@ -543,6 +544,12 @@ def write_table(args: Args, measure: Callable, draw_it: Callable, name: str) -> 
 def main(args: Args) -> None:
     if args.reference and args.agent != "sac":
         timing.fail(f"--reference {args.reference}: SAC's update only; give --agent sac")
+    on_cpu = args.device != "cuda"
+    if args.reference and (args.profile or args.launches or (args.table and on_cpu)):
+        timing.fail(
+            f"--reference {args.reference}: one row, or a table of a GPU; "
+            "leave out --profile, --launches and (on a CPU) --table"
+        )
     file = Path(args.against)
     if args.against not in ("twin", "dense") and not (file.is_file() and file.suffix == ".py"):
         timing.fail(f"--against {file}: neither twin nor dense, and no Python file")

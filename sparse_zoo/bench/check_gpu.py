@@ -4,9 +4,9 @@
     python sparse_zoo/bench/check_gpu.py --cpu-dry-run    # every part in a tiny form, on a CPU
 
 It is made to end within 8 minutes, needs no network, and of environments only Gymnasium's Pendulum.
-Each part is caught: one that fails says so, and the next begins. No part begins after --seconds,
-and no step of a part that goes on. All numbers are printed at the end, and are in the folder of
---output: numbers.csv and gpu_update_costs.csv after each part, at the end a figure and
+Each part is caught: one that fails says so, and the next begins. After --seconds nothing begins: no
+part, and no further step of the one that runs. All numbers are printed at the end, and are in the
+folder of --output: numbers.csv and gpu_update_costs.csv after each part, at the end a figure and
 failures.txt.
 
 SAC and DDPG run whole. DrQ-v2 and DER need packages for their environments; of them, updates from
@@ -410,8 +410,7 @@ def loop(check: Check) -> None:
     for name in check.in_time(cases):
         args = replace(cases[name], **size)
         spent = bench_loop.measure(args)
-        speed = 2 * args.decisions / sum(spent.values())
-        check.note(f"{name}", speed, "env steps per second")
+        check.note(name, bench_loop.steps_per_second(args, spent), "env steps per second")
         for part, seconds in spent.items():
             check.note(f"{name}: {part}", 1000 * seconds / args.decisions, "ms a decision")
 
@@ -451,7 +450,7 @@ def compiled(check: Check) -> None:
     for width, side, sparsity in check.in_time(cases[:1] if check.tiny else cases):
         args = update_args(check, width, sparsity)
         for row in bench_update.measure_sides(args, (side,), backend):
-            note_update(check, {**row, "sparsity": sparsity if "masked" in side else 0.0})
+            note_update(check, row)
 
 
 def profiles(check: Check) -> None:

@@ -1,5 +1,6 @@
 """What the scripts of this folder share: clocks, turns, processes, and the masked dense twin."""
 
+import contextlib
 import importlib
 import multiprocessing
 import signal
@@ -29,6 +30,19 @@ def import_reference(folder: str, module: str, name: str):
         return importlib.import_module(module)
     except ImportError as error:
         fail(f"--reference {folder}: no clone of {name} ({error})")
+
+
+@contextlib.contextmanager
+def replaced(owner, **attributes):
+    """Other attributes of a module or class, for as long as the context lasts."""
+    before = {name: getattr(owner, name) for name in attributes}
+    try:
+        for name, value in attributes.items():
+            setattr(owner, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(owner, name, value)
 
 
 def measure(function: Callable, clock: Callable = time.perf_counter, repeats: int = 1) -> float:

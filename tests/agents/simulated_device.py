@@ -3,7 +3,7 @@
 Its tensors cannot mix with those of the CPU. Runs an agent's file on the CPU (FOLDER/cpu) and on
 this device (FOLDER/sim; interrupted once, then it goes on):
 
-    python tests/simulated_device.py sparse_zoo/sac_simba_sparse.py FOLDER FLAGS...
+    python tests/agents/simulated_device.py sparse_zoo/sac_simba_sparse.py FOLDER FLAGS...
 
 It shows that a program puts every tensor where it belongs, as it must with CUDA; it shows nothing
 about CUDA's kernels.

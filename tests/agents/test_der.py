@@ -68,9 +68,6 @@ def test_cross_entropy_priorities_and_weights_equal_dopamine(golden, tmp_path):
     sampled = replay.sample(500, CPU)
     expected = golden["is_weights"].float() / golden["is_weights"][sampled.place.unique()].max()
     assert torch.allclose(sampled.weight, expected[sampled.place], rtol=1e-5)
-    assert (golden["is_weights"].float() * golden["ce_loss"]).mean().item() == pytest.approx(
-        golden["weighted_mean_loss"].item(), rel=1e-5
-    )
 
 
 def test_dueling_heads_equal_dopamine(golden, monkeypatch):
@@ -351,7 +348,7 @@ def test_what_sparsity_prunes():
         assert layer.sigma.numel() == getattr(layer.mean, layer.weight_name).numel()
         assert layer.bias_sigma.numel() == layer.mean.bias.numel()
         noisy += layer.sigma.numel() + layer.bias_sigma.numel()
-    active, total = count_weights(rows)
+    total, active = count_weights(rows)
     assert total == 97_744 + (3872 + 1) * 512 + (512 + 1) * 51 + (512 + 1) * 6 * 51
     # Rounded down for each parameter
     assert active == pytest.approx(0.2 * total, abs=len(rows) + 20)
@@ -360,7 +357,7 @@ def test_what_sparsity_prunes():
     density = {name: 1 - sparsity for name, sparsity in der.erdos_renyi(shapes, 0.8).items()}
     convolution, linear = density["encoder.10.layers.1.weight"], density["hidden.mean.weight"]
     ratio = ((32 + 32 + 3 + 3) / (32 * 32 * 3 * 3)) / ((3872 + 512) / (3872 * 512))
-    assert convolution == 1 or convolution / linear == pytest.approx(ratio)
+    assert convolution / linear == pytest.approx(ratio)
 
 
 def test_bf16_encodes_nearly_the_same():

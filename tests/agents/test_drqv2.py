@@ -379,7 +379,7 @@ def test_what_sparsity_prunes():
     active = {}
     total = {}
     for name in ("encoder", "actor", "critic"):
-        active[name], total[name] = count_weights(drq.layer_table(getattr(agent, name)))
+        total[name], active[name] = count_weights(drq.layer_table(getattr(agent, name)))
     assert total["encoder"] == active["encoder"] == 30_368
     assert (
         total["actor"]
@@ -389,7 +389,7 @@ def test_what_sparsity_prunes():
     assert active["critic"] == pytest.approx(0.2 * total["critic"], abs=20)
     assert active["critic"] == count_parameters(agent.critic)
     both = drq.Agent(drq.Args(sparsity=0.8, sparsify_encoder=True, width_scale=0.25), 2, CPU)
-    listed, _ = count_weights(drq.layer_table(both.encoder))
+    _, listed = count_weights(drq.layer_table(both.encoder))
     assert listed == count_parameters(both.encoder) == pytest.approx(0.2 * 30_368, abs=10)
 
 

@@ -147,7 +147,7 @@ def test_every_layer_keeps_an_exact_number_of_weights(distribution, sparsity):
         assert active.min() >= 0 and active.max() < row["total"]
     biases = sum(math.prod(shape) for shape in shapes.values() if len(shape) == 1)
     assert others["active"] == others["total"] == biases
-    active, total = count_weights(table)
+    total, active = count_weights(table)
     assert total == count_parameters(dense) and active == count_parameters(pruned)
     if distribution == "erdos_renyi":
         roundings = len(shapes) + len(weights) / 2  # as below
@@ -223,7 +223,7 @@ def test_sparsity_of_one_network_overrides_that_of_both(flags, actor, critic):
     agent = tiny_agent(**flags)
     for name, sparsity in (("actor", actor), ("critic", critic)):
         rows = sac.layer_table(getattr(agent, name))
-        active, total = count_weights(rows)
+        total, active = count_weights(rows)
         # Each parameter tensor rounds what it loses, by less than one; and each layer its count, by
         # at most a half.
         tensors = len(list(getattr(agent, name).parameters()))
@@ -235,11 +235,11 @@ def test_layer_table_of_humanoid():
     torch.manual_seed(1)
     agent = sac.Agent(sac.Args(sparsity=0.9), 67, 21, CPU)
     tables = [sac.layer_table(agent.actor), sac.layer_table(agent.critic)]
-    assert [count_weights(rows)[1] for rows in tables] == [146_346, 4_248_577]  # 4.4 M
+    assert [count_weights(rows)[0] for rows in tables] == [146_346, 4_248_577]  # 4.4 M
     for name in ("actor", "critic"):
         official = OFFICIAL[f"sac/{name}/default_x1"]["by_sparsity"]["0.9"]
         rows = sac.layer_table(getattr(agent, name))
-        active, _ = count_weights(rows)
+        _, active = count_weights(rows)
         assert active == pytest.approx(official["expected_active_total"], abs=len(rows) / 2)
         expected = sorted(
             (1 - sparsity) * math.prod(OFFICIAL[f"sac/{name}/default_x1"]["shapes"][path])
@@ -248,7 +248,7 @@ def test_layer_table_of_humanoid():
         )
         assert sorted(row["active"] for row in rows[:-1]) == pytest.approx(expected, rel=2e-3)
     stored = count_parameters(agent.actor, agent.critic)
-    assert stored == sum(count_weights(rows)[0] for rows in tables)
+    assert stored == sum(count_weights(rows)[1] for rows in tables)
 
 
 def test_humanoid_at_width_4_has_70_million_parameters_and_7_million_active():
@@ -445,7 +445,7 @@ def test_sparsity_zero_is_the_plain_dense_network():
         )
         assert list(ours.state_dict()) == list(network.state_dict())
         assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), network.parameters()))
-        active, total = count_weights(sac.layer_table(getattr(agent, name)))
+        total, active = count_weights(sac.layer_table(getattr(agent, name)))
         assert active == total == count_parameters(network)
 
 

@@ -244,7 +244,7 @@ def test_survivors_of_pruning_keep_their_initial_values(init):
 def test_each_network_may_have_a_sparsity_of_its_own(name):
     agent, _ = make_agent(27, 8, width_scale=0.5, sparsity=0.5, **{f"{name}_sparsity": 0.9})
     for network in ("actor", "critic"):
-        active, total = count_weights(getattr(agent, network).layer_table())
+        total, active = count_weights(getattr(agent, network).layer_table())
         assert active / total == pytest.approx(0.1 if network == name else 0.5, abs=1e-3)
         assert getattr(agent, network).weights.size == active
 

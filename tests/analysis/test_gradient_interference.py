@@ -249,6 +249,7 @@ def test_bad_input_ends_with_one_line_and_code_2(run, tmp_path):
         "foreign": lambda checkpoint: checkpoint.pop("critic"),
         "version": lambda checkpoint: checkpoint["args"].update(old_flag=1),
         "midway": lambda checkpoint: checkpoint.update(finished=False),
+        "dynamic": lambda checkpoint: checkpoint.update(topology={}),
     }.items():
         write_run(tmp_path / name, sac)
         checkpoint = load_checkpoint(tmp_path / name)
@@ -264,6 +265,7 @@ def test_bad_input_ends_with_one_line_and_code_2(run, tmp_path):
         (["absent"], "no checkpoint.pt in absent"),
         (["damaged"], "damaged/checkpoint.pt is damaged"),
         (["foreign"], "foreign/checkpoint.pt is not of sac_simba_sparse.py"),
+        (["dynamic"], "dynamic/checkpoint.pt is of sac_simba_dynamic.py; give a run whose masks"),
         (
             ["version"],
             "version/checkpoint.pt is of another version of sac_simba_sparse.py old_flag",

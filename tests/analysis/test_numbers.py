@@ -198,7 +198,7 @@ def test_bootstrap_intervals_hold_95_percent():
     values = np.arange(50.0)
     half = 1.96 * values.std() / 50**0.5
     for interval in (
-        plots.bootstrap_interval([values], scaling.mean_over_tasks),
+        plots.bootstrap_interval([values], plots.mean_of_tasks),
         plots.mean_interval(values),
     ):
         assert interval == pytest.approx((24.5 - half, 24.5 + half), abs=0.08 * half)

@@ -40,8 +40,14 @@ DAMAGED = {
     "a list": ({"args": "[]"}, "args.json is damaged (TypeError)"),
     "no flags": ({"args": "{}"}, "args.json is damaged (KeyError)"),
     "null": ({"args": '{"args": null}'}, "args.json is damaged (TypeError)"),
-    "null flags": ({"seed": None, "sparsity": None}, "args.json has no seed, sparsity"),
-    "words for numbers": ({"actor_sparsity": "much"}, "args.json has no actor_sparsity"),
+    "null flags": (
+        {"seed": None, "sparsity": None},
+        "args.json: seed, sparsity missing or unusable",
+    ),
+    "words for numbers": (
+        {"actor_sparsity": "much"},
+        "args.json: actor_sparsity missing or unusable",
+    ),
     "no metrics.csv": ({"metrics": None}, "metrics.csv: No such file or directory"),
     "empty": ({"metrics": ""}, "metrics.csv is damaged or empty (EmptyDataError)"),
     "other columns": ({"metrics": "a,b\n1,2\n"}, "metrics.csv is damaged or empty (ValueError)"),
@@ -51,15 +57,15 @@ DAMAGED = {
     ),
     "nested": ({"args": "[" * 100_000}, "args.json is damaged (RecursionError)"),
     "not UTF-8": ({"args": "\udcff"}, "args.json is damaged (UnicodeDecodeError)"),
-    "true": ({"seed": True}, "args.json has no seed"),
-    "NaN": ({"width_scale": math.nan}, "args.json has no width_scale"),
-    "a line break in a name": ({"exp_name": "a\nb"}, "args.json has no exp_name"),
+    "true": ({"seed": True}, "args.json: seed missing or unusable"),
+    "NaN": ({"width_scale": math.nan}, "args.json: width_scale missing or unusable"),
+    "a line break in a name": ({"exp_name": "a\nb"}, "args.json: exp_name missing or unusable"),
     "twice": (
         {"metrics": FINISHED + FINISHED.splitlines()[-1] + "\n"},
         "metrics.csv has some measurements twice",
     ),
-    "too large": ({"seed": 10**400}, "args.json has no seed"),
-    "a list for a name": ({"env_id": ["a"]}, "args.json has no env_id"),
+    "too large": ({"seed": 10**400}, "args.json: seed missing or unusable"),
+    "a list for a name": ({"env_id": ["a"]}, "args.json: env_id missing or unusable"),
     "a return that is not finite": (
         {"metrics": FINISHED.replace("2.5", "nan")},
         "its final return is not finite",
@@ -84,7 +90,8 @@ DAMAGED = {
     ),
     "too few flags": (
         {"args": '{"args": {"seed": 7}}'},
-        "args.json has no depth_scale, env_id, exp_name, sparsity, total_timesteps, width_scale",
+        "args.json: depth_scale, env_id, exp_name, sparsity, total_timesteps, width_scale"
+        " missing or unusable",
     ),
     "run.old1": ({}, "moved aside by --no-resume"),
 }
@@ -245,6 +252,13 @@ def test_ctrl_c_is_one_line(tmp_path, early):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1 and err.startswith("interrupted; ") and err.count("\n") == 1
+
+
+def test_the_folder_of_runs_may_be_at_home(tmp_path, monkeypatch):
+    write_run(tmp_path / "mine" / "a")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    found, left_out = runs.load_runs("~/mine")
+    assert [run.name for run in found] == ["a"] and left_out == []
 
 
 def test_standard_output_that_cannot_be_written(tmp_path):

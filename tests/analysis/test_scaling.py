@@ -264,6 +264,14 @@ def test_runs_of_earlier_calls(tmp_path, main, draw):
     assert "12 runs" in out and "left out" not in out
     pd.testing.assert_frame_equal(table, whole)
 
+    # Folders whose names are numbers: still the same run
+    for number, folder in enumerate(sorted(runs.iterdir())):
+        folder.rename(runs / str(number))
+    draw("sparsity")
+    shutil.copy(tmp_path / "out" / "runs.csv", tmp_path / "numbers.csv")
+    out, _ = draw("sparsity", "--earlier", tmp_path / "numbers.csv")
+    assert "8 runs" in out and "left out" not in out
+
     pd.read_csv(first).assign(env_steps=50_000).to_csv(first, index=False)
     check_error(main("sparsity", "--earlier", first), "50,000 and 1,000,000 env steps")
     for bad in ("nowhere.csv", "out/sparsity.csv"):
@@ -345,6 +353,11 @@ def test_runs_that_cannot_be_compared(tmp_path, main):
     write_run(tmp_path / "runs", 1.0, threads=2, seed=2)
     write_run(tmp_path / "runs", 1.0, exp_name=DDPG, total_timesteps=5)
     succeed(main("size"))
+    # The same network, by other flags
+    write_run(tmp_path / "runs", 1.0, sparsity=0.9, seed=4)
+    both = {"actor_sparsity": 0.9, "critic_sparsity": 0.9}
+    write_run(tmp_path / "runs", 1.0, sparsity=0.9, seed=5, **both)
+    assert "left out" not in succeed(main("size"))
     write_run(tmp_path / "runs", 1.0, seed=3, total_timesteps=5)
     mixed = (
         "mixes runs of sac_simba_sparse with --total-timesteps 1000000 and 5; keep such runs apart"
@@ -426,9 +439,31 @@ def test_each_task_counts_the_same(skewed):
     assert (points.mean_low < 520).all() and (points.mean_high > 520).all()
 
 
-def test_default_statistic_of_each_figure():
-    named = {"bars": "mean", "width": "std", "depth": "std"}
-    assert {**named, "aggregate": "mean"} == scaling.STATISTICS
+@pytest.mark.parametrize(
+    "figure,words",
+    {
+        "size": "interquartile mean",
+        "size-linear": "interquartile mean",
+        "sparsity": "interquartile mean",
+        "aggregate": "mean",
+        "bars": "mean",
+        "width": "mean, standard deviation",
+        "depth": "mean, standard deviation",
+    }.items(),
+)
+def test_default_statistic_of_each_figure(figure, words, tmp_path, main, monkeypatch):
+    """As the captions of the paper say; an interquartile mean where they say nothing."""
+    drawn = []
+    monkeypatch.setattr(scaling.plots, "save", lambda figure, *_: drawn.append(figure))
+    for seed in (1, 2):
+        for width in (1.0, 2.0):
+            write_run(tmp_path / "runs", seed * width, seed=seed, width_scale=width)
+        if figure in ("depth", "aggregate"):
+            write_run(tmp_path / "runs", seed * 3, seed=seed, width_scale=2.0, depth_scale=2)
+    succeed(main(figure))
+    (legend,) = drawn[0].legends
+    text = legend.get_title().get_text().replace("\n", " ")
+    assert re.match(words + r"[;,] (?!standard)", text), text
 
 
 def test_sparsities_of_actor_and_critic(tmp_path, main, draw):

@@ -115,6 +115,7 @@ def test_runs_that_cannot_be_used_are_named(tmp_path, main, out):
     write_run(tmp_path / "runs", {}, name="c", seed=2)  # no episode has ended
     text = succeed(main())
     assert "left out: b: a second run of this network, task and seed" in text
+    assert "left out: c: no episode has ended" in text
     assert "not drawn: figure 13, for lack of a finished run with --init sparse_init" in text
     assert pd.read_csv(out / "final_returns.csv")["values"].tolist() == [5]
     assert main("--figures", "13")[0] == 2

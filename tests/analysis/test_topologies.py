@@ -99,7 +99,7 @@ def test_runs_that_cannot_be_used(tmp_path, main):
     assert f"left out: {other.name}: a run of ddpg_simba_sparse" in text
     assert f"left out: {bare.name}: args.json has no layer tables" in text
     assert f"left out: {uneven.name}: actor sparsity 0 is not that of the critic, 0.9" in text
-    assert f"left out: {small.name}: args.json has no batch_size" in text
+    assert f"left out: {small.name}: args.json: batch_size missing or unusable" in text
     write_run(runs, 10.0, seed=4, gamma=0.9)
     write_run(runs, 10.0, seed=5, gamma=0.8)
     check_error(main(), "--gamma 0.8 and 0.9")

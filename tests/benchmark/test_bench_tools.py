@@ -1,7 +1,4 @@
-"""The other bench_*.py: each runs on small networks and prints what its page quotes.
-
-bench_stream.py needs a clone of the original code.
-"""
+"""The other bench_*.py: each runs on small networks and prints what its page quotes."""
 
 import re
 import shlex
@@ -81,7 +78,12 @@ BAD = {
     "bench_costs.py": ["--seconds 0.0", "--seconds nan", "--agents nobody", "--output /dev/null/x"],
     "bench_der.py": ["--turns 0", "--width-scale 0", "--sparsity 1.0", "--threads -1"],
     "bench_diagnostics.py": ["--turns -1", "--width-scale nan", "--sparsity", "--agent der"],
-    "bench_drqv2.py": ["--reference nowhere", "--batch-size 0", "--width-scale inf"],
+    "bench_drqv2.py": [
+        "--reference nowhere",
+        "--reference . --linear",
+        "--batch-size 0",
+        "--width-scale inf",
+    ],
     "bench_stream.py": ["--steps 3", "--sparse-kernel fast", "--reference nowhere"],
     "bench_update.py": ["--turns 0", "--obs-dim 0", "--turn-seconds nan", "--output ''"],
 }

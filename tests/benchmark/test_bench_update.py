@@ -43,6 +43,19 @@ def test_bad_against(main, flags):
     check_error(main(bench_update.__file__, "--against", *flags.split()), "--against")
 
 
+@pytest.mark.parametrize("flags", ["--table", "--profile", "--launches"])
+def test_a_reference_is_never_left_out_in_silence(main, flags):
+    flags = f"--reference jax {flags} --device cpu"
+    check_error(main(bench_update.__file__, *flags.split()), "--reference jax: one row")
+
+
+def test_a_dense_side_has_no_sparsity():
+    size = {"width_scale": 0.125, "sparsity": 0.9, "device": "cpu"}
+    args = bench_update.Args(**size, turns=1, turn_seconds=0.0)
+    rows = bench_update.measure_sides(args, ("ours", "dense"))
+    assert {row["side"]: row["sparsity"] for row in rows} == {"ours": 0.9, "dense": 0.0}
+
+
 def test_a_file_that_is_no_agent(capsys):
     args = bench_update.Args(against=bench_update.__file__, threads=1)
     with pytest.raises(SystemExit):

@@ -12,6 +12,7 @@ import sac_simba_sparse as sac
 import torch
 from analysis import plan
 from conftest import (
+    FIGURES,
     ROOT,
     Ended,
     call,
@@ -21,8 +22,6 @@ from conftest import (
     succeed,
     write_run,
 )
-
-FIGURES = [f"fig{number}" for number in range(1, 19)]
 
 
 def benchmark(*arguments: str, **more: str) -> Ended:
@@ -132,7 +131,7 @@ def weights(width: float, depth: int) -> int:
         agent = sac.Agent(
             sac.Args(width_scale=width, depth_scale=depth), 67, 21, torch.device("meta")
         )
-    return count_weights(layer_tables(agent))[1]
+    return count_weights(layer_tables(agent))[0]
 
 
 def test_sparse_networks_have_as_many_active_weights_as_the_dense_one_of_width_2():
@@ -173,7 +172,7 @@ def test_small_networks_can_be_as_sparse(scale):
         _, width, _, depth, _, sparsity = size.split()
         args = sac.Args(width_scale=float(width), depth_scale=int(depth), sparsity=float(sparsity))
         agent = sac.Agent(args, 17, 6, torch.device("cpu"))
-        active, total = count_weights(layer_tables(agent))
+        total, active = count_weights(layer_tables(agent))
         assert active / total == pytest.approx(1 - float(sparsity), abs=0.01)
 
 

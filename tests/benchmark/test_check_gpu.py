@@ -206,7 +206,7 @@ def test_a_loop_is_timed_from_the_first_decision_to_the_last(monkeypatch):
 
 @pytest.mark.skipif(not importlib.util.find_spec("jax"), reason="there is no JAX here")
 def test_the_update_in_jax_is_ours():
-    """Losses of an update and the mean of each parameter tensor, from the same networks."""
+    """Losses and all parameters after an update, from the same networks."""
     import jax.numpy as jnp
     import jax_update
 
