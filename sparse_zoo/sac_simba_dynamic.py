@@ -1992,7 +1992,7 @@ class DeviceRow:
 def set_capturable(agent, device: torch.device) -> None:
     """Keeps the optimisers' step counts on a GPU, where a CUDA graph needs them.
 
-    For after loading: a checkpoint brings back the setting of the device it was made on.
+    Call it after loading: a checkpoint brings back the setting of the device it was made on.
     """
     for part in vars(agent).values():
         if isinstance(part, torch.optim.Optimizer):

@@ -4,9 +4,9 @@
 
 On one thread: CPU time does not count what other programs take. An update is all that an agent does
 with one batch; a frame is one simulator frame of training: acting, simulating and drawing, over the
-frames of a decision (of DrQ-v2 without the policy, which costs little beside an update). Each row
-of docs/results/costs.csv is the mean over --seconds of work. Rows of agents that were not asked for
-stay. benchmark.sh estimates core hours from it.
+frames of a decision (of DrQ-v2 with random actions). Each row of docs/results/costs.csv is the mean
+over --seconds of work. Rows of agents that were not asked for stay. benchmark.sh estimates core
+hours from it.
 """
 
 import os

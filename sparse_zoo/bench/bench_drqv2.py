@@ -148,7 +148,7 @@ def start(args: Args, side: str) -> Connection:
 
 def main(args: Args) -> None:
     if args.reference and args.linear:
-        timing.fail("--reference: has no sparse layers; leave out --linear")
+        timing.fail("--reference: the original has no sparse layers to compare; leave out --linear")
     if args.reference and not (Path(args.reference) / "drqv2.py").exists():
         timing.fail(f"--reference {args.reference}: no clone of drqv2")
     names = ["ours", "masked dense"] if args.linear else ["ours", "our sampling"]
