@@ -70,8 +70,9 @@ import shlex
 import signal
 import sys
 
-if __name__ == "__main__":  # Ctrl-C ends with one line, also in the seconds of the imports below
-    signal.signal(signal.SIGINT, lambda *_: sys.exit("interrupted"))
+if __name__ == "__main__":  # Ctrl-C and SIGTERM end with one line, also while packages load
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: sys.exit("interrupted"))
 
 import ast
 import copy
@@ -355,6 +356,8 @@ class ObservationNorm:
 
     def load_state_dict(self, state: dict) -> None:
         for name, value in state.items():
+            if value.shape != np.shape(getattr(self.statistics, name)):
+                raise ValueError(f"{name} has the shape {tuple(value.shape)}")
             setattr(self.statistics, name, value.numpy())
 
 
@@ -1327,10 +1330,14 @@ class Gate(gym.Wrapper):
 
     def guard(self, method: Callable, *values, **named):
         """What a method of the environment returns."""
+        where = f"{method.__name__} at env step {self.env_step}: "
         try:
             return method(*values, **named)
+        except SystemExit as end:
+            if end.code:  # Ctrl-C too ends here
+                raise
+            fail(f"--env-id {self.args.env_id}: {where}it ended the program")
         except Exception as error:
-            where = f"{method.__name__} at env step {self.env_step}: "
             fail_in_environment(self.args, where, error)
 
     def call(self, method: Callable, count: int, *values, **named) -> tuple:
@@ -1411,14 +1418,14 @@ def open_env(args, render_mode: str | None = None) -> gym.Env:
             where = "to film it: "
             env.reset(seed=0)
             frame = env.render()
+        space = env.observation_space
+        check_action_space(args, env.action_space)
     except (gym.error.Error, ModuleNotFoundError) as error:
         fail(f"--env-id {args.env_id}: {error}")
     except Exception as error:
         fail_in_environment(args, where, error)
     if filming and not (isinstance(frame, np.ndarray) and frame.ndim == 3):
         fail(f"--capture-video: --env-id {args.env_id} renders no picture (height, width, 3)")
-    check_action_space(args, env.action_space)
-    space = env.observation_space
     parts = space.values() if isinstance(space, gym.spaces.Dict) else [space]
     for part in parts:
         if not isinstance(part, gym.spaces.Box):
@@ -2508,7 +2515,7 @@ def describe_nearest(args) -> str:
             same_agent = made_with["exp_name"] == args.exp_name
         except (OSError, ValueError, KeyError, TypeError):
             continue
-        if same_agent:
+        if same_agent and (path.parent / "checkpoint.pt").exists():
             differing = [
                 f"--{name.replace('_', '-')} {made_with.get(name)} (not {value})"
                 for name, value in result_flags(args).items()
@@ -2606,15 +2613,15 @@ class Run:
             if not path.exists():  # killed between the two renames of save_checkpoint
                 path = self.folder / "checkpoint.previous.pt"
         except OSError as error:
-            fail(f"cannot use {self.folder} ({error.strerror}); choose another --runs-dir")
+            fail(f"cannot use {self.folder} ({error.strerror}); change --runs-dir or --exp-name")
         metrics = self.folder / "metrics.csv"
         written = metrics.read_bytes() if metrics.exists() else b""
         finished = re.findall(rb"^(\d+),.*,final/return_mean,", written, re.M)  # at which env step
         if not path.exists():
             if args.eval_only:
-                fail(
-                    f"nothing to evaluate: no checkpoint in {self.folder}; {describe_nearest(args)}"
-                )
+                deleted = "it was deleted; --no-resume trains the run again"
+                hint = deleted if finished else describe_nearest(args)
+                fail(f"nothing to evaluate: no checkpoint in {self.folder}; {hint}")
             if finished and int(finished[-1]) < args.total_timesteps:
                 fail(
                     f"{self.folder} is finished at env step {int(finished[-1])} and has no "
@@ -2660,13 +2667,13 @@ class Run:
             LOCKS.append(lock)
             owner.write_text(f"process {os.getpid()} on {platform.node()}")
         except Timeout:
-            by = owner.read_text() if owner.exists() else "another process"
+            by = owner.read_text(errors="replace") if owner.exists() else "another process"
             fail(
                 f"{by} is working in {self.folder}; wait for it, or change --seed or --exp-name "
                 f"(if it does not run any more: delete {path})"
             )
         except OSError as error:
-            fail(f"cannot use {self.folder} ({error.strerror}); choose another --runs-dir")
+            fail(f"cannot use {self.folder} ({error.strerror}); change --runs-dir or --exp-name")
 
     def move_aside(self) -> None:
         """Moves everything in the folder to <folder>.old1, .old2, ..., the first that is free."""
@@ -2713,7 +2720,12 @@ class Run:
         """Gives the parts what the checkpoint holds of them."""
         for name, part in parts.items():
             try:
-                part.load_state_dict(self.checkpoint.pop(name))  # its memory is freed
+                saved = self.checkpoint.pop(name)  # from here on its memory can be freed
+                if isinstance(part, torch.optim.Optimizer):  # PyTorch itself takes any other kind
+                    own = part.state_dict()["param_groups"][0].keys()
+                    if own != saved["param_groups"][0].keys():
+                        raise ValueError("it is of another kind of optimizer")
+                part.load_state_dict(saved)
             except Exception as error:
                 if is_out_of_memory(error):
                     raise
@@ -2841,6 +2853,8 @@ class Run:
                 self.wandb.save(film, base_path=self.folder, policy="now")
             self.wandb.finish()
         self.bar.close()
+        if self.update_step == 0:
+            print("note: nothing was learned: training ended before the first update")
         draw_learning_curve(self.folder, self.args.env_id)
         episodes = self.args.final_eval_episodes
         program = sys.argv[0] if __name__ == "__main__" else __file__
@@ -2929,7 +2943,11 @@ def read_checkpoint(path: Path) -> dict:
             left -= len(data)
         if file.read() != sha256.digest():
             raise ValueError("its checksum is wrong")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    missing = {"args", "generators", "counters", "finished"} - checkpoint.keys()
+    if missing or len(checkpoint["counters"]) != 5:
+        raise ValueError("it is of another version of this file")
+    return checkpoint
 
 
 def restore_generators(generators: dict) -> None:
@@ -3035,13 +3053,16 @@ def write_video(path: Path, frames: list[np.ndarray], fps: float = 30) -> None:
 
     try:
         height, width, _ = frames[0].shape
+        for frame in frames:
+            if frame.shape != frames[0].shape or frame.dtype != np.uint8:
+                raise ValueError("frames must be of one size, and of type uint8")
         even = ((0, height % 2), (0, width % 2), (0, 0))  # most players need even sides
         path.parent.mkdir(exist_ok=True)
         with imageio.get_writer(path, fps=fps, macro_block_size=None) as film:
             for frame in frames:
                 film.append_data(np.pad(frame, even))
     except Exception as error:
-        print(f"warning: no film in {path}: {type(error).__name__}: {error}", file=sys.stderr)
+        tqdm.write(f"warning: no film in {path}: {in_short(error)}", file=sys.stderr)
 
 
 def summary(returns: np.ndarray) -> dict[str, float]:

@@ -55,7 +55,7 @@ class Args:
     """random heads per initialisation"""
     grid: Annotated[int, "2 <= x <= 5000"] = 300
     """points along each of the two inputs"""
-    reach: Annotated[float, "0 < x < inf"] = 100.0
+    reach: Annotated[float, "1e-30 < x < 3e38"] = 100.0
     """the grid covers [-reach, reach]^2"""
     threads: runs.Threads = None
     """CPU threads (default: all cores)"""

@@ -348,6 +348,21 @@ def test_metrics_lost_since_the_checkpoint(main, runs, tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["--resume", "--eval-only"])
+@pytest.mark.parametrize(
+    "changes,words",
+    [
+        ({"counters": (1, 2, 3)}, "another version of this file"),
+        ({"norm": {"mean": torch.zeros(7)}}, "norm in the checkpoint does not fit shape (7,)"),
+    ],
+)
+def test_checkpoint_of_another_form_stays(main, runs, tmp_path, mode, changes, words):
+    rewrite_checkpoint(runs[0], **{"finished": False, **changes})
+    before = contents(tmp_path)
+    check_error(main(*TINY, mode), *words.split())
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("mode", ["--resume", "--eval-only"])
 def test_checkpoint_of_other_flags_stays(main, runs, tmp_path, mode):
     path = runs[0] / "checkpoint.pt"
     shutil.copy(runs[1] / "checkpoint.pt", path)

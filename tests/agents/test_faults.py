@@ -65,6 +65,8 @@ class Weird(gym.Env):
         if self.steps == 30:
             if self.fault == "raises":
                 raise RuntimeError("the robot fell\\nand cannot get up")
+            if self.fault == "exits":
+                raise SystemExit
             obs[1] = {"nan": np.nan, "inf": np.inf, "huge": 1e39}.get(self.fault, obs[1])
             obs = obs[:2] if self.fault == "shape" else obs
             rewards = {"nan reward": np.nan, "inf reward": -np.inf, "two rewards": np.zeros(2)}
@@ -99,6 +101,14 @@ class NoObservations(Weird):
 
 class NoParts(Weird):
     observation_space = gym.spaces.Dict({})
+
+
+class NoActionSpace(Weird):
+    action_space = property(lambda self: self.nothing)
+
+
+class NoObservationSpace(Weird):
+    observation_space = property(lambda self: self.nothing)
 
 
 class Half(Weird):
@@ -154,7 +164,7 @@ FLAGS = (
 AGENT_FLAGS = {
     "sac_simba_sparse": f"{FLAGS} --batch-size 8 --action-repeat 1 --device cpu",
     "ddpg_simba_sparse": f"{FLAGS} --batch-size 8 --action-repeat 1 --device cpu",
-    "stream_ac_sparse": f"{FLAGS} --diagnostics-interval 0",
+    "stream_ac_sparse": f"{FLAGS} --init lecun --diagnostics-interval 0",
 }
 
 
@@ -186,6 +196,7 @@ FAULTS = {
     "shape": (2, "shape (2,) declared shape (3,) (env step 30)"),
     "no flag": (2, "None terminated truncated True or False"),
     "raises": (2, "step at env step 30: RuntimeError: the robot fell traceback.txt"),
+    "exits": (2, "step at env step 30: it ended the program"),
     "four values": (2, "4 values from step; Gymnasium 1.x"),
     "old reset": (2, "ndarray from reset; Gymnasium 1.x"),
     "no info": (2, "NoneType as info dict (env step 1)"),
@@ -236,6 +247,8 @@ def test_observations_that_overflow_their_declared_type_are_refused(run):
         ("NoActions", "a bounded Box of one dimension, of real numbers (at least one)"),
         ("NoObservations", "has observations Box no numbers"),
         ("NoParts", "has observations Dict() no numbers"),
+        ("NoActionSpace", "AttributeError traceback.txt"),
+        ("NoObservationSpace", "AttributeError traceback.txt"),
     ],
 )
 def test_spaces_of_nothing_are_refused(run, agent, kind, words):
@@ -446,19 +459,47 @@ def test_a_checkpoint_that_cannot_be_created_says_why(tmp_path):
         subprocess.run(["umount", tmp_path], check=True)
 
 
-def test_a_film_of_odd_sides_and_one_that_cannot_be_written(tmp_path, capsys):
+def test_a_film_of_odd_sides_and_those_that_cannot_be_written(tmp_path, capsys):
     frames = [np.full((101, 103, 3), shade, np.uint8) for shade in (0, 90, 180)]
     sac.write_video(tmp_path / "films" / "a.mp4", frames)
     assert imageio.mimread(tmp_path / "films" / "a.mp4")[0].shape == (102, 104, 3)
     (tmp_path / "file").touch()
     sac.write_video(tmp_path / "file" / "a.mp4", frames)
-    assert capsys.readouterr().err.startswith("warning: no film in")
+    sac.write_video(tmp_path / "other" / "a.mp4", [frames[0], frames[1][:50]])
+    sac.write_video(tmp_path / "other" / "a.mp4", [frame / 255 for frame in frames])
+    assert not (tmp_path / "other").exists()
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == 3
+    assert all(line.startswith("warning: no film in") for line in warnings)
+    assert all("of one size, and of type uint8" in line for line in warnings[1:])
 
 
 def test_who_holds_a_run_is_said(run, tmp_path):
     check_error(run("sac_simba_sparse", fault="raises"))
-    with sac.FileLock(only_run(tmp_path / "runs") / ".lock"):
+    run_dir = only_run(tmp_path / "runs")
+    with sac.FileLock(run_dir / ".lock"):
         check_error(run("sac_simba_sparse"), "process", " on ", "delete")
+    (run_dir / ".owner").write_bytes(b"process 7 on \xff")  # of another machine's alphabet
+    with sac.FileLock(run_dir / ".lock"):
+        check_error(run("sac_simba_sparse"), "process 7 on", "delete")
+
+
+def test_a_name_that_is_too_long(run):
+    ended = run("sac_simba_sparse", "--exp-name", "x" * 300)
+    check_error(ended, "too long", "--exp-name")
+
+
+def test_a_run_without_an_update_says_so(run):
+    words = "nothing was learned: training ended before the first update"
+    assert words in succeed(run("sac_simba_sparse", "--learning-starts", "80"))
+    assert words not in succeed(run("sac_simba_sparse"))
+
+
+def test_what_nothing_is_left_of_cannot_learn(run):
+    """SparseInit zeroes ceil(0.9 * 8) = 8 of the 8 weights behind 8 units."""
+    check_error(run("stream_ac_sparse", "--init", "sparse_init"), "8 hidden units", "lecun")
+    ten_units = ("--width-scale", "0.078125")
+    succeed(run("stream_ac_sparse", "--init", "sparse_init", *ten_units))
 
 
 def test_a_runs_folder_at_home(run, tmp_path, monkeypatch):
@@ -481,6 +522,7 @@ fcntl.flock = flock
     "moment, stop, flock",
     [
         ("imports", signal.SIGINT, True),
+        ("imports", signal.SIGTERM, True),
         ("training", signal.SIGINT, True),
         ("training", signal.SIGTERM, True),
         ("training", signal.SIGTERM, False),

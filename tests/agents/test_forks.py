@@ -124,8 +124,15 @@ def test_another_shape_is_refused_in_one_sentence(fork, words, monkeypatch):
     assert "\n" not in str(error.value)
 
 
-def test_a_run_of_another_network_is_left_as_it_is(main, tmp_path):
-    """RMSNorm for LayerNorm over a run of the same flags: one line that names the part."""
+@pytest.mark.parametrize(
+    "old,new,words",
+    [
+        ("nn.LayerNorm(hidden", "nn.RMSNorm(hidden", "actor does not fit another --exp-name"),
+        ("torch.optim.AdamW", "torch.optim.SGD", "actor_optimizer of another kind --exp-name"),
+    ],
+)
+def test_a_run_of_another_network_or_optimizer_is_left_as_it_is(main, tmp_path, old, new, words):
+    """A file that was changed, over a run of the same flags: one line that names the part."""
     source = (tmp_path / "my_sac.py").resolve()
     text = Path(sac.__file__).read_text()
     source.write_text(text)
@@ -134,8 +141,7 @@ def test_a_run_of_another_network_is_left_as_it_is(main, tmp_path):
     checkpoint = run_dir / "checkpoint.pt"
     rewrite_checkpoint(run_dir, finished=False)
     before = checkpoint.read_bytes()
-    source.write_text(text.replace("nn.LayerNorm(hidden", "nn.RMSNorm(hidden"))
-    words = "actor does not fit another --exp-name"
+    source.write_text(text.replace(old, new))
     check_error(main(source, *FLAGS.split()), *words.split())
     assert checkpoint.read_bytes() == before
 

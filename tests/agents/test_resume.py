@@ -309,7 +309,7 @@ def test_finished_run_is_not_run_again_after_its_checkpoints_were_deleted(copy, 
     before = contents(runs)
     out = succeed(main(*command(case, runs)))
     assert "finished" in out and str(only_run(runs)) in out
-    check_error(main(*command(case, runs, "--eval-only")), "nothing to evaluate")
+    check_error(main(*command(case, runs, "--eval-only")), "nothing to evaluate", "deleted")
     longer = main(*command(case, runs, "--total-timesteps", "7000"))
     check_error(longer, "finished at env step 6000", "no checkpoint", "--no-resume")
     assert contents(runs) == before
