@@ -52,7 +52,7 @@ def main(monkeypatch, capsys, tmp_path):
     """
     monkeypatch.setenv("MUJOCO_GL", "disabled")
     monkeypatch.chdir(tmp_path)
-    handler = signal.getsignal(signal.SIGINT)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def run(program: Path | str, *arguments, stdin: str = "") -> Ended:
         monkeypatch.setattr(sys, "argv", [str(program), *map(str, arguments)])
@@ -63,7 +63,8 @@ def main(monkeypatch, capsys, tmp_path):
         except SystemExit as end:
             code = end.code or 0
         finally:  # what the end of a process does
-            signal.signal(signal.SIGINT, handler)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
             for lock in [item for item in gc.get_objects() if type(item) is FileLock]:
                 lock.release(force=True)
         return code, *capsys.readouterr()

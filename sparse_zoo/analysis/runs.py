@@ -27,11 +27,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, NoReturn, get_type_hints
 
-# Ctrl-C while packages load is one line too: so scripts import this file first (pyproject.toml)
+# Ctrl-C and SIGTERM end with one line, also while packages load: so this file is imported first
 OWN = Path(sys.argv[0]).resolve().parent.name in ("analysis", "bench")
 if OWN and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     interrupted = "interrupted; the same command starts again"
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(interrupted))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: sys.exit(interrupted))
 
 import pandas as pd
 import tyro

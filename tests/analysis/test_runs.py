@@ -235,8 +235,9 @@ def listen_to_ctrl_c() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("early", [True, False])
-def test_ctrl_c_is_one_line(tmp_path, early):
+def test_an_interruption_is_one_line(tmp_path, early, stop):
     """While packages load, and later, when it waits for commands."""
     command = [sys.executable, str(SCRIPT.with_name("plan.py")), "status"]
     pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -249,7 +250,7 @@ def test_ctrl_c_is_one_line(tmp_path, early):
         time.sleep(0.05)
         state = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0]
         asleep = asleep + 1 if state == "S" else 0
-    process.send_signal(signal.SIGINT)
+    process.send_signal(stop)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1 and err.startswith("interrupted; ") and err.count("\n") == 1
 
