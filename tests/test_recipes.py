@@ -95,7 +95,7 @@ def roll_out(module, policy, env, run_dir: Path) -> list[float]:
 @pytest.mark.usefixtures("corridor")
 def test_the_policy_of_each_agent_acts_as_in_its_last_evaluation(train, tmp_path, module, flags):
     flags = f"--env-id Corridor-v0 --total-timesteps 100 --learning-starts 40 {flags}"
-    flags += " --threads 1 --device auto --sparsity 0.5 --width-scale 0.0625"
+    flags += " --threads 1 --device auto --sparsity 0.5 --width-scale 0.125"
     flags += " --eval-episodes 1 --final-eval-episodes 2"
     _, _, rows = train(module, flags)
     run_dir = only_run(tmp_path / "runs")
@@ -220,7 +220,7 @@ def test_start_from_the_networks_of_another_run(trained, main, tmp_path):
 
 def test_the_scale_of_rewards_is_not_that_of_another_run(main, tmp_path):
     flags = "--env-id InvertedPendulum-v5 --total-timesteps 300 --learning-starts 100 --threads 1"
-    flags += " --eval-episodes 1 --final-eval-episodes 1 --width-scale 0.0625 --runs-dir"
+    flags += " --eval-episodes 1 --final-eval-episodes 1 --width-scale 0.125 --runs-dir"
     succeed(main(stream.__file__, *flags.split(), "first"))
     donor = only_run(tmp_path / "first")
     succeed(main(stream.__file__, *flags.split(), "second", "--init-from", donor))

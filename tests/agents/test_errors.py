@@ -156,7 +156,7 @@ BAD_FLAGS = {
         (CARTPOLE, f"{CARTPOLE} Discrete(2) Box"),
         ("--env-id Nope-v0", "--env-id Nope-v0"),
         NO_FOLDER,
-        ("--width-scale 0.0625 --sparsity 0.99", "sparsity 0.99 out of reach"),
+        ("--width-scale 0.0625 --init lecun --sparsity 0.99", "sparsity 0.99 out of reach"),
         UNTRAINED,
     ],
     DER: [

@@ -87,8 +87,8 @@ def test_each_network_has_a_mask_of_its_own_from_the_mask_seed(agent, monkeypatc
         real(*networks, mask_seed=mask_seed, **how)
 
     monkeypatch.setattr(agent, "sparsify", spy)
-    make(agent.Args(width_scale=0.0625, seed=5))
-    make(agent.Args(width_scale=0.0625, seed=6, mask_seed=9))
+    make(agent.Args(width_scale=0.125, seed=5))
+    make(agent.Args(width_scale=0.125, seed=6, mask_seed=9))
     assert seeds == [agent.derive_seed(seed, part) for seed in (5, 9) for part in range(count)]
     assert len(set(seeds)) == 2 * count
 

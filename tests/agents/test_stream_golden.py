@@ -23,7 +23,8 @@ def make_agent(kernel: str) -> tuple[stream.Agent, stream.Args]:
         name: float(GOLDEN[name])
         for name in ("gamma", "lr", "kappa_policy", "kappa_value", "entropy_coeff")
     }
-    args = stream.Args(sparse_kernel=kernel, width_scale=8 / 128)
+    # The weights are replaced by those of the original
+    args = stream.Args(sparse_kernel=kernel, width_scale=8 / 128, init="lecun")
     assert list(flags.values()) == [
         *(
             args.gamma,
