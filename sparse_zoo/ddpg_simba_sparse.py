@@ -1815,6 +1815,8 @@ def fail(message: str, exit_code: int = 2) -> NoReturn:
     infinite or not a number.
     """
     tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, beside the bar
+    if __name__ == "__main__":
+        sys.unraisablehook = lambda _: None  # half-made objects may complain as they are freed
     sys.exit(exit_code)
 
 

@@ -379,6 +379,7 @@ def test_checkpoint_of_other_flags_stays(main, runs, tmp_path, mode):
         ("disabled", "--env-id dm_control/cartpole-swingup-v0 --eval-only", "nothing to evaluate"),
         ("disabled", "--env-id Hopper-v5 --eval-only", "nothing to evaluate"),
         ("disabled", "--capture-video", "--env-id dm_control/humanoid-run-v0 MUJOCO_GL=disabled"),
+        ("disabled", "--env-id Hopper-v5 --capture-video", "--env-id Hopper-v5 MUJOCO_GL=disabled"),
         ("none", "--env-id dm_control/humanoid-run-v0", "--env-id MUJOCO_GL=none"),
         ("none", "--env-id Hopper-v5", "--env-id MUJOCO_GL=none"),
     ],
