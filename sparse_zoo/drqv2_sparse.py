@@ -2275,7 +2275,7 @@ class Run:
         """Gives the parts what the checkpoint holds of them."""
         for name, part in parts.items():
             try:
-                saved = self.checkpoint.pop(name)  # from here on its memory can be freed
+                saved = self.checkpoint.pop(name)  # not kept, so that its memory is freed
                 if isinstance(part, torch.optim.Optimizer):  # PyTorch itself takes any other kind
                     own = part.state_dict()["param_groups"][0].keys()
                     if own != saved["param_groups"][0].keys():

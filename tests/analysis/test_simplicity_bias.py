@@ -84,6 +84,7 @@ def test_command_line_draws_and_writes(tmp_path, main):
     assert imageio.imread(tmp_path / "out" / "simplicity_bias.png").std() > 1
     bad = main(bias.__file__, *flags.split(), "--inits", "0")
     check_error(bad, "error: --inits 0 is not allowed: 1 <= inits <= 10**6\n")
+    check_error(main(bias.__file__, *flags.split(), "--reach", "1e300"), "--reach 1e+300")
     bad = main(bias.__file__, *flags.split(), "--reach", "1e38", "--output", "none")
     check_error(bad, "error: a score is not finite", code=3)
     assert not list((tmp_path / "none").iterdir())

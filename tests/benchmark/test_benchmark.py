@@ -249,6 +249,14 @@ def test_nonsense_in_the_environment(tmp_path, environment, words):
     assert not (tmp_path / "p").exists()
 
 
+@pytest.mark.parametrize("action", ["status", "plot"])
+def test_a_seed_among_the_flags_is_refused_by_every_action(tmp_path, action):
+    """With a target of one seed too, where no two runs would be the same."""
+    where = {"RUNS": str(tmp_path / "runs"), "RESULTS": str(tmp_path / "results")}
+    ended = benchmark(action, "fig9", "--scale", "smoke", FLAGS="--seed 3", **where)
+    check_error(ended, "FLAGS", "--seed")
+
+
 @pytest.mark.parametrize("arguments", [(), ("--help",), ("fig13", "--help"), ("plot", "-h")])
 def test_help(arguments):
     code, out, err = benchmark(*arguments)
