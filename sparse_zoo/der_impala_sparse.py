@@ -727,6 +727,8 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
         env = Gate(NoopStart(env), args, frames_per_step=repeat, longest=LONGEST_GAME)
     except (gym.error.Error, ModuleNotFoundError, ValueError) as error:
         fail(f"--env-id {args.env_id}: {error}")
+    except SystemExit as end:
+        fail_where_it_ended(args, "", end)
     except Exception as error:
         fail_in_environment(args, "", error)
     if not isinstance(env.action_space, gym.spaces.Discrete):
@@ -937,6 +939,13 @@ def fail_in_environment(args, where: str, error: Exception) -> NoReturn:
     fail(f"--env-id {args.env_id}: {where}{name}: {reason}{hint} (traceback in {path})")
 
 
+def fail_where_it_ended(args, where: str, end: SystemExit) -> NoReturn:
+    """One line for code from elsewhere that ends the program as if all were well."""
+    if end.code:  # Ctrl-C and fail() too end here
+        raise end
+    fail(f"--env-id {args.env_id}: {where}it ended the program")
+
+
 class Gate(gym.Wrapper):
     """Stands around an environment from elsewhere: nothing wrong gets past it.
 
@@ -1008,9 +1017,7 @@ class Gate(gym.Wrapper):
         try:
             return method(*values, **named)
         except SystemExit as end:
-            if end.code:  # Ctrl-C too ends here
-                raise
-            fail(f"--env-id {self.args.env_id}: {where}it ended the program")
+            fail_where_it_ended(self.args, where, end)
         except Exception as error:
             fail_in_environment(self.args, where, error)
 

@@ -820,6 +820,8 @@ def open_camera_env(args: Args) -> gym.Env:
         elif args.env_kwargs:
             hint = f"; --env-kwargs {args.env_kwargs}"
         fail(f"{named}: {error}{hint}")
+    except SystemExit as end:
+        fail_where_it_ended(args, "", end)
     except Exception as error:
         fail(
             f"{named}: no pictures ({type(error).__name__}: {error}). If the renderer is "
@@ -904,6 +906,13 @@ def fail_in_environment(args, where: str, error: Exception) -> NoReturn:
     fail(f"--env-id {args.env_id}: {where}{name}: {reason}{hint} (traceback in {path})")
 
 
+def fail_where_it_ended(args, where: str, end: SystemExit) -> NoReturn:
+    """One line for code from elsewhere that ends the program as if all were well."""
+    if end.code:  # Ctrl-C and fail() too end here
+        raise end
+    fail(f"--env-id {args.env_id}: {where}it ended the program")
+
+
 class Gate(gym.Wrapper):
     """Stands around an environment from elsewhere: nothing wrong gets past it.
 
@@ -975,9 +984,7 @@ class Gate(gym.Wrapper):
         try:
             return method(*values, **named)
         except SystemExit as end:
-            if end.code:  # Ctrl-C too ends here
-                raise
-            fail(f"--env-id {self.args.env_id}: {where}it ended the program")
+            fail_where_it_ended(self.args, where, end)
         except Exception as error:
             fail_in_environment(self.args, where, error)
 

@@ -897,6 +897,13 @@ def fail_in_environment(args, where: str, error: Exception) -> NoReturn:
     fail(f"--env-id {args.env_id}: {where}{name}: {reason}{hint} (traceback in {path})")
 
 
+def fail_where_it_ended(args, where: str, end: SystemExit) -> NoReturn:
+    """One line for code from elsewhere that ends the program as if all were well."""
+    if end.code:  # Ctrl-C and fail() too end here
+        raise end
+    fail(f"--env-id {args.env_id}: {where}it ended the program")
+
+
 class Gate(gym.Wrapper):
     """Stands around an environment from elsewhere: nothing wrong gets past it.
 
@@ -968,9 +975,7 @@ class Gate(gym.Wrapper):
         try:
             return method(*values, **named)
         except SystemExit as end:
-            if end.code:  # Ctrl-C too ends here
-                raise
-            fail(f"--env-id {self.args.env_id}: {where}it ended the program")
+            fail_where_it_ended(self.args, where, end)
         except Exception as error:
             fail_in_environment(self.args, where, error)
 
@@ -1056,6 +1061,8 @@ def open_env(args, render_mode: str | None = None) -> gym.Env:
         check_action_space(args, env.action_space)
     except (gym.error.Error, ModuleNotFoundError) as error:
         fail(f"--env-id {args.env_id}: {error}")
+    except SystemExit as end:
+        fail_where_it_ended(args, where, end)
     except Exception as error:
         fail_in_environment(args, where, error)
     if filming and not (isinstance(frame, np.ndarray) and frame.ndim == 3):

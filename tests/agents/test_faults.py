@@ -45,6 +45,8 @@ class Weird(gym.Env):
 
     def __init__(self):
         self.fault = os.environ.get("FAULT", "")
+        if self.fault == "exits at once":
+            raise SystemExit
 
     def observe(self):
         return self.np_random.normal(size=3)
@@ -197,6 +199,7 @@ FAULTS = {
     "no flag": (2, "None terminated truncated True or False"),
     "raises": (2, "step at env step 30: RuntimeError: the robot fell traceback.txt"),
     "exits": (2, "step at env step 30: it ended the program"),
+    "exits at once": (2, "Weird-v0: it ended the program"),
     "four values": (2, "4 values from step; Gymnasium 1.x"),
     "old reset": (2, "ndarray from reset; Gymnasium 1.x"),
     "no info": (2, "NoneType as info dict (env step 1)"),
