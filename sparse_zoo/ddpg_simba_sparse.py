@@ -1621,7 +1621,7 @@ class GraphedFunction:
         self.calls = 0
         self.graph = None
         # One stream for the first calls and the capture, so that both use the same workspaces of
-        # cuBLAS. No other graph may use it: PyTorch frees them with the graph of their stream
+        # cuBLAS. No other graph may use it: newer PyTorch frees them with the graph of their stream
         self.stream = torch.cuda.Stream() if self.enabled else None
 
     def __call__(self):

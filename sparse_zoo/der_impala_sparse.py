@@ -330,7 +330,8 @@ class Network(nn.Module):
         sizes = []
         for layer in self.noisy_layers():
             sizes += [layer.in_features, layer.out_features]
-        normal = torch.randn(sum(sizes), generator=generator).to(self.hidden.sigma.device)
+        normal = torch.randn(sum(sizes), generator=generator)
+        normal = to_device(normal, self.hidden.sigma.device)
         noise = (normal.sign() * normal.abs().sqrt()).split(sizes)
         return list(zip(noise[::2], noise[1::2]))
 

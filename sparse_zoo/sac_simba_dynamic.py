@@ -993,12 +993,13 @@ def train(args: Args) -> None:
         if args.topology != "static" and due and learner.losses:  # none yet in the warm-up
             progress = run.agent_step / total_steps
             seed = derive_seed(args.seed, TOPOLOGY, run.update_step)
+            sizes = agent.topology.sizes()
             if change_topology(agent, args, progress, seed, *last_batch(learner), gamma):
                 print(f"pruning ended at env step {run.env_step}")
                 for network, rows in layer_tables().items():
                     print_layer_table(network, rows)
                 write_args(run.folder, args, layer_tables())
-            if args.topology == "magnitude":  # vectors may have become shorter: captured anew
+            if agent.topology.sizes() != sizes:  # vectors are elsewhere in memory: capture anew
                 learner.choose.graph = None
                 learner.update_all.graph = None
 
@@ -1080,6 +1081,10 @@ class Topology(nn.Module):
     def layers_of(self, network: str) -> list[nn.Module]:
         """The sparse layers of actor or critic."""
         return [layers[0] for name, layers in self.layers.items() if name.startswith(network)]
+
+    def sizes(self) -> list[int]:
+        """How many weights each sparse layer has."""
+        return [len(layers[0].active) for layers in self.layers.values()]
 
     def active_mask(self, name: str) -> torch.Tensor:
         """Whether each place of a layer's flattened weight is active (out * in,)."""
@@ -2029,7 +2034,7 @@ class GraphedFunction:
         self.calls = 0
         self.graph = None
         # One stream for the first calls and the capture, so that both use the same workspaces of
-        # cuBLAS. No other graph may use it: PyTorch frees them with the graph of their stream
+        # cuBLAS. No other graph may use it: newer PyTorch frees them with the graph of their stream
         self.stream = torch.cuda.Stream() if self.enabled else None
 
     def __call__(self):

@@ -68,7 +68,7 @@ def our_side(args: Args, replay: drq.FrameReplay) -> Callable[[], None]:
 
     def update() -> None:
         batch = replay.sample(args.batch_size, timing.CPU)
-        noises = drq.clipped_noise(flags, shape, 500_000, "cpu")
+        noises = drq.clipped_noise(flags, shape, 500_000, timing.CPU)
         drq.update(agent, batch, *noises, flags.tau, args.bf16)
 
     return update
@@ -90,7 +90,8 @@ def linear_side(args: Args, masked: bool) -> Callable[[], None]:
     batch = drq.Batch(None, 2 * torch.rand(shape) - 1, reward, discount, None)
 
     def update() -> None:
-        drq.update(agent, batch, *drq.clipped_noise(flags, (2, *shape), 500_000, "cpu"), flags.tau)
+        noises = drq.clipped_noise(flags, (2, *shape), 500_000, timing.CPU)
+        drq.update(agent, batch, *noises, flags.tau)
 
     return update
 

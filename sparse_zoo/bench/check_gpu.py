@@ -525,8 +525,8 @@ def main(args: Args) -> None:
             check.note("FAILED", " ".join(f"{type(error).__name__}: {error}".split()))
             if device.type == "cuda":  # a capture that fails leaves its own stream behind
                 torch.cuda.set_stream(torch.cuda.default_stream())
-                gc.collect()  # the error holds agent and graph in a circle
                 check.note("memory in later parts", "not reliable after an error: run them again")
+        gc.collect()  # an error held agent and graph, and left them in a circle
         check.note("took", time.monotonic() - start, "s")
         write(check)
     try:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
+from unittest.mock import patch
 
 import timing
 import numpy as np
@@ -202,10 +203,23 @@ def count(function: Callable) -> CountLaunches:
 
 
 def find_waits(function: Callable) -> list[str]:
-    """Where a call makes Python wait for the GPU: PyTorch's own warnings, file and line of each."""
+    """Where a call makes Python wait for the GPU: file and line of each of PyTorch's own warnings.
+
+    PyTorch does not warn of a wait for an event; one that has not happened yet is found here.
+    """
+    synchronize = torch.cuda.Event.synchronize
+
+    def warn_and_synchronize(event) -> None:
+        if not event.query():
+            warnings.warn("synchronizing CUDA operation: an event", stacklevel=2)
+        synchronize(event)
+
     torch.cuda.set_sync_debug_mode("warn")
     try:
-        with warnings.catch_warnings(record=True) as caught:
+        with (
+            warnings.catch_warnings(record=True) as caught,
+            patch.object(torch.cuda.Event, "synchronize", warn_and_synchronize),
+        ):
             warnings.simplefilter("always")
             function()
     finally:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -388,6 +389,54 @@ def test_magnitude_is_dense_until_pruning_starts(tmp_path):
     for a, b in zip(*before, strict=True):
         assert a["metric"] == b["metric"]
         assert float(a["value"]) == pytest.approx(float(b["value"]), rel=1e-5, abs=1e-6)
+
+
+def shrinking_rule(values, inactive, count: int, gradient, generator):
+    """That of a fork: drops one weight, and grows none."""
+    return torch.arange(1), inactive[:0]
+
+
+def sizes_at_captures(monkeypatch, runs_dir: str, **flags) -> list[list[int]]:
+    """Of a run that captures graphs when one on a GPU would: the sizes of layers at each capture.
+
+    Instead of a graph it calls the function. At its end, layers must have the sizes of the last.
+    """
+    captured = []
+    topologies = []
+
+    class Graphed(dynamic.GraphedFunction):
+        def __init__(self, function, device, enabled):
+            super().__init__(function, device, enabled)
+            self.enabled = True
+            topologies.append(function.args[0].topology)
+            self.replay = self.call_on_a_stream_of_its_own
+
+        def call_on_a_stream_of_its_own(self):
+            self.outputs = self.function()
+            return self.outputs
+
+        def capture(self) -> None:
+            self.graph = self
+            if self.function.func is dynamic.update_all:
+                captured.append(topologies[-1].sizes())
+
+    monkeypatch.setattr(dynamic, "GraphedFunction", Graphed)
+    dynamic.train(dynamic.Args(**CHANGING, **flags, runs_dir=runs_dir))
+    assert topologies[-1].sizes() == captured[-1]
+    return captured
+
+
+def test_graphs_are_captured_anew_where_layers_change_their_size(tmp_path, monkeypatch):
+    """Their vectors then lie elsewhere in memory; after other changes, one capture is enough."""
+    captures = partial(sizes_at_captures, monkeypatch)
+    assert len(captures(str(tmp_path / "set"), topology="set")) == 1
+    magnitude = {"topology": "magnitude", "prune_start": 0.5, "prune_end": 0.7}
+    pruned = captures(str(tmp_path / "magnitude"), **magnitude)
+    monkeypatch.setitem(dynamic.RULES, "set", shrinking_rule)
+    shrunk = captures(str(tmp_path / "shrinking"), topology="set")
+    for sizes in (pruned, shrunk):
+        assert len(sizes) > 5
+        assert all(new != old for old, new in pairwise(sizes))
 
 
 class Stop(Exception):
