@@ -41,6 +41,10 @@ divergences.)
     lost in the idle decisions before a game is of no account; there, it starts the game anew.
  7. --target-interval counts updates (Table 5 gives no unit); there, decisions, warm-up included.
     --learning-starts counts env steps; there, complete n-step transitions are counted.
+ 8. A game is cut off by ALE's own limit, 108,000 env steps, which is no terminal; there, after
+    100,000, and it is one.
+ 9. Evaluations play 10 games every 25,000 decisions, and 100 at the end; there, 100 games every
+    10,000 decisions.
 
 In this file: flags, network, replay, losses, agent, update; then `train`, the whole of training;
 then a compiled loop of the replay, and an appendix that this file shares with the others: sparse
@@ -725,7 +729,7 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
         repeat = args.action_repeat
         env = gym.wrappers.AtariPreprocessing(env, noop_max=0, frame_skip=repeat, screen_size=SIZE)
         # Idle decisions come before the gate counts; AtariPreprocessing's own are single frames
-        env = Gate(NoopStart(env), args, frames_per_step=repeat, longest=LONGEST_GAME)
+        env = Gate(NoopStart(env), args, frames_per_step=repeat, longest=LONGEST_GAME // repeat)
     except (gym.error.Error, ModuleNotFoundError, ValueError) as error:
         fail(f"--env-id {args.env_id}: {error}")
     except SystemExit as end:
