@@ -44,6 +44,7 @@ fail() { # fail MESSAGE [EXIT_CODE]
   exit "${2:-2}"
 }
 
+unset CDPATH # with it, cd prints, and may go elsewhere
 cd "$(dirname "$0")"
 [[ -d sparse_zoo ]] ||
   fail "no sparse_zoo/ beside this script; in a Slurm job: sbatch --wrap './benchmark.sh TARGET'"
@@ -362,7 +363,8 @@ extra-actor-critic() {
   simba sac "$two_hardest" 5 1 0 --critic-sparsity 0.9
 }
 
-# width 5 sparse (runs of Figure 3) and dense networks of as many weights, within 1.5 %
+# width 5 sparse (runs of Figure 3) and dense networks of as many weights, within 1.5 % (2.5 % at
+# scale cpu)
 extra-dense-active() {
   for s in 0.5 0.8 0.9; do
     simba sac "$two_hardest" 5 1 $s
@@ -737,13 +739,15 @@ set_scale "$scale"
 python=${PYTHON:-python}
 only=${ONLY:-.}
 runs=${RUNS:-runs/$scale}
-runs=${runs/#\~\//$HOME/}
+runs=${runs/#\~\//${HOME-}/}
 results=${RESULTS:-results/$scale}
-results=${results/#\~\//$HOME/}
+results=${results/#\~\//${HOME-}/}
 FLAGS=${FLAGS:-}
 FLAGS=${FLAGS//[[:space:]]/ }
 [[ " $FLAGS" != *" --seed"[\ =]* ]] ||
   fail "FLAGS: --seed is not allowed; --seeds N takes the first N seeds"
+[[ " $FLAGS" != *" --exp"[-_]"name"[\ =]* ]] ||
+  fail "FLAGS: --exp-name is not allowed, figures know agents by it; RUNS keeps runs apart"
 [[ $runs$results != *[[:space:]]* ]] ||
   fail "RUNS and RESULTS: no spaces in the names of folders, please"
 [[ $(printf %q "$runs$results$python$FLAGS") != "\$'"* ]] ||

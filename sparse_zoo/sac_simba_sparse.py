@@ -469,17 +469,18 @@ class Agent:
         prune(self.critic, critic_sparsity, mask_seed=derive_seed(mask_seed, 1))
 
         # Check what losses and diagnostics rely on: a changed network fails here, in one sentence
-        obs = torch.zeros(3, obs_dim, device=device)
-        action = torch.zeros(3, action_dim, device=device)
+        batch = obs_dim + action_dim + 1  # unlike all other sizes
+        obs = torch.zeros(batch, obs_dim, device=device)
+        action = torch.zeros(batch, action_dim, device=device)
         with torch.no_grad():
             mean, log_std = self.actor(obs)
-            check_shape("actor: mean", mean, batch=3, action_dim=action_dim)
-            check_shape("actor: log std", log_std, batch=3, action_dim=action_dim)
+            check_shape("actor: mean", mean, batch=batch, action_dim=action_dim)
+            check_shape("actor: log std", log_std, batch=batch, action_dim=action_dim)
             sampled, log_prob = self.actor.sample(obs, noise=action)
-            check_shape("actor.sample: action", sampled, batch=3, action_dim=action_dim)
-            check_shape("actor.sample: log pi", log_prob, batch=3)
+            check_shape("actor.sample: action", sampled, batch=batch, action_dim=action_dim)
+            check_shape("actor.sample: log pi", log_prob, batch=batch)
             value = self.critic(obs, action)
-            check_shape("critic", value, critics=critics, batch=3)
+            check_shape("critic", value, critics=critics, batch=batch)
         check_encoder(self.actor, "encoder", obs)
         check_encoder(self.critic, "encoders.0", torch.cat([obs, action], -1))
 
@@ -880,7 +881,8 @@ def fail_in_environment(args, where: str, error: Exception) -> NoReturn:
         if args.eval_only or not (folder.is_dir() and os.access(folder, os.W_OK)):
             folder = Path(tempfile.mkdtemp())  # of its own: /tmp's may be another user's
         path = folder / "traceback.txt"
-        path.write_text("".join(traceback.format_exception(error)))
+        lines = "".join(traceback.format_exception(error))
+        path.write_text(lines, encoding="utf-8", errors="backslashreplace")
     except OSError as full:
         path = f"no file: {full.strerror}"
 
@@ -954,7 +956,7 @@ class Gate(gym.Wrapper):
         self.check_obs(obs)
         try:
             reward = float(reward.item() if isinstance(reward, np.ndarray) else reward)
-        except (TypeError, ValueError, OverflowError):
+        except Exception:  # of numbers, arrays and tensors
             self.refuse(f"a reward that is not one number: {reward!r}")
         if not abs(reward) <= self.LARGEST:
             self.refuse(f"the reward {reward}", exit_code=3)
@@ -995,9 +997,10 @@ class Gate(gym.Wrapper):
             shape = self.declared[name].shape
             try:
                 part = np.asarray(part)
-            except ValueError:
+            except Exception:  # of arrays, and of tensors
                 self.refuse("an observation that is no array")
-            if part.shape != shape or part.dtype.kind not in "biuf":
+            number = part.dtype.kind in "biuf" and part.dtype.itemsize <= 8
+            if part.shape != shape or not number:
                 self.refuse(
                     f"an observation of shape {part.shape} and type {part.dtype}, "
                     f"declared is shape {shape}"
@@ -1293,6 +1296,8 @@ def sparsify(
         density = 1 - layer_sparsity[name + ".weight"]
         if round(density * total) == total:
             continue  # dense
+        if total >= 2**31:
+            raise NetworkError(f"{name} has {total:,} weights; a sparse layer has at most 2^31 - 1")
         active = rule(tuple(layer.weight.shape), density, generator)
         check_places(name, active, total)
         if isinstance(layer, nn.Conv2d):
@@ -1849,6 +1854,9 @@ TRAIN, EVAL, FINAL, DIAGNOSE = range(4)
 # What ends a run with one line. Slurm sends SIGTERM when it takes a node back or time is up
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 
+# Of this file as it was loaded, which tells one version of an agent from another
+FILE_DIGEST = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+
 LOCKS = []  # train() releases them at its end: a traceback that is kept would keep them locked
 
 
@@ -1863,6 +1871,7 @@ def fail(message: str, exit_code: int = 2) -> NoReturn:
     Exit code 2: something is wrong with flags, environment, files, disk or memory. 3: a value is
     infinite or not a number.
     """
+    message = " ".join(message.splitlines())  # arrays and spaces have several
     tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, beside the bar
     if __name__ == "__main__":
         sys.unraisablehook = lambda _: None  # half-made objects may complain as they are freed
@@ -2179,11 +2188,6 @@ def open_run(run_dir: str | Path, render_mode: str | None = None) -> "Run":
     return Run(args, getattr(args, "action_repeat", 1))
 
 
-def file_digest() -> str:
-    """SHA-256 of this file, which tells one version of an agent from another."""
-    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-
-
 class Run:
     """One run: its folder, its counters, and all that is written there.
 
@@ -2247,14 +2251,12 @@ class Run:
         works in it, or if the checkpoint is damaged or of other flags.
         """
         args = self.args
-        path = self.folder / "checkpoint.pt"
         if not args.eval_only:
             self.take_lock()
             if not args.resume:
                 self.move_aside()
         try:
-            if not path.exists():  # killed between the two renames of save_checkpoint
-                path = self.folder / "checkpoint.previous.pt"
+            path = newest_checkpoint(self.folder)
         except OSError as error:
             fail(f"cannot use {self.folder} ({error.strerror}); change --runs-dir or --exp-name")
         metrics = self.folder / "metrics.csv"
@@ -2275,11 +2277,16 @@ class Run:
             checkpoint = read_checkpoint(path)
             made_with = checkpoint["args"]
         except Exception as error:
+            if isinstance(error, OSError) or is_out_of_memory(error):  # the file may be whole
+                raise
             reason = f"cannot read {path} ({in_short(error)})"
             if finished and args.eval_only:
                 fail(f"{reason}; the run is finished, but this copy of its networks is damaged")
             if finished:
                 fail(f"{reason}; the run is finished, and its results are in {metrics}")
+            previous = self.folder / "checkpoint.previous.pt"
+            if path == previous or not previous.exists():
+                fail(f"{reason}; --no-resume starts anew, and keeps these files")
             fail(f"{reason}; if it is damaged, delete it to go on from the one before")
         reached = checkpoint["counters"][0]
         if (reached - 1) * self.action_repeat >= args.total_timesteps:
@@ -2292,7 +2299,7 @@ class Run:
                 flag = name.replace("_", "-")
                 made = made_with.get(name)
                 fail(f"{path} was made with --{flag} {made}, not {value}; move it away")
-        if checkpoint.get("file") != file_digest():
+        if checkpoint.get("file") != FILE_DIGEST:
             print(
                 f"note: {path} was made by another version of this file; "
                 "a changed algorithm needs another --exp-name"
@@ -2379,7 +2386,7 @@ class Run:
 
     def start_from_networks(self, parts: dict) -> None:
         """Gives the networks, and the statistics of observations, what --init-from has learned."""
-        path = Path(os.path.expanduser(self.args.init_from)) / "checkpoint.pt"
+        path = newest_checkpoint(Path(os.path.expanduser(self.args.init_from)))
         learned = None
         try:
             learned = read_checkpoint(path)
@@ -2406,7 +2413,7 @@ class Run:
         start = f"going on from env step {self.env_step}" if resumed else "new run"
         print(f"{self.folder}: {start}")
 
-        self.csv = open(self.folder / "metrics.csv", "a")  # noqa: SIM115
+        self.csv = open(self.folder / "metrics.csv", "ab", buffering=0)  # noqa: SIM115
         self.csv.truncate(self.csv_bytes)  # what came after the checkpoint will be written again
         if not resumed:
             self.write_rows("env_step,agent_step,update_step,metric,value\n")
@@ -2439,10 +2446,11 @@ class Run:
             self.wandb.log({**named, "env_step": self.env_step})
 
     def write_rows(self, rows: str) -> None:
-        """Appends to metrics.csv, flushed."""
-        self.csv.write(rows)
-        self.csv.flush()
-        self.csv_digest.update(rows.encode())
+        """Appends to metrics.csv at once."""
+        left = rows.encode()
+        self.csv_digest.update(left)
+        while left:
+            left = left[self.csv.write(left) :]
 
     def log_evaluation(self, result: dict[str, float]) -> None:
         self.log("eval", result)
@@ -2470,7 +2478,7 @@ class Run:
         os.fsync(self.csv.fileno())  # on the disk before the checkpoint that holds its length
         csv = (os.fstat(self.csv.fileno()).st_size, self.csv_digest.hexdigest())
         counters = (self.agent_step, self.update_step, self.episode, *csv)
-        state = {**state, "counters": counters, "finished": finished, "file": file_digest()}
+        state = {**state, "counters": counters, "finished": finished, "file": FILE_DIGEST}
         save_checkpoint(self.folder, self.args, state)
         self.saved_step = self.env_step
 
@@ -2488,17 +2496,17 @@ class Run:
     def finish(self, parts: dict, result: dict[str, float]) -> None:
         """Logs the last evaluation, saves the finished run and says where its results are."""
         self.log("final", result)
-        self.save(parts, finished=True)
-        self.csv.close()
-        self.tensorboard.close()
+        draw_learning_curve(self.folder, self.args.env_id)
         if self.wandb:
             for film in self.folder.glob("videos/final.mp4"):
                 self.wandb.save(film, base_path=self.folder, policy="now")
             self.wandb.finish()
+        self.save(parts, finished=True)  # when all else is there
+        self.csv.close()
+        self.tensorboard.close()
         self.bar.close()
         if self.update_step == 0:
             print("note: nothing was learned: training ended before the first update")
-        draw_learning_curve(self.folder, self.args.env_id)
         episodes = self.args.final_eval_episodes
         program = sys.argv[0] if __name__ == "__main__" else __file__
         texts = (program, str(self.folder), self.args.runs_dir)
@@ -2575,10 +2583,17 @@ def save_checkpoint(folder: Path, args, state: dict) -> None:
     os.replace(temporary, path)
 
 
+def newest_checkpoint(folder: Path) -> Path:
+    """checkpoint.pt, or the one before it after a kill between the renames of save_checkpoint."""
+    path = folder / "checkpoint.pt"
+    previous = folder / "checkpoint.previous.pt"
+    return previous if previous.exists() and not path.exists() else path
+
+
 def read_checkpoint(path: Path) -> dict:
     """What save_checkpoint wrote; raises ValueError if a byte of it has changed."""
     with open(path, "rb") as file:
-        left = max(0, path.stat().st_size - 32)
+        left = max(0, os.fstat(file.fileno()).st_size - 32)
         sha256 = hashlib.sha256()
         while left > 0:
             data = file.read(min(left, 2**20))
@@ -2586,7 +2601,8 @@ def read_checkpoint(path: Path) -> dict:
             left -= len(data)
         if file.read() != sha256.digest():
             raise ValueError("its checksum is wrong")
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        file.seek(0)  # of the same file, though a run may have written a newer one
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     missing = {"args", "generators", "counters", "finished"} - checkpoint.keys()
     if missing or len(checkpoint["counters"]) != 5:
         raise ValueError("it is of another version of this file")
@@ -2631,7 +2647,9 @@ def write_args(folder: Path, args, layers: dict[str, list[dict]]) -> None:
         "git_revision": git.stdout.strip() or None,
         "layers": layers,
     }
-    (folder / "args.json").write_text(json.dumps(record, indent=1))
+    temporary = folder / "args.tmp"
+    temporary.write_text(json.dumps(record, indent=1))
+    os.replace(temporary, folder / "args.json")
 
 
 def write_flags(tensorboard: SummaryWriter, args) -> None:
@@ -2692,9 +2710,9 @@ def write_video(path: Path, frames: list[np.ndarray], fps: float = 30) -> None:
 
     A film that cannot be written costs a warning and no result.
     """
-    import imageio
-
     try:
+        import imageio
+
         height, width, _ = frames[0].shape
         for frame in frames:
             if frame.shape != frames[0].shape or frame.dtype != np.uint8:

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -216,6 +217,11 @@ def test_start_from_the_networks_of_another_run(trained, main, tmp_path):
     _, _, line = main(script, *flags, *more, "--init-from", "damaged")
     assert line.endswith("damaged/checkpoint.pt does not fit (ValueError: its checksum is wrong)\n")
     only_run(tmp_path / "runs")  # no folder of a run that could not begin
+    # A run that was killed between the two renames of a checkpoint
+    checkpoint = tmp_path / "damaged" / "checkpoint.pt"
+    checkpoint.unlink()
+    shutil.copy(trained / "checkpoint.pt", checkpoint.with_name("checkpoint.previous.pt"))
+    succeed(main(script, *flags, *more, "--init-from", "damaged"))
 
 
 def test_the_scale_of_rewards_is_not_that_of_another_run(main, tmp_path):

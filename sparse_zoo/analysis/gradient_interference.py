@@ -203,6 +203,8 @@ def read_run(run_dir: Path, samples: int) -> tuple:
         args = replace(module.Args(**checkpoint["args"]), device="cpu", sparse_kernel="dense")
     except TypeError as error:
         fail(f"{path} is of another version of {module.__name__}.py ({error})")
+    if args.init_from:
+        fail(f"{path} is of a run with --init-from, whose first networks are not known here")
     filled = len(checkpoint["replay"]["columns"][0])
     if samples > filled:
         fail(f"--samples {samples}: {run_dir} has {filled} transitions in its replay")

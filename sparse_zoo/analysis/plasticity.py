@@ -60,7 +60,7 @@ CONFIGURATION = [*COLUMN, "size", "sparsity", "actor_sparsity", "critic_sparsity
 COLUMNS = ["env_step", "metric", "value", "run", "seed", "width_scale", *CONFIGURATION]
 EXACT = ("env_step", "seed", "width_scale", *CONFIGURATION[-3:])
 ORDER = ["width_scale", "depth_scale", "critic_sparsity", "actor_sparsity", "reset_interval"]
-MOST_NETWORKS = 10  # that can be told apart in one panel
+MOST_NETWORKS = 10  # that can be told apart in one figure
 
 
 @dataclass
@@ -116,8 +116,11 @@ def describe(table: pd.DataFrame) -> pd.DataFrame:
     besides width and depth, every flag that differs within the column.
     """
     if "mask_seed" in table:  # None means that of the seed, unless runs of other seeds share it
-        shared = set(table.mask_seed[table.mask_seed != table.seed])
-        own = (table.mask_seed == table.seed) & ~table.mask_seed.isin(shared)
+        keys = ["env_id", "exp_name", "mask_seed"]
+        others = table[table.mask_seed != table.seed]
+        shared = set(others[keys].itertuples(index=False, name=None))
+        places = table[keys].itertuples(index=False, name=None)
+        own = (table.mask_seed == table.seed) & [place not in shared for place in places]
         seeds = [None if mine else seed for mine, seed in zip(own, table.mask_seed)]
         table["mask_seed"] = pd.Series(seeds, table.index, dtype=object)
     table = table.where(table.notna(), None)  # a flag that an older version did not have yet

@@ -345,7 +345,7 @@ def load_runs(
     runs = []
     left_out = []
     for folder in sorted(Path(runs_dir).expanduser().glob("[!.]*")):
-        if not folder.is_dir() or folder.name in NOT_RUNS:
+        if not (folder.is_dir() or folder.is_symlink()) or folder.name in NOT_RUNS:
             continue
         try:
             run = load_run(folder, needed)
@@ -387,23 +387,28 @@ def fail_if_lengths_differ(env_steps: pd.Series, kinds: pd.Series) -> None:
             fail(f"{kind} has runs of {steps} env steps; keep such apart")
 
 
-def fail_if_mixed(runs: list[Run], free: list[str]) -> None:
+def fail_if_mixed(runs: list[Run], free: list[str], across_agents: bool = False) -> None:
     """Ends the program if runs of one agent differ in flags that change results and are not free.
 
-    Seeds are always free.
+    A flag that a run does not have, since an older version made it, is None. Seeds are always free.
+    With across_agents: also if runs of several agents differ in a flag that all of these have.
     """
     free = {*free, "seed", "mask_seed"}
-    found = defaultdict(list)
+    agents = defaultdict(list)
     for run in runs:
-        for name in run.settings().keys() - free:
-            values = found[run.flags["exp_name"], name]
-            if run.flags[name] not in values:
-                values.append(run.flags[name])
-    for (agent, name), values in sorted(found.items()):
-        if len(values) > 1:
-            folder = runs[0].folder.parent
-            flag = f"--{name.replace('_', '-')} {' and '.join(sorted(map(str, values)))}"
-            fail(f"{folder} mixes runs of {agent} with {flag}; keep such runs apart")
+        agents[run.flags["exp_name"]].append(run)
+    names = {agent: set().union(*(run.settings() for run in own)) for agent, own in agents.items()}
+    if across_agents and len(agents) > 1:
+        together = " and ".join(sorted(agents))
+        names[together] = set.intersection(*names.values()) - {"exp_name"}
+        agents[together] = runs
+    for agent, own in sorted(agents.items()):
+        for name in sorted(names[agent] - free):
+            values = {str(run.flags.get(name)) for run in own}
+            if len(values) > 1:
+                folder = runs[0].folder.parent
+                flag = f"--{name.replace('_', '-')} {' and '.join(sorted(values))}"
+                fail(f"{folder} mixes runs of {agent} with {flag}; keep such runs apart")
 
 
 def print_left_out(lines: list[str]) -> None:

@@ -630,7 +630,7 @@ def main(args: Args) -> None:
     scores = None
     if args.scores:
         numbers = ("sparsity", "score", "share_score")
-        scores = runs.read_table(args.scores, ["network", *numbers], "--scores", numbers)
+        scores = runs.read_table(args.scores, ["network", "seed", *numbers], "--scores", numbers)
     statistic = args.statistic or STATISTICS.get(args.figure, "iqm")
     cells = points.map(lambda value: f"{value:.4g}" if isinstance(value, float) else value)
     markdown = plots.markdown_table(list(points), cells.to_numpy().tolist())

@@ -32,11 +32,11 @@ KEYS = ["env_id", "width_scale", "init", "sparsity"]
 RUN = [*KEYS, "seed"]
 COLUMNS = [*RUN, "total_timesteps", "env_step", "return", "length"]
 # Flags that may differ between the runs of one figure, beside those that change no result
-FREE = [*KEYS, *runs.MEASURING, "final_eval_episodes"]
+FREE = [*KEYS, *runs.MEASURING, "final_eval_episodes", "actor_sparsity", "critic_sparsity"]
 INITS = {"lecun": "-", "sparse_init": "--"}
 ALL = "all tasks"
 LAST, WHOLE = "last tenth", "all of training"
-COMPARED = [*KEYS, "against", "seeds", "seeds_against", "pairs"]
+COMPARED = [*KEYS, "against", "runs", "runs_against", "pairs"]
 COMPARED += ["iqm", "iqm_low", "iqm_high", "iqm_against", "iqm_against_low", "iqm_against_high"]
 COMPARED += ["probability", "probability_low", "probability_high"]
 COMPARED += ["difference", "difference_low", "difference_high"]
@@ -66,9 +66,16 @@ def load(runs_dir: str, earlier: tuple[str, ...] = ()) -> pd.DataFrame:
         if episodes.empty:
             left_out.append(f"{run.name}: no episode has ended")
             continue
+        actor, critic = runs.network_sparsities(run.flags)
+        if actor != critic:
+            left_out.append(
+                f"{run.name}: sparsity of the actor {actor:g}, of the critic {critic:g}"
+            )
+            continue
         episodes = episodes.pivot_table(index="env_step", columns="metric", values="value")
         episodes = episodes.rename(columns=lambda name: name.removeprefix("episode/"))
         flags = {name: run.flags[name] for name in [*RUN, "total_timesteps"]}
+        flags["sparsity"] = critic
         tables.append(episodes.reset_index().assign(run=run.name, **flags))
     own, twice = runs.drop_twice(pd.concat(tables), KEYS)
     runs.print_left_out(left_out + twice)
@@ -117,7 +124,9 @@ def summarise(final: pd.DataFrame) -> pd.DataFrame:
     for key, group in final.groupby(KEYS):
         values = group["return"]
         mean = values.mean()
-        low, high = stats.t.interval(0.95, len(values) - 1, mean, values.sem())
+        low = high = mean
+        if values.sem() != 0:  # also where it is NaN
+            low, high = stats.t.interval(0.95, len(values) - 1, mean, values.sem())
         text = " ".join(f"{value:.0f}" for value in values)
         rows.append([*key, len(values), mean, low, high, text])
     return pd.DataFrame(rows, columns=[*KEYS, "seeds", "mean", "low", "high", "values"])
@@ -198,14 +207,14 @@ def compare_pair(
 def comparisons_table(comparisons: pd.DataFrame) -> str:
     """The comparisons as a Markdown table."""
     header = ["returns of", "task", "width scale", "network", "against"]
-    header += ["seeds", "IQM", "IQM of the other"]
+    header += ["runs", "IQM", "IQM of the other"]
     header += ["probability of improvement", "mean difference of the same seeds"]
     rows = []
     for row in comparisons.to_dict("records"):
         exact = "z.2f" if row["env_id"] == ALL else "z.0f"
         cells = [row["returns_of"], row["env_id"], f"{row['width_scale']:g}"]
         cells += [name_network(row["init"], row["sparsity"]), row["against"]]
-        cells += [f"{row['seeds']} and {row['seeds_against']}"]
+        cells += [f"{row['runs']} and {row['runs_against']}"]
         for name in ("iqm", "iqm_against", "probability", "difference"):
             form = "z.2f" if name == "probability" else exact
             ends = [row[name + end] for end in ("", "_low", "_high")]
@@ -224,6 +233,8 @@ def draw_curves(ax: Axes, data: pd.DataFrame) -> None:
     """Mean over seeds and a band from lowest to highest, for each network of one task and width."""
     for (init, sparsity), network in data.groupby(["init", "sparsity"]):
         curves = network.pivot(index="env_step", columns="seed", values="return")
+        # Of all seeds alike, also where one has ended no episode
+        curves = curves.interpolate("index", limit_area="inside").dropna()
         plots.draw_range(ax, curves, **line_style(init, sparsity))
     ax.set_ylabel("training return")
     plots.label_env_steps(ax)

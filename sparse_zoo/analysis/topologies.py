@@ -121,7 +121,7 @@ def load(runs_dir: str, earlier: tuple[str, ...] = ()) -> pd.DataFrame:
             used.append(run)
         except runs.UnusableError as reason:
             left_out.append(f"{run.name}: {reason}")
-    runs.fail_if_mixed(used, FREE)
+    runs.fail_if_mixed(used, FREE, across_agents=True)
     tables = [runs.read_table(path, COLUMNS, "--earlier") for path in earlier]
     table = runs.merge([pd.DataFrame(rows, columns=COLUMNS), *tables], ["run"])
     if table.empty:

@@ -1,14 +1,17 @@
 """Bad input: exit code 2, one line that names what was wrong, and nothing created or lost."""
 
 import gc
+import hashlib
 import importlib
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal, Optional, get_args, get_type_hints
 
 import numpy as np
@@ -22,6 +25,7 @@ from conftest import (
     call,
     check_error,
     contents,
+    load_checkpoint,
     only_run,
     read_metrics,
     rewrite_checkpoint,
@@ -260,6 +264,66 @@ def test_truncated_checkpoint_stays(main, runs, tmp_path, mode):
     before = contents(tmp_path)
     check_error(main(*TINY, mode), str(path), "checksum", "finished")
     assert contents(tmp_path) == before
+
+
+def test_what_is_left_is_not_said_to_be_deleted(main, runs, tmp_path):
+    """A damaged checkpoint that has none before it, and one that only cannot be read."""
+    rewrite_checkpoint(runs[0], finished=False)
+    metrics = runs[0] / "metrics.csv"
+    metrics.write_text(re.sub(".*,final/.*\n", "", metrics.read_text()))
+    path = runs[0] / "checkpoint.pt"
+    damaged = path.read_bytes()[:-1000]
+    path.write_bytes(damaged)
+    check_error(main(*TINY), str(path), "checksum", "delete it to go on from the one before")
+    path.unlink()
+    previous = runs[0] / "checkpoint.previous.pt"
+    previous.write_bytes(damaged)
+    before = contents(tmp_path)
+    check_error(main(*TINY), str(previous), "checksum", "--no-resume", "keeps these files")
+    assert contents(tmp_path) == before
+    path.mkdir()
+    _, _, error = ended = main(*TINY)
+    check_error(ended, "Is a directory", str(path), "the same command goes on")
+    assert "delete" not in error
+
+
+def test_a_row_of_metrics_is_written_whole():
+    """Where the system takes a part of it at a time."""
+    run = sac.Run.__new__(sac.Run)
+    written = bytearray()
+    run.csv = SimpleNamespace(write=lambda data: written.extend(data[:3]) or len(data[:3]))
+    run.csv_digest = hashlib.sha256()
+    run.write_rows("2,1,0,episode/return,7.5\n")
+    assert written == b"2,1,0,episode/return,7.5\n"
+    assert run.csv_digest.digest() == hashlib.sha256(written).digest()
+
+
+def test_an_error_of_several_lines_is_one(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        sac.fail("observations [[1 2]\n [3 4]]")
+    assert capsys.readouterr().err == "error: observations [[1 2]  [3 4]]\n"
+
+
+def test_a_film_without_its_package_costs_a_warning(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "imageio", None)
+    sac.write_video(tmp_path / "film.mp4", [np.zeros((9, 9, 3), np.uint8)])
+    assert capsys.readouterr().err.startswith("warning: no film in ")
+
+
+def test_a_run_is_finished_only_when_all_else_is_there(main, tmp_path, monkeypatch):
+    """With evaluations further apart than the run is long, the picture comes at the very end."""
+    real = os.replace
+
+    def stop_at_the_last_checkpoint(old, new):
+        real(old, new)
+        finished = (
+            Path(new).name == "checkpoint.pt" and load_checkpoint(Path(new).parent)["finished"]
+        )
+        assert not finished or (Path(new).parent / "learning_curve.png").exists()
+
+    monkeypatch.setattr(os, "replace", stop_at_the_last_checkpoint)
+    succeed(main(*TINY, "--eval-interval", "1000"))
+    assert load_checkpoint(only_run(tmp_path / "runs"))["finished"]
 
 
 DIVERGING = f"{FLAGS} --updates-per-step 1 --learning-rate 1e30"

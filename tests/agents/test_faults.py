@@ -34,6 +34,7 @@ WEIRD = '''
 import os
 import gymnasium as gym
 import numpy as np
+import torch
 
 
 class Weird(gym.Env):
@@ -74,6 +75,10 @@ class Weird(gym.Env):
             rewards = {"nan reward": np.nan, "inf reward": -np.inf, "two rewards": np.zeros(2)}
             rewards |= {"huge reward": 1e39, "endless reward": 10**400}
             reward = rewards.get(self.fault, reward)
+            tensor = torch.ones(3, requires_grad=True)
+            reward = tensor if self.fault == "tensor reward" else reward
+            obs = tensor if self.fault == "tensor" else obs
+            obs = obs.astype(np.longdouble) if self.fault == "long" else obs
             over = None if self.fault == "no flag" else over
         return obs, reward, False, over, None if self.fault == "no info" else {}
 
@@ -195,6 +200,9 @@ FAULTS = {
     "huge reward": (3, "the reward 1e+39 (env step 30)"),
     "endless reward": (2, "a reward that is not one number (env step 30)"),
     "two rewards": (2, "a reward that is not one number (env step 30)"),
+    "tensor reward": (2, "a reward that is not one number (env step 30)"),
+    "tensor": (2, "an observation that is no array (env step 30)"),
+    "long": (2, "type float128 declared shape (3,) (env step 30)"),
     "shape": (2, "shape (2,) declared shape (3,) (env step 30)"),
     "no flag": (2, "None terminated truncated True or False"),
     "raises": (2, "step at env step 30: RuntimeError: the robot fell traceback.txt"),

@@ -1,5 +1,8 @@
 """Networks that a fork may bring: what does not fit is said at the start, in one sentence."""
 
+import hashlib
+import importlib.util
+import shutil
 from pathlib import Path
 
 import der_impala_sparse as der
@@ -9,7 +12,16 @@ import sac_simba_sparse as sac
 import stream_ac_sparse as stream
 import torch
 import torch.nn as nn
-from conftest import CPU, check_error, make_agent, only_run, rewrite_checkpoint, succeed
+import tyro
+from conftest import (
+    CPU,
+    check_error,
+    load_checkpoint,
+    make_agent,
+    only_run,
+    rewrite_checkpoint,
+    succeed,
+)
 
 FLAGS = (
     "--env-id dm_control/cartpole-swingup-v0 --action-repeat 20 --total-timesteps 400"
@@ -75,6 +87,17 @@ def without_relu(monkeypatch):
     make_agent(sac)
 
 
+def log_pi_of_each_dimension(monkeypatch):
+    """Summed over the batch instead of the actions, of which there are three as in Hopper."""
+
+    def sample(actor, obs, noise):
+        mean, log_std = actor(obs)
+        return mean, log_std.sum(0)
+
+    monkeypatch.setattr(sac.Actor, "sample", sample)
+    sac.Agent(sac.Args(width_scale=0.125), 11, 3, CPU)
+
+
 def other_action_size(monkeypatch):
     real = sac.Actor
     monkeypatch.setattr(sac, "Actor", lambda obs, action, *rest: real(obs, action + 1, *rest))
@@ -108,7 +131,8 @@ def stream_with_another_output(monkeypatch):
 @pytest.mark.parametrize(
     "fork,words",
     [
-        (without_axis, r"critic must return a tensor of shape \(critics, batch\).*\(3,\)"),
+        (without_axis, r"critic must return a tensor of shape \(critics, batch\).* \(\d+,\)"),
+        (log_pi_of_each_dimension, r"log pi must return a tensor of shape \(batch\)"),
         (without_encoder, "diagnostics measure Critic.encoders.0.*there is no such part"),
         (without_relu, "diagnostics measure Actor.encoder.*lacks one of these layers"),
         (other_action_size, r"actor: mean must return a tensor of shape \(batch, action_dim\)"),
@@ -175,6 +199,26 @@ def test_another_version_of_the_file_is_noted(main, tmp_path):
     assert "finished" in out and "note" not in out
     source.write_text(text.replace("nn.ReLU()", "nn.LeakyReLU()"))
     assert "made by another version of this file" in succeed(main(source, *FLAGS.split()))
+
+
+def test_a_file_that_changes_while_it_trains(tmp_path):
+    """The checkpoint names the code that was loaded; a file that is gone stops no run."""
+    source = tmp_path / "my_sac.py"
+    shutil.copy(sac.__file__, source)
+    spec = importlib.util.spec_from_file_location("my_sac", source)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    source.unlink()
+    args = tyro.cli(module.Args, args=[*FLAGS.split(), "--runs-dir", str(tmp_path / "runs")])
+    module.train(args)
+    digest = hashlib.sha256(Path(sac.__file__).read_bytes()).hexdigest()
+    assert load_checkpoint(only_run(tmp_path / "runs"))["file"] == digest
+
+
+def test_a_layer_too_large_for_its_places():
+    network = nn.Sequential(nn.Linear(2**16, 2**15, device="meta"))
+    with pytest.raises(sac.NetworkError, match=r"0 has 2,147,483,648 weights; .* 2\^31 - 1"):
+        sac.sparsify(network, 0.9, "uniform", 1, "auto", CPU)
 
 
 def test_a_layer_without_bias_is_not_packed():

@@ -250,6 +250,7 @@ def test_bad_input_ends_with_one_line_and_code_2(run, tmp_path):
         "version": lambda checkpoint: checkpoint["args"].update(old_flag=1),
         "midway": lambda checkpoint: checkpoint.update(finished=False),
         "dynamic": lambda checkpoint: checkpoint.update(topology={}),
+        "donated": lambda checkpoint: checkpoint["args"].update(init_from="a"),
     }.items():
         write_run(tmp_path / name, sac)
         checkpoint = load_checkpoint(tmp_path / name)
@@ -266,6 +267,7 @@ def test_bad_input_ends_with_one_line_and_code_2(run, tmp_path):
         (["damaged"], "damaged/checkpoint.pt is damaged"),
         (["foreign"], "foreign/checkpoint.pt is not of sac_simba_sparse.py"),
         (["dynamic"], "dynamic/checkpoint.pt is of sac_simba_dynamic.py; give a run whose masks"),
+        (["donated"], "donated/checkpoint.pt is of a run with --init-from"),
         (
             ["version"],
             "version/checkpoint.pt is of another version of sac_simba_sparse.py old_flag",

@@ -167,6 +167,17 @@ def test_one_mask_of_several_seeds_is_one_network(tmp_path):
     ]
 
 
+def test_a_mask_shared_on_one_task_says_nothing_of_another(tmp_path):
+    for seed in (1, 2, 3):
+        other = {"env_id": "dm_control/dog-run-v0", "sparsity": 0.9, "seed": seed}
+        write_run(tmp_path, f"own{seed}", {RANK: [1.0]}, mask_seed=seed, **other)
+    for seed in (1, 2):
+        write_run(tmp_path, f"shared{seed}", {RANK: [1.0]}, seed=seed, sparsity=0.9, mask_seed=1)
+    data, _ = plasticity.load_runs(tmp_path)
+    groups = {frozenset(group.run) for _, group in data.groupby(plasticity.CONFIGURATION)}
+    assert groups == {frozenset(["own1", "own2", "own3"]), frozenset(["shared1", "shared2"])}
+
+
 def test_runs_left_out_are_named(tmp_path):
     """What no script can use is in test_runs.py."""
     write_run(tmp_path, "a_whole", {RANK: [1.0]})

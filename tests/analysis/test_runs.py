@@ -108,6 +108,12 @@ def test_what_is_wrong_with_a_run_is_one_line(tmp_path, name):
     assert [run.name for run in found] == ["whole"] and left_out == [f"{name}: {reason}"]
 
 
+def test_a_link_to_a_run_that_was_deleted_is_named(tmp_path):
+    (tmp_path / "gone").symlink_to(tmp_path / "deleted")
+    found, (line,) = runs.load_runs(tmp_path)
+    assert found == [] and line.startswith("gone: ")
+
+
 def test_finished_is_a_run_with_a_final_return(tmp_path):
     folder = write_run(tmp_path / "a")
     (folder / "checkpoint.tmp").touch()  # left by a run that was ended while it wrote the last one

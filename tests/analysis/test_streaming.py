@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 from analysis import streaming
 from conftest import check_error, succeed
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 
@@ -71,7 +72,7 @@ def test_figures_and_numbers(tmp_path, main, out):
     )
     # The means of the two points of a curve: 1 and 7 against 1 and 5. Seed 3 has one point, 1
     assert (whole["returns_of"], whole["difference"]) == ("all of training", 1)
-    assert (whole["iqm"], whole["seeds_against"]) == (4, 3)
+    assert (whole["iqm"], whole["runs_against"]) == (4, 3)
     assert (out / "comparisons.md").read_text() in text
 
     succeed(main())
@@ -92,6 +93,37 @@ def test_runs_that_cannot_be_averaged(tmp_path, main, out):
     write_run(tmp_path / "runs", {950: 5.0}, seed=3, gamma=0.9)
     write_run(tmp_path / "runs", {950: 5.0}, seed=4, gamma=0.99)
     check_error(main("--figures", "12"), "--gamma 0.9 and 0.99")
+
+
+def test_a_flag_that_an_older_version_did_not_have(tmp_path, main):
+    write_run(tmp_path / "runs", {950: 5.0})
+    write_run(tmp_path / "runs", {950: 5.0}, seed=2, overlap=True)
+    check_error(main("--figures", "12"), "mixes", "--overlap None and True")
+
+
+def test_sparsity_of_actor_and_critic(tmp_path, main, out):
+    both = {"actor_sparsity": 0.9, "critic_sparsity": 0.9}
+    write_run(tmp_path / "runs", {950: 5.0}, **both)
+    write_run(tmp_path / "runs", {950: 5.0}, seed=2, sparsity=0.9)
+    write_run(tmp_path / "runs", {950: 5.0}, seed=3, actor_sparsity=0.9, name="half")
+    text = succeed(main("--figures", "12"))
+    assert "left out: half: sparsity of the actor 0.9, of the critic 0" in text
+    (row,) = pd.read_csv(out / "final_returns.csv").to_dict("records")
+    assert (row["sparsity"], row["seeds"]) == (0.9, 2)
+    # Equal seeds have an interval, of no width
+    assert (row["low"], row["mean"], row["high"]) == (5, 5, 5)
+
+
+def test_a_curve_is_the_mean_of_all_seeds_or_of_none(tmp_path):
+    ax = Figure().subplots()
+    first = {"init": "lecun", "sparsity": 0.0, "seed": 1}
+    data = [(200, 2.0), (400, 4.0), (600, 6.0)]
+    rows = [first | {"env_step": step, "return": value} for step, value in data]
+    second = {"init": "lecun", "sparsity": 0.0, "seed": 2}
+    rows += [second | {"env_step": step, "return": 10.0} for step in (200, 600, 800)]
+    streaming.draw_curves(ax, pd.DataFrame(rows))
+    (line,) = ax.lines
+    assert line.get_xydata().tolist() == [[200, 6], [400, 7], [600, 8]]
 
 
 def test_of_a_run_that_is_also_an_earlier_one_the_folders_episodes_count(tmp_path, main, out):

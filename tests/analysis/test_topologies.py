@@ -103,3 +103,10 @@ def test_runs_that_cannot_be_used(tmp_path, main):
     write_run(runs, 10.0, seed=4, gamma=0.9)
     write_run(runs, 10.0, seed=5, gamma=0.8)
     check_error(main(), "--gamma 0.8 and 0.9")
+
+
+def test_static_and_dynamic_runs_must_learn_alike(tmp_path, main):
+    write_run(tmp_path / "runs", 1.0, learning_rate=1e-4)
+    write_run(tmp_path / "runs", 1.0, [900], topology="set", learning_rate=1e-3)
+    both = "sac_simba_dynamic and sac_simba_sparse with --learning-rate 0.0001 and 0.001"
+    check_error(main(), both)

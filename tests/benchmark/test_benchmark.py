@@ -228,6 +228,8 @@ def test_nonsense(arguments, words):
         ({"FLAGS": "; touch {}/p"}, "; touch"),
         ({"FLAGS": "--env-id \x01"}, "FLAGS"),
         ({"FLAGS": "--seed=5"}, "--seed FLAGS"),
+        ({"FLAGS": "--tau 0.01 --exp-name v2"}, "--exp-name FLAGS RUNS"),
+        ({"FLAGS": "--exp_name=v2"}, "--exp-name FLAGS RUNS"),
         ({"RUNS": "a b"}, "RUNS spaces"),
         ({"RUNS": "a\nb"}, "RUNS spaces"),
         ({"RUNS": os.fsdecode(b"/x/\xff")}, "RUNS UTF-8"),
