@@ -119,9 +119,10 @@ def describe(table: pd.DataFrame) -> pd.DataFrame:
         keys = ["env_id", "exp_name", "mask_seed"]
         others = table[table.mask_seed != table.seed]
         shared = set(others[keys].itertuples(index=False, name=None))
-        places = table[keys].itertuples(index=False, name=None)
-        own = (table.mask_seed == table.seed) & [place not in shared for place in places]
-        seeds = [None if mine else seed for mine, seed in zip(own, table.mask_seed)]
+        seeds = [
+            None if run.mask_seed == run.seed and key not in shared else run.mask_seed
+            for run, key in zip(table.itertuples(), table[keys].itertuples(index=False, name=None))
+        ]
         table["mask_seed"] = pd.Series(seeds, table.index, dtype=object)
     table = table.where(table.notna(), None)  # a flag that an older version did not have yet
     names = [*ORDER, "env_id", "exp_name", "seed"]

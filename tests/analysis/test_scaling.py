@@ -292,13 +292,13 @@ def test_gain(tmp_path, main, draw):
     write_run(runs, 5.0, env_id="bad-v0", sparsity=0.5)
     scores = tmp_path / "scores.csv"
     rows = [
-        ("MLP", 0.0, 5.0),
-        ("SimBa", 0.0, 6.0),
-        ("SimBa", 0.0, 6.2),
-        ("SimBa", 0.9, 6.5),
-        ("SimBa", 0.9, 6.6),
+        ("MLP", 1, 0.0, 5.0),
+        ("SimBa", 1, 0.0, 6.0),
+        ("SimBa", 2, 0.0, 6.2),
+        ("SimBa", 1, 0.9, 6.5),
+        ("SimBa", 2, 0.9, 6.6),
     ]
-    columns = ["network", "sparsity", "score"]
+    columns = ["network", "seed", "sparsity", "score"]
     bias = pd.DataFrame(rows, columns=columns).assign(share_score=lambda t: 0.7 * t.score)
     bias.to_csv(scores, index=False)
     out, table = draw("gain", "--scores", scores)
