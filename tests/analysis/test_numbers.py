@@ -112,7 +112,7 @@ def test_networks_are_compared_with_dense_ones_of_their_width_and_with_narrower_
         ("all tasks", 4, 0.9, "dense"),
     ]
     ant, walker, both = found[found.against == "dense"].to_dict("records")
-    assert (ant["seeds"], ant["seeds_against"], ant["pairs"]) == (3, 3, 2)
+    assert (ant["runs"], ant["runs_against"], ant["pairs"]) == (3, 3, 2)
     assert ant["iqm"] == pytest.approx(960 / 3) and ant["iqm_against"] == pytest.approx(280 / 3)
     # All pairs are better but two: 220 and 240 against 250
     assert ant["probability"] == pytest.approx(7 / 9)
