@@ -404,10 +404,13 @@ def fail_if_mixed(runs: list[Run], free: list[str], across_agents: bool = False)
         agents[together] = runs
     for agent, own in sorted(agents.items()):
         for name in sorted(names[agent] - free):
-            values = {str(run.flags.get(name)) for run in own}
+            values = []  # 1 and 1.0 are one
+            for run in own:
+                if run.flags.get(name) not in values:
+                    values.append(run.flags.get(name))
             if len(values) > 1:
                 folder = runs[0].folder.parent
-                flag = f"--{name.replace('_', '-')} {' and '.join(sorted(values))}"
+                flag = f"--{name.replace('_', '-')} {' and '.join(sorted(map(str, values)))}"
                 fail(f"{folder} mixes runs of {agent} with {flag}; keep such runs apart")
 
 

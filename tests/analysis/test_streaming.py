@@ -96,8 +96,8 @@ def test_runs_that_cannot_be_averaged(tmp_path, main, out):
 
 
 def test_a_flag_that_an_older_version_did_not_have(tmp_path, main):
-    write_run(tmp_path / "runs", {950: 5.0})
-    write_run(tmp_path / "runs", {950: 5.0}, seed=2, overlap=True)
+    write_run(tmp_path / "runs", {950: 5.0}, gamma=1)
+    write_run(tmp_path / "runs", {950: 5.0}, seed=2, gamma=1.0, overlap=True)
     check_error(main("--figures", "12"), "mixes", "--overlap None and True")
 
 
