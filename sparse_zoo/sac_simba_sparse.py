@@ -2386,10 +2386,10 @@ class Run:
 
     def start_from_networks(self, parts: dict) -> None:
         """Gives the networks, and the statistics of observations, what --init-from has learned."""
-        path = newest_checkpoint(Path(os.path.expanduser(self.args.init_from)))
+        path = Path(os.path.expanduser(self.args.init_from)) / "checkpoint.pt"
         learned = None
         try:
-            learned = read_checkpoint(path)
+            learned = read_checkpoint(newest_checkpoint(path.parent))
             reason = other_agent(self.args, learned["args"])
             for name, part in parts.items():
                 if not reason and (isinstance(part, nn.Module) or name == "norm"):
