@@ -7,11 +7,12 @@ Reads finished runs of sac_simba_sparse.py and sac_simba_dynamic.py; every other
 the reason. The size of a network is its number of active weights at the end of training. The cost
 of a run is the arithmetic of its matrix products over active weights: 8 operations a transition for
 each weight of the actor and 12 for each of the critic (as in bench/bench_update.py), with the mean
-number of weights over training. Not in it: changes of the topology (bench/bench_topology.py),
+number of weights over the updates: magnitude pruning begins dense. Not in it: changes of the topology (bench/bench_topology.py),
 acting and simulation. Seeds are averaged; bars are plots.mean_interval's, from the lowest to the
 highest of up to three seeds.
 """
 
+import math
 from dataclasses import dataclass
 
 import runs
@@ -35,6 +36,7 @@ COLOURS = {
 NAMES = {"set": "SET", "rigl": "RigL", "magnitude": "magnitude pruning"}
 NETWORK = ["env_id", "width_scale", "depth_scale", "sparsity", "topology"]
 MEASURED = ["return", "active_weights", "tflop", "steps_per_second", "ever_active", "first_overlap"]
+SCHEDULE = ("topology_interval", "prune_start", "prune_end")  # of magnitude pruning
 COLUMNS = ["run", *NETWORK, "seed", "env_steps", *MEASURED]
 # Flags that may differ between runs of one figure; what is drawn has names of its own
 FREE = [*NETWORK, "actor_sparsity", "critic_sparsity", *runs.MEASURING]
@@ -62,19 +64,38 @@ def measurement(run: runs.Run, metric: str) -> np.ndarray:
     return run.metrics.value[run.metrics.metric == metric].to_numpy()
 
 
+def mean_share(flags: dict) -> float:
+    """What magnitude pruning has yet to remove, of all that it will, averaged over the updates.
+
+    1 before it begins, 0 after its end. As sac_simba_dynamic.count_changes; resets are not in it.
+    """
+    decisions = math.ceil(flags["total_timesteps"] / flags["action_repeat"])
+    first = max(math.ceil(flags["learning_starts"] / flags["action_repeat"]), 1)
+    per_decision, interval = flags["updates_per_step"], flags["topology_interval"]
+    decision = np.arange(first, decisions)
+    updates = (decision - first + 1) * per_decision
+    done = (decision + 1) / decisions - flags["prune_start"]
+    left = (1 - np.clip(done / (flags["prune_end"] - flags["prune_start"]), 0, 1)) ** 3
+    after = np.where(updates % interval < per_decision, left, 1.0)  # 1: nothing changes here
+    share = np.minimum.accumulate(np.concatenate([[1.0], after]))[:-1]  # changes follow updates
+    return float(share.mean()) if len(share) else 1.0
+
+
 def count_active(run: runs.Run) -> tuple[int, dict[str, float]]:
-    """All active weights at the end of training, and the mean over training by network."""
-    run.count_weights()  # raises UnusableError without layer tables
+    """All active weights at the end of training, and the mean over the updates by network."""
+    _, active = run.count_weights()  # raises UnusableError without layer tables
     if not {"actor", "critic"} <= run.layers.keys():
         raise runs.UnusableError("args.json has no layer tables of actor and critic")
-    at_the_end = {
-        network: sum(row["active"] for row in rows) for network, rows in run.layers.items()
-    }
+    share = 0.0
+    if name_topology(run.flags) == "magnitude":
+        if not all(runs.fits(run.flags.get(name), runs.NUMBER) for name in SCHEDULE):
+            raise runs.UnusableError(f"args.json: {' or '.join(SCHEDULE)} missing or unusable")
+        share = mean_share(run.flags)
     mean = {}
-    for network, active in at_the_end.items():
-        sparse = measurement(run, f"diagnostics/{network}_active_weights")
-        mean[network] = active + (sparse.mean() - sparse[-1] if len(sparse) else 0.0)
-    return sum(at_the_end.values()), mean
+    for network, rows in run.layers.items():
+        at_the_end, dense = (sum(row[name] for row in rows) for name in ("active", "total"))
+        mean[network] = at_the_end + share * (dense - at_the_end)
+    return active, mean
 
 
 def describe(run: runs.Run) -> dict:

@@ -28,7 +28,8 @@ def write_run(folder: Path, value: float, active: list | None = None, finished=T
     """A run of 100 active actor weights and 1,000 of the critic; active: of sparse critic layers,
     as they were logged."""
     agent = "sac_simba_dynamic" if "topology" in flags else "sac_simba_sparse"
-    flags = FLAGS | {"exp_name": agent} | flags
+    schedule = {"topology_interval": 400, "prune_start": 0.2, "prune_end": 0.8}
+    flags = FLAGS | {"exp_name": agent} | (schedule if "topology" in flags else {}) | flags
     rows = [(1000, "time/env_steps_per_second", 40.0)]
     for number, count in enumerate(active or []):
         rows.append((100 * number, "diagnostics/critic_active_weights", count))
@@ -53,7 +54,7 @@ def test_figure_and_numbers(tmp_path, main):
     for seed, value in ((1, 10.0), (2, 20.0), (3, 60.0)):
         write_run(runs, value, seed=seed)
         write_run(runs, value + 5, [900, 900], seed=seed, topology="rigl")
-    write_run(runs, 7.0, [5000, 2900, 900], topology="magnitude")
+    write_run(runs, 7.0, topology="magnitude")  # without diagnostics
     write_run(runs, 8.0, sparsity=0.0, width_scale=0.2)
     write_run(runs, 9.0, [900], topology="static", width_scale=0.25)
     write_run(runs, 9.0, [900], topology="set", finished=False)
@@ -68,9 +69,9 @@ def test_figure_and_numbers(tmp_path, main):
     assert static.tflop == pytest.approx(8000 * (8 * 100 + 12 * 1000) / 1e12)
     assert table.loc["rigl", 0.5].tflop == static.tflop
     assert table.loc["rigl", 0.5].ever_active == 0.25
-    # Sparse layers had 2,933 weights on average, 100 others stayed
+    # Dense for the first 400 updates; then, after 0.6 of training, (1 / 3)^3 is left to be pruned
     pruned = table.loc["magnitude", 0.5]
-    mean = 1000 + (5000 + 2900 + 900) / 3 - 900
+    mean = 1000 + 8000 * (1 + 1 / 27) / 2
     assert pruned.tflop == pytest.approx(8000 * (8 * 100 + 12 * mean) / 1e12)
     assert pruned.active_weights == 1100 and table.loc["dense", 0.2]["return"] == 8
     assert "| RigL " in text and "35 [15, 65]" in text and "| 15 25 65 " in text
@@ -95,7 +96,10 @@ def test_runs_that_cannot_be_used(tmp_path, main):
     small = write_run(runs, 10.0, seed=7, batch_size=None)
     record = json.loads((bare / "args.json").read_text())
     (bare / "args.json").write_text(json.dumps({"args": record["args"]}))
+    timeless = write_run(runs, 10.0, seed=8, topology="magnitude", prune_end=None)
     text = succeed(main())
+    needed = "topology_interval or prune_start or prune_end missing or unusable"
+    assert f"left out: {timeless.name}: args.json: {needed}" in text
     assert f"left out: {other.name}: a run of ddpg_simba_sparse" in text
     assert f"left out: {bare.name}: args.json has no layer tables" in text
     assert f"left out: {uneven.name}: actor sparsity 0 is not that of the critic, 0.9" in text
