@@ -947,8 +947,8 @@ class Gate(gym.Wrapper):
             # A byte of 0 is a value that is not finite: four times as fast as .all()
             if 0 in np.isfinite(action).tobytes():
                 fail(
-                    f"the action is not finite at env step {self.env_step}: learning has diverged; "
-                    "the last checkpoint is kept",
+                    f"the action is not finite at env step {self.env_step}: learning has diverged, "
+                    "or observations or actions are too large; the last checkpoint is kept",
                     exit_code=3,
                 )
         self.env_step += self.frames_per_step

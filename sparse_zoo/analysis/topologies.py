@@ -7,9 +7,9 @@ Reads finished runs of sac_simba_sparse.py and sac_simba_dynamic.py; every other
 the reason. The size of a network is its number of active weights at the end of training. The cost
 of a run is the arithmetic of its matrix products over active weights: 8 operations a transition for
 each weight of the actor and 12 for each of the critic (as in bench/bench_update.py), with the mean
-number of weights over the updates: magnitude pruning begins dense. Not in it: changes of the topology (bench/bench_topology.py),
-acting and simulation. Seeds are averaged; bars are plots.mean_interval's, from the lowest to the
-highest of up to three seeds.
+number of weights over the updates (magnitude pruning begins dense). Not in it: changes of the
+topology (bench/bench_topology.py), acting and simulation. Seeds are averaged; bars are
+plots.mean_interval's, from the lowest to the highest of up to three seeds.
 """
 
 import math
