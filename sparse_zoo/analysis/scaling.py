@@ -335,8 +335,9 @@ def write_above(ax: Axes, x: str, points: pd.DataFrame, text: str, statistic: st
             fontsize=7,
             color=plots.sparsity_colour(row.sparsity),
             ha="center",
+            rotation=90 if x == "apart" else 0,  # neighbours are near
         )
-    ax.margins(0.1, 0.15)
+    ax.margins(0.1, 0.45 if x == "apart" else 0.15)
 
 
 def make_handles(published: bool) -> list[Line2D]:
