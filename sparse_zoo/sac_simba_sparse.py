@@ -2381,7 +2381,7 @@ class Run:
                     raise
                 fail(
                     f"{self.folder}: {name} in the checkpoint does not fit ({in_short(error)}); "
-                    "a changed file needs another --exp-name"
+                    f"it is of {self.args.exp_name}, and a changed file needs another --exp-name"
                 )
 
     def start_from_networks(self, parts: dict) -> None:
@@ -2399,7 +2399,8 @@ class Run:
                 raise
             reason = f"{path} does not fit ({in_short(error)})"
             if learned:
-                reason += "; environment, sizes, sparsity and masks must be those of that run"
+                reason += "; environment, sizes, sparsity and masks must be those of that run, "
+                reason += f"and the agent that of {learned['args'].get('exp_name')}"
         if reason:
             leave_no_folder(self.folder)
             fail(f"--init-from {self.args.init_from}: {reason}")

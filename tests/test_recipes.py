@@ -247,7 +247,9 @@ def test_a_run_of_another_agent(trained, main, tmp_path):
     assert list((tmp_path / "runs").iterdir()) == []
     # Every flag of a static agent is one of the dynamic agent
     ended = main(AGENTS / "sac_simba_dynamic.py", *flags, "--init-from", trained)
-    check_error(ended, "--init-from", "it has no 'topology'")
+    check_error(ended, "--init-from", "it has no 'topology'", "the agent that of sac_simba_sparse")
+    ended = main(AGENTS / "sac_simba_dynamic.py", "--eval-only", "--run-dir", trained)
+    check_error(ended, "it has no 'topology'", "it is of sac_simba_sparse")
     assert list((tmp_path / "runs").iterdir()) == []
     # DER, as DrQ-v2, makes the replay's file before it reads the checkpoint
     flags = "--env-id ALE/Pong-v5 --width-scale 0.125 --threads 1 --total-timesteps 2000"
