@@ -337,8 +337,8 @@ LAST_UPDATE = (
 @pytest.mark.parametrize(
     "agent,flags,what",
     [
-        (SAC, DIVERGING, "the action is not finite at env step 220"),
-        (DDPG, DIVERGING, "the action is not finite at env step 220"),
+        (SAC, DIVERGING, "the action is not finite at env step 220: learning has diverged, or"),
+        (DDPG, DIVERGING, "the action is not finite at env step 220: learning has diverged, or"),
         (DER, LAST_UPDATE, "network is not finite at agent_step=20"),
     ],
 )
